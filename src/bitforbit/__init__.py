@@ -1,0 +1,3 @@
+"""Lossless compression of model weights."""
+
+__version__ = "0.1.0"

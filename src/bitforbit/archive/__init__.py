@@ -1,0 +1,1 @@
+"""Model directories: compress, decompress, verify, inspect."""

@@ -1,0 +1,1 @@
+"""Lossless codecs for tensors."""

@@ -1,0 +1,64 @@
+"""What a tensor codec is, and what it makes of a tensor.
+
+A codec turns the bytes of one tensor into a few named parts, each a run of bytes that a container stores as it
+likes, and back. Codecs know nothing of files; containers know nothing of codecs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Bytes = npt.NDArray[np.uint8]
+"""One-dimensional contiguous array of bytes."""
+
+PART_ALIGNMENT = 64
+"""Every part is a multiple of this many bytes long, so parts laid end to end stay aligned for SIMD loads."""
+
+
+@dataclass(frozen=True)
+class EncodedTensor:
+    """One tensor in coded form.
+
+    dtype is the safetensors name and shape the shape of the original tensor. config holds the codec's own
+    parameters, JSON-able. parts maps part names to bytes; each is a multiple of PART_ALIGNMENT bytes long.
+    """
+
+    codec: str
+    codec_version: int
+    dtype: str
+    shape: tuple[int, ...]
+    config: Mapping[str, int | str] = field(default_factory=dict)
+    parts: Mapping[str, Bytes] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts together."""
+        return sum(part.nbytes for part in self.parts.values())
+
+
+class Codec(Protocol):
+    """A lossless tensor codec. Every method may be called from several threads at once."""
+
+    name: str
+    version: int
+    part_names: tuple[str, ...]
+
+    def encode(self, data: Bytes, dtype: str, shape: tuple[int, ...], threads: int) -> EncodedTensor | None:
+        """Encode the little-endian, row-major bytes of a tensor; None where coding does not pay.
+
+        Deterministic: the same bytes give the same parts on every machine, thread count and instruction set.
+        """
+        ...
+
+    def decode(self, tensor: EncodedTensor, out: Bytes, rows: tuple[int, int] | None, threads: int) -> None:
+        """Decode the whole tensor, or the rows [begin, end) of its matrix view, into ``out``.
+
+        Raises CorruptTensorError if the parts contradict each other or the config; never reads or writes outside
+        the given buffers, whatever the parts hold.
+        """
+        ...

@@ -1,0 +1,1 @@
+"""The bitforbit file format: safetensors headers, checksums, records."""
