@@ -1,0 +1,11 @@
+// The extension module bitforbit.cpu._native. Only the files of this folder know nanobind.
+#include "bindings/module.hpp"
+
+#include "errors.hpp"
+
+NB_MODULE(_native, m) {
+  // Translated to bitforbit.errors.CorruptTensorError by the Python wrappers.
+  nb::exception<bitforbit::CorruptData>(m, "CorruptData", PyExc_ValueError);
+  bind_planes(m);
+  bind_df11(m);
+}
