@@ -163,13 +163,13 @@ def loss_sum(model: Callable[..., Any], windows: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten(), reduction="sum")
 
 
-@torch.inference_mode()
 def evaluate(model: LlamaForCausalLM, stream: torch.Tensor, text_bytes: int, length: int) -> dict[str, float]:
     """Score a stream in windows that overlap by one token, so that every token but the first counts once."""
     model.eval()
     total = 0.0
-    for start in range(0, len(stream) - 1, length):
-        total += loss_sum(model, stream[None, start : start + length + 1]).item()
+    with torch.no_grad():
+        for start in range(0, len(stream) - 1, length):
+            total += loss_sum(model, stream[None, start : start + length + 1]).item()
     loss = total / (len(stream) - 1)
     return {
         "loss_nats_per_token": loss,
