@@ -1,5 +1,7 @@
 #include "planes.hpp"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstring>
 #include <new>
@@ -48,8 +50,14 @@ void zero_tail(const Buffer& buffer, std::size_t used) { std::memset(buffer.data
 }  // namespace
 
 Buffer::Buffer(std::size_t size) : size_(size) {
-  void* p = std::aligned_alloc(64, pad64(std::max<std::size_t>(size, 1)));
+  // Large buffers ask for huge pages: filling 4 KiB ones for the first time takes longer than encoding into them.
+  constexpr std::size_t kHuge = 2 << 20;
+  const bool huge = size >= 2 * kHuge;
+  void* p = std::aligned_alloc(huge ? kHuge : 64, ceil_div(std::max<std::size_t>(size, 1), 64) * 64);
   if (!p) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+  if (huge) madvise(p, size, MADV_HUGEPAGE);
+#endif
   data_.reset(static_cast<std::uint8_t*>(p));
 }
 
@@ -165,9 +173,6 @@ void decode_planes(const PlanesParts& parts, const Layout& layout, std::size_t b
   if (begin >= end) return;
   const std::size_t first = begin / kBlockRows, last = (end - 1) / kBlockRows, row_bytes = layout.row_bytes();
   const std::size_t full = layout.groups_in(kBlockRows), per_task = blocks_per_task(layout);
-  // Past the caches, stores that bypass them save reading every line first.
-  const bool stream = (end - begin) * row_bytes >= (std::size_t{1} << 20) && row_bytes % 64 == 0 &&
-                      reinterpret_cast<std::uintptr_t>(out) % 64 == 0;
 
   parallel_for(ceil_div(last - first + 1, per_task), 1, threads, [&](std::size_t task) {
     const std::size_t task_first = first + task * per_task, task_last = std::min(last, task_first + per_task - 1);
@@ -189,7 +194,7 @@ void decode_planes(const PlanesParts& parts, const Layout& layout, std::size_t b
       if (partial && !whole.size()) whole = Buffer(kBlockRows * row_bytes);
 
       DecodeBlock b{};
-      b.kind = layout.kind, b.wide = layout.wide, b.stream = stream && !partial;
+      b.kind = layout.kind, b.wide = layout.wide;
       b.rows = block_end - block_begin, b.cols = layout.cols;
       b.table = parts.code.data() + block_begin / layout.rows_per_table * kTableBytes;
       b.digits = parts.digits.data() + i * full * (kGroup / 4);

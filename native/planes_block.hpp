@@ -24,7 +24,6 @@ enum class Kind : std::uint8_t { kBF16, kF16, kF32, kF8E4M3, kF8E5M2 };
 struct DecodeBlock {
   Kind kind;
   bool wide;                            // BF16 restored as F32 whose low 16 bits are zero
-  bool stream;                          // non-temporal stores: out and out_stride are multiples of 64
   std::size_t rows, cols;
   const std::uint8_t* table;            // [16]
   const std::uint8_t* digits;           // [groups * 16]

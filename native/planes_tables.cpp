@@ -16,7 +16,7 @@ namespace {
 using Histogram = std::array<std::uint32_t, 256>;
 
 constexpr std::size_t kRowsPerHistogram = 64;
-constexpr std::size_t kSampleFrom = 1 << 16;  // elements of a histogram from which on every fourth chunk is counted
+constexpr std::size_t kSample = 1 << 14;  // elements that a histogram looks at, about, if there are more
 constexpr std::size_t kChunk = 64;
 
 // Counts the exponents of n elements. Four tables, as equal neighbours would otherwise wait for each other's store.
@@ -46,19 +46,24 @@ void count_kind(const std::uint8_t* src, std::size_t n, Kind kind, bool wide, st
   }
 }
 
+// One in how many chunks of 64 elements is counted in a histogram over that many rows: a power of two.
+std::size_t sampling(const Layout& layout, std::size_t rows) {
+  std::size_t stride = 1;
+  while (rows * layout.cols / stride >= 2 * kSample) stride *= 2;
+  return stride;
+}
+
 Histogram histogram_of_rows(const std::uint8_t* src, const Layout& layout, std::size_t begin, std::size_t end) {
   std::uint32_t tables[4][256] = {};
-  const std::size_t item = layout.item_bytes();
-  if ((end - begin) * layout.cols < kSampleFrom) {
-    for (std::size_t row = begin; row < end; ++row) {
+  const std::size_t item = layout.item_bytes(), stride = sampling(layout, end - begin);
+  for (std::size_t row = begin; row < end; ++row) {
+    if (stride == 1) {
       count_kind(src + row * layout.row_bytes(), layout.cols, layout.kind, layout.wide, tables);
+      continue;
     }
-  } else {
-    for (std::size_t row = begin; row < end; ++row) {
-      for (std::size_t col = row % 4 * kChunk; col < layout.cols; col += 4 * kChunk) {
-        const std::size_t n = std::min(kChunk, layout.cols - col);
-        count_kind(src + row * layout.row_bytes() + col * item, n, layout.kind, layout.wide, tables);
-      }
+    for (std::size_t col = row % stride * kChunk; col < layout.cols; col += stride * kChunk) {
+      const std::size_t n = std::min(kChunk, layout.cols - col);
+      count_kind(src + row * layout.row_bytes() + col * item, n, layout.kind, layout.wide, tables);
     }
   }
   Histogram sum{};
@@ -102,7 +107,7 @@ CodeTables choose_tables(const std::uint8_t* src, const Layout& layout, int thre
     histograms[i] = histogram_of_rows(src, layout, i * unit, std::min(layout.rows, (i + 1) * unit));
   });
 
-  const bool sampled = std::min(unit, layout.rows) * layout.cols >= kSampleFrom;
+  const std::size_t stride = sampling(layout, std::min(unit, layout.rows));
   CodeTables best{0, {}};
   std::uint64_t best_bits = ~std::uint64_t{0};
   for (std::size_t rows = unit;; rows *= 4) {
@@ -110,7 +115,7 @@ CodeTables choose_tables(const std::uint8_t* src, const Layout& layout, int thre
     std::uint64_t bits = 0;
     for (const Histogram& h : histograms) {
       const auto table = table_of(h);
-      bits += cost(h, table) * (sampled ? 4 : 1) + 8 * kTableBytes;
+      bits += cost(h, table) * stride + 8 * kTableBytes;
       candidate.bytes.insert(candidate.bytes.end(), table.begin(), table.end());
     }
     if (bits < best_bits) {

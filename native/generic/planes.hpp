@@ -47,7 +47,7 @@ struct Edge {
   }
 };
 
-template <class V, Kind K, bool Wide, bool Stream>
+template <class V, Kind K, bool Wide>
 bool decode_tiles(const DecodeBlock& b) {
   constexpr std::size_t kItem = item_size(K, Wide);
   const auto t1 = V::make_table(b.table), t2 = V::make_table(b.table + 3), t3 = V::make_table(b.table + 6);
@@ -66,14 +66,14 @@ bool decode_tiles(const DecodeBlock& b) {
   for (std::size_t tile = 0; tile < tiles; ++tile) {
     for (std::size_t row = 0; row < b.rows; ++row, ++g) {
       if (used > b.n2) return false;  // bounds the reads of exponents2: at most 64 past n2, within its slack
-      join64<V, K, Wide, Stream>(exponents(), b.planes, g, b.out + row * b.out_stride + tile * kGroup * kItem);
+      join64<V, K, Wide>(exponents(), b.planes, g, b.out + row * b.out_stride + tile * kGroup * kItem);
     }
   }
   const Edge edge{b.cols % kGroup, b.rows * (b.cols % kGroup), tiles * kGroup, kItem};
   for (std::size_t first = 0; first < edge.run; first += kGroup, ++g) {
     if (used > b.n2) return false;
     alignas(64) std::uint8_t buffer[kGroup * kItem];
-    join64<V, K, Wide, false>(exponents(), b.planes, g, buffer);
+    join64<V, K, Wide>(exponents(), b.planes, g, buffer);
     edge.each(first, [&](std::size_t row, std::size_t at, std::size_t from, std::size_t n) {
       std::memcpy(b.out + row * b.out_stride + at, buffer + from, n);
     });
@@ -131,24 +131,16 @@ void encode_tiles(EncodeBlock& b) {
   encode_level<V>(b.ranks3, b.n3, b.level3, b.ranks2);  // what is left are the raw exponents, already in place
 }
 
-template <class V, bool Stream>
-bool decode_kinds(const DecodeBlock& b) {
-  switch (b.kind) {
-    case Kind::kBF16:
-      return b.wide ? decode_tiles<V, Kind::kBF16, true, Stream>(b) : decode_tiles<V, Kind::kBF16, false, Stream>(b);
-    case Kind::kF16: return decode_tiles<V, Kind::kF16, false, Stream>(b);
-    case Kind::kF32: return decode_tiles<V, Kind::kF32, false, Stream>(b);
-    case Kind::kF8E4M3: return decode_tiles<V, Kind::kF8E4M3, false, Stream>(b);
-    case Kind::kF8E5M2: return decode_tiles<V, Kind::kF8E5M2, false, Stream>(b);
-  }
-  return false;
-}
-
 template <class V>
 bool decode_block(const DecodeBlock& b) {
-  const bool consistent = b.stream ? decode_kinds<V, true>(b) : decode_kinds<V, false>(b);
-  if (b.stream) V::fence();
-  return consistent;
+  switch (b.kind) {
+    case Kind::kBF16: return b.wide ? decode_tiles<V, Kind::kBF16, true>(b) : decode_tiles<V, Kind::kBF16, false>(b);
+    case Kind::kF16: return decode_tiles<V, Kind::kF16, false>(b);
+    case Kind::kF32: return decode_tiles<V, Kind::kF32, false>(b);
+    case Kind::kF8E4M3: return decode_tiles<V, Kind::kF8E4M3, false>(b);
+    case Kind::kF8E5M2: return decode_tiles<V, Kind::kF8E5M2, false>(b);
+  }
+  return false;
 }
 
 template <class V>

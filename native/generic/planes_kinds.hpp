@@ -26,7 +26,7 @@ constexpr std::size_t item_size(Kind kind, bool wide) {
 }
 
 // Joins 64 exponents with the sign and mantissa of group g and stores the floats in natural order.
-template <class V, Kind K, bool Wide, bool Stream>
+template <class V, Kind K, bool Wide>
 inline void join64(typename V::B e, const std::uint8_t* const planes[], std::size_t g, std::uint8_t* out) {
   using B = typename V::B;
   if constexpr (K == Kind::kBF16 || K == Kind::kF32) {
@@ -35,29 +35,29 @@ inline void join64(typename V::B e, const std::uint8_t* const planes[], std::siz
     const B low = V::select(0x7f, top, V::template shl<7>(e));
     const B high = V::select(0x80, top, V::template shr<1>(e));
     if constexpr (K == Kind::kF32) {
-      V::template store32<Stream>(out, V::load(planes[0] + 64 * g), V::load(planes[1] + 64 * g), low, high);
+      V::store32(out, V::load(planes[0] + 64 * g), V::load(planes[1] + 64 * g), low, high);
     } else if constexpr (Wide) {
-      V::template store32<Stream>(out, V::zero(), V::zero(), low, high);
+      V::store32(out, V::zero(), V::zero(), low, high);
     } else {
-      V::template store16<Stream>(out, low, high);
+      V::store16(out, low, high);
     }
   } else if constexpr (K == Kind::kF16) {
     // high byte: [7] sign, [6:2] exponent, [1:0] mantissa[9:8].
     const B two = V::unpack2(planes[1] + 16 * g);
     const B sign = V::template shl<7>(V::unpack1(planes[2] + 8 * g));
     const B high = V::or3(V::and_byte(V::template shl<2>(e), 0x7c), two, sign);
-    V::template store16<Stream>(out, V::load(planes[0] + 64 * g), high);
+    V::store16(out, V::load(planes[0] + 64 * g), high);
   } else if constexpr (K == Kind::kF8E4M3) {
     // nibble: [3] sign, [2:0] mantissa; byte: [7] sign, [6:3] exponent, [2:0] mantissa.
     const B nibble = V::unpack4(planes[0] + 32 * g);
     const B sign = V::and_byte(V::template shl<4>(nibble), 0x80);
     const B mantissa = V::and_byte(nibble, 0x07);
-    V::template store8<Stream>(out, V::or3(V::and_byte(V::template shl<3>(e), 0x78), mantissa, sign));
+    V::store8(out, V::or3(V::and_byte(V::template shl<3>(e), 0x78), mantissa, sign));
   } else {
     // byte: [7] sign, [6:2] exponent, [1:0] mantissa.
     const B mantissa = V::unpack2(planes[0] + 16 * g);
     const B sign = V::template shl<7>(V::unpack1(planes[1] + 8 * g));
-    V::template store8<Stream>(out, V::or3(V::and_byte(V::template shl<2>(e), 0x7c), mantissa, sign));
+    V::store8(out, V::or3(V::and_byte(V::template shl<2>(e), 0x7c), mantissa, sign));
   }
 }
 

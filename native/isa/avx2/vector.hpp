@@ -24,7 +24,6 @@ struct Avx2 {
   static B zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
   static B load(const std::uint8_t* p) { return {load256(p), load256(p + 32)}; }
   static void store(std::uint8_t* p, B v) { store256(p, v.a), store256(p + 32, v.b); }
-  static void fence() { _mm_sfence(); }
 
   template <int N>
   static B shl(B v) {
@@ -131,37 +130,25 @@ struct Avx2 {
     B operator()(B e) const { return {rank(e.a), rank(e.b)}; }
   };
 
-  template <bool Stream>
-  static void put(std::uint8_t* d, __m256i v) {
-    if constexpr (Stream) {
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(d), v);
-    } else {
-      store256(d, v);
-    }
-  }
-  template <bool Stream>
   static void store8(std::uint8_t* d, B v) {
-    put<Stream>(d, v.a), put<Stream>(d + 32, v.b);
+    store256(d, v.a), store256(d + 32, v.b);
   }
-  template <bool Stream>
   static void store16(std::uint8_t* d, B low, B high) {
-    put<Stream>(d, _mm256_unpacklo_epi8(low.a, high.a));
-    put<Stream>(d + 32, _mm256_unpacklo_epi8(low.b, high.b));
-    put<Stream>(d + 64, _mm256_unpackhi_epi8(low.a, high.a));
-    put<Stream>(d + 96, _mm256_unpackhi_epi8(low.b, high.b));
+    store256(d, _mm256_unpacklo_epi8(low.a, high.a));
+    store256(d + 32, _mm256_unpacklo_epi8(low.b, high.b));
+    store256(d + 64, _mm256_unpackhi_epi8(low.a, high.a));
+    store256(d + 96, _mm256_unpackhi_epi8(low.b, high.b));
   }
-  template <bool Stream>
   static void put_words(std::uint8_t* d, __m256i low, __m256i high) {  // 16 low and 16 high words, natural order
     const __m256i x = _mm256_unpacklo_epi16(low, high), y = _mm256_unpackhi_epi16(low, high);
-    put<Stream>(d, _mm256_permute2x128_si256(x, y, 0x20));
-    put<Stream>(d + 32, _mm256_permute2x128_si256(x, y, 0x31));
+    store256(d, _mm256_permute2x128_si256(x, y, 0x20));
+    store256(d + 32, _mm256_permute2x128_si256(x, y, 0x31));
   }
-  template <bool Stream>
   static void store32(std::uint8_t* d, B b0, B b1, B b2, B b3) {
-    put_words<Stream>(d, _mm256_unpacklo_epi8(b0.a, b1.a), _mm256_unpacklo_epi8(b2.a, b3.a));
-    put_words<Stream>(d + 64, _mm256_unpacklo_epi8(b0.b, b1.b), _mm256_unpacklo_epi8(b2.b, b3.b));
-    put_words<Stream>(d + 128, _mm256_unpackhi_epi8(b0.a, b1.a), _mm256_unpackhi_epi8(b2.a, b3.a));
-    put_words<Stream>(d + 192, _mm256_unpackhi_epi8(b0.b, b1.b), _mm256_unpackhi_epi8(b2.b, b3.b));
+    put_words(d, _mm256_unpacklo_epi8(b0.a, b1.a), _mm256_unpacklo_epi8(b2.a, b3.a));
+    put_words(d + 64, _mm256_unpacklo_epi8(b0.b, b1.b), _mm256_unpacklo_epi8(b2.b, b3.b));
+    put_words(d + 128, _mm256_unpackhi_epi8(b0.a, b1.a), _mm256_unpackhi_epi8(b2.a, b3.a));
+    put_words(d + 192, _mm256_unpackhi_epi8(b0.b, b1.b), _mm256_unpackhi_epi8(b2.b, b3.b));
   }
   // Words w0 = elements 0-15, w1 = 16-31, w2 = 32-47, w3 = 48-63.
   static void split_words(__m256i w0, __m256i w1, __m256i w2, __m256i w3, B& low, B& high) {

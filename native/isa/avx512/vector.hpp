@@ -19,7 +19,6 @@ struct Avx512 {
   static B zero() { return _mm512_setzero_si512(); }
   static B load(const std::uint8_t* p) { return _mm512_loadu_si512(p); }
   static void store(std::uint8_t* p, B v) { _mm512_storeu_si512(p, v); }
-  static void fence() { _mm_sfence(); }
 
   template <int N>
   static B shl(B v) {
@@ -72,20 +71,31 @@ struct Avx512 {
   }
   static B lookup(Table t, B d) { return _mm512_shuffle_epi8(t, d); }
   static B expand(B base, std::uint64_t mask, const std::uint8_t* src) {
-    __m128i q[4];
+    // Sixteen bytes at a time as dwords, which AVX-512F can expand. Dword i then holds bytes i, 16 + i, 32 + i and
+    // 48 + i; a byte shuffle within lanes and a dword permutation across them transpose that.
+    __m512i q[4];
     for (int i = 0; i < 4; ++i) {
-      const std::uint32_t m = mask >> (16 * i) & 0xffff;
-      q[i] = expand16(m, src);
+      const __mmask16 m = static_cast<__mmask16>(mask >> (16 * i));
+      q[i] = _mm512_maskz_expand_epi32(m, _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src))));
       src += __builtin_popcount(m);
     }
-    const __m256i a = _mm256_inserti128_si256(_mm256_castsi128_si256(q[0]), q[1], 1);
-    const __m256i b = _mm256_inserti128_si256(_mm256_castsi128_si256(q[2]), q[3], 1);
-    return _mm512_or_si512(base, _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1));
+    const __m512i x = _mm512_or_si512(q[0], _mm512_slli_epi32(q[1], 8));
+    const __m512i y = _mm512_or_si512(_mm512_slli_epi32(q[2], 16), _mm512_slli_epi32(q[3], 24));
+    const __m512i in_lane = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    const __m512i across = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return _mm512_or_si512(base, _mm512_permutexvar_epi32(across, _mm512_shuffle_epi8(_mm512_or_si512(x, y), in_lane)));
   }
   static std::size_t compress_store(std::uint8_t* dst, std::uint64_t mask, B v) {
-    alignas(64) std::uint8_t bytes[64];
-    store(bytes, v);
-    return compress64(dst, mask, bytes);
+    const std::uint8_t* begin = dst;
+    const __m128i q[4] = {_mm512_castsi512_si128(v), _mm512_extracti32x4_epi32(v, 1), _mm512_extracti32x4_epi32(v, 2),
+                          _mm512_extracti32x4_epi32(v, 3)};
+    for (int i = 0; i < 4; ++i) {
+      const __mmask16 m = static_cast<__mmask16>(mask >> (16 * i));
+      const __m512i x = _mm512_maskz_compress_epi32(m, _mm512_cvtepu8_epi32(q[i]));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(dst), _mm512_cvtepi32_epi8(x));
+      dst += __builtin_popcount(m);
+    }
+    return static_cast<std::size_t>(dst - begin);
   }
 
   struct Ranker {
@@ -111,35 +121,23 @@ struct Avx512 {
     }
   };
 
-  template <bool Stream>
-  static void put(std::uint8_t* d, __m512i v) {
-    if constexpr (Stream) {
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(d), v);
-    } else {
-      _mm512_storeu_si512(d, v);
-    }
-  }
-  template <bool Stream>
   static void store8(std::uint8_t* d, B v) {
-    put<Stream>(d, v);
+    store(d, v);
   }
-  template <bool Stream>
   static void store16(std::uint8_t* d, B low, B high) {
-    put<Stream>(d, _mm512_unpacklo_epi8(low, high));
-    put<Stream>(d + 64, _mm512_unpackhi_epi8(low, high));
+    store(d, _mm512_unpacklo_epi8(low, high));
+    store(d + 64, _mm512_unpackhi_epi8(low, high));
   }
-  template <bool Stream>
   static void put_words(std::uint8_t* d, __m512i low, __m512i high) {  // 32 low and 32 high words, natural order
     const auto join = [](__m256i l, __m256i h) {
       return _mm512_or_si512(_mm512_cvtepu16_epi32(l), _mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
     };
-    put<Stream>(d, join(_mm512_castsi512_si256(low), _mm512_castsi512_si256(high)));
-    put<Stream>(d + 64, join(_mm512_extracti64x4_epi64(low, 1), _mm512_extracti64x4_epi64(high, 1)));
+    store(d, join(_mm512_castsi512_si256(low), _mm512_castsi512_si256(high)));
+    store(d + 64, join(_mm512_extracti64x4_epi64(low, 1), _mm512_extracti64x4_epi64(high, 1)));
   }
-  template <bool Stream>
   static void store32(std::uint8_t* d, B b0, B b1, B b2, B b3) {
-    put_words<Stream>(d, _mm512_unpacklo_epi8(b0, b1), _mm512_unpacklo_epi8(b2, b3));
-    put_words<Stream>(d + 128, _mm512_unpackhi_epi8(b0, b1), _mm512_unpackhi_epi8(b2, b3));
+    put_words(d, _mm512_unpacklo_epi8(b0, b1), _mm512_unpacklo_epi8(b2, b3));
+    put_words(d + 128, _mm512_unpackhi_epi8(b0, b1), _mm512_unpackhi_epi8(b2, b3));
   }
   static void split_words(__m512i w0, __m512i w1, B& low, B& high) {  // elements 0-31 and 32-63
     const __m512i m = _mm512_set1_epi16(0xff);

@@ -38,7 +38,6 @@ struct Scalar {
     return r;
   }
   static void store(std::uint8_t* p, B b) { std::memcpy(p, b.v, 64); }
-  static void fence() {}
 
   template <int N>
   static B shl(B b) {
@@ -124,18 +123,15 @@ struct Scalar {
     }
   };
 
-  template <bool Stream>
   static void store8(std::uint8_t* d, B b) {
     store(d, b);
   }
-  template <bool Stream>
   static void store16(std::uint8_t* d, B low, B high) {
     for (int p = 0; p < 64; ++p) {
       d[2 * natural(p)] = low.v[p];
       d[2 * natural(p) + 1] = high.v[p];
     }
   }
-  template <bool Stream>
   static void store32(std::uint8_t* d, B b0, B b1, B b2, B b3) {
     for (int p = 0; p < 64; ++p) {
       std::uint8_t* e = d + 4 * natural(p);
