@@ -131,7 +131,8 @@ CodeTables choose_tables(const std::uint8_t* src, const Layout& layout, int thre
   }
 }
 
-void exponent_histogram(const std::uint8_t* src, std::size_t elements, Kind kind, bool wide, std::uint64_t counts[256]) {
+void exponent_histogram(const std::uint8_t* src, std::size_t elements, Kind kind, bool wide,
+                        std::uint64_t counts[256]) {
   constexpr std::size_t kPass = 1 << 30;  // so that the 32-bit counters cannot overflow
   for (std::size_t i = 0; i < elements; i += kPass) {
     std::uint32_t tables[4][256] = {};
