@@ -16,7 +16,7 @@ namespace {
 using Histogram = std::array<std::uint32_t, 256>;
 
 constexpr std::size_t kRowsPerHistogram = 64;
-constexpr std::size_t kSample = 1 << 14;  // elements that a histogram looks at, about, if there are more
+constexpr std::size_t kSample = 1 << 13;  // elements that a histogram looks at, about, if there are more
 constexpr std::size_t kChunk = 64;
 
 // Counts the exponents of n elements. Four tables, as equal neighbours would otherwise wait for each other's store.
