@@ -41,7 +41,11 @@ def machine() -> dict[str, Any]:
     from bitforbit import cpu
 
     model = next(
-        (line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
         platform.processor(),
     )
     packages = ("bitforbit", "numpy", "zipnn", "zstandard", "torch")
@@ -57,7 +61,8 @@ def machine() -> dict[str, Any]:
         "instruction_sets": [name for name, supported in cpu.implementations().items() if supported],
         "python": platform.python_version(),
         "versions": versions,
-        "commit": _git("rev-parse", "--short=12", "HEAD") + ("+changes" if _git("status", "--porcelain", "-uno") else ""),
+        "commit": _git("rev-parse", "--short=12", "HEAD")
+        + ("+changes" if _git("status", "--porcelain", "-uno") else ""),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
 
@@ -73,7 +78,9 @@ def save(name: str, results: dict[str, Any]) -> Path:
 def table(headers: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     widths = [max(len(str(row[i])) for row in [headers, *rows]) for i in range(len(headers))]
-    lines = ["| " + " | ".join(str(c).ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in [headers, *rows]]
+    lines = [
+        "| " + " | ".join(str(c).ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in [headers, *rows]
+    ]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
