@@ -24,7 +24,14 @@ OFFICIAL_GB_PER_S = 0.005
 
 def df11_bytes(unit: Df11Unit) -> int:
     """Bytes of the six tensors of a unit."""
-    arrays = (unit.luts, unit.encoded_exponent, unit.sign_mantissa, unit.output_positions, unit.gaps, unit.split_positions)
+    arrays = (
+        unit.luts,
+        unit.encoded_exponent,
+        unit.sign_mantissa,
+        unit.output_positions,
+        unit.gaps,
+        unit.split_positions,
+    )
     return sum(a.nbytes for a in arrays)
 
 
@@ -56,7 +63,9 @@ def run(rounds: int = 3) -> dict[str, Any]:
             versus = f"{speed / OFFICIAL_GB_PER_S:.0f}x" if label.startswith("write") else "-"
             rows.append([name, label, f"{speed:.2f}", versus])
         results.append(result)
-        print(f"{name}: DF11 {result['df11_bits_per_weight']:.3f}, planes {result['planes_bits_per_weight']:.3f} bits/weight")
+        print(
+            f"{name}: DF11 {result['df11_bits_per_weight']:.3f}, planes {result['planes_bits_per_weight']:.3f} bits/weight"
+        )
     print("\n" + table(["source", "", "GB/s", "vs official (0.005 GB/s)"], rows))
     summary = {"official_gb_per_s": OFFICIAL_GB_PER_S, "sources": results}
     save("df11", summary)
