@@ -80,26 +80,26 @@ class Random {
 
 }  // namespace bitforbit::testing
 
-#define TEST(name)                                                            \
-  static void test_##name();                                                  \
+#define TEST(name)                                                                  \
+  static void test_##name();                                                        \
   static const ::bitforbit::testing::Register register_##name{#name, &test_##name}; \
   static void test_##name()
 
-#define CHECK(condition)                                                                          \
-  do {                                                                                            \
-    if (!(condition)) ::bitforbit::testing::fail(__FILE__, __LINE__, "not true: " #condition);    \
+#define CHECK(condition)                                                                       \
+  do {                                                                                         \
+    if (!(condition)) ::bitforbit::testing::fail(__FILE__, __LINE__, "not true: " #condition); \
   } while (false)
 
 #define CHECK_SAME_BYTES(expected, got, what) \
   ::bitforbit::testing::check_same_bytes(__FILE__, __LINE__, (expected), (got), (what))
 
-#define CHECK_THROWS(Error, ...)                                                                        \
-  do {                                                                                                  \
-    bool thrown = false;                                                                                \
-    try {                                                                                               \
-      __VA_ARGS__;                                                                                      \
-    } catch (const Error&) {                                                                            \
-      thrown = true;                                                                                    \
-    }                                                                                                   \
+#define CHECK_THROWS(Error, ...)                                                                            \
+  do {                                                                                                      \
+    bool thrown = false;                                                                                    \
+    try {                                                                                                   \
+      __VA_ARGS__;                                                                                          \
+    } catch (const Error&) {                                                                                \
+      thrown = true;                                                                                        \
+    }                                                                                                       \
     if (!thrown) ::bitforbit::testing::fail(__FILE__, __LINE__, "did not throw " #Error ": " #__VA_ARGS__); \
   } while (false)

@@ -62,7 +62,8 @@ void check_all_words(const KindCase& c, std::initializer_list<Shape> shapes) {
     CHECK(shape.rows * shape.cols == std::size_t{1} << c.item_bits);
     const Layout layout{c.kind, c.wide, shape.rows, shape.cols, 0};
     ExactBytes data(layout.rows * layout.row_bytes());
-    for (std::size_t i = 0; i < shape.rows * shape.cols; ++i) put_word(c, data.data(), i, static_cast<std::uint32_t>(i));
+    for (std::size_t i = 0; i < shape.rows * shape.cols; ++i)
+      put_word(c, data.data(), i, static_cast<std::uint32_t>(i));
     check_round_trip(c, layout, data, random);
   }
 }

@@ -20,17 +20,17 @@ struct KindCase {
 };
 
 inline constexpr KindCase kKinds[] = {
-    {"BF16", Kind::kBF16, false, 16, 8, 7},      {"BF16 as F32", Kind::kBF16, true, 16, 8, 7},
-    {"F16", Kind::kF16, false, 16, 5, 10},       {"F32", Kind::kF32, false, 32, 8, 23},
-    {"F8_E4M3", Kind::kF8E4M3, false, 8, 4, 3},  {"F8_E5M2", Kind::kF8E5M2, false, 8, 5, 2},
+    {"BF16", Kind::kBF16, false, 16, 8, 7},     {"BF16 as F32", Kind::kBF16, true, 16, 8, 7},
+    {"F16", Kind::kF16, false, 16, 5, 10},      {"F32", Kind::kF32, false, 32, 8, 23},
+    {"F8_E4M3", Kind::kF8E4M3, false, 8, 4, 3}, {"F8_E5M2", Kind::kF8E5M2, false, 8, 5, 2},
 };
 
 struct Shape {
   std::size_t rows, cols;
 };
 
-inline constexpr Shape kShapes[] = {{1, 1},   {1, 63},   {1, 64},   {1, 65},    {15, 64},  {16, 64},
-                                    {17, 64}, {17, 130}, {33, 1000}, {5, 4096}, {64, 1},   {100, 3}};
+inline constexpr Shape kShapes[] = {{1, 1},   {1, 63},   {1, 64},    {1, 65},   {15, 64}, {16, 64},
+                                    {17, 64}, {17, 130}, {33, 1000}, {5, 4096}, {64, 1},  {100, 3}};
 
 enum class Pattern { kConstant, kZero, kNarrow, kNineApart, kWide, kRandomBits };
 inline constexpr Pattern kPatterns[] = {Pattern::kConstant,  Pattern::kZero, Pattern::kNarrow,
@@ -44,13 +44,18 @@ inline std::uint32_t make_word(const KindCase& c, Pattern pattern, Random& rando
   const std::uint32_t rest = static_cast<std::uint32_t>(random.bits());
   std::uint32_t exponent = 0;
   switch (pattern) {
-    case Pattern::kConstant: return 0x3f8c0101u >> (32 - c.item_bits);
-    case Pattern::kZero: return 0;
-    case Pattern::kRandomBits: return c.item_bits == 32 ? rest : rest & ((1u << c.item_bits) - 1);
+    case Pattern::kConstant:
+      return 0x3f8c0101u >> (32 - c.item_bits);
+    case Pattern::kZero:
+      return 0;
+    case Pattern::kRandomBits:
+      return c.item_bits == 32 ? rest : rest & ((1u << c.item_bits) - 1);
     case Pattern::kNarrow:
       exponent = exponents * 15 / 32 - static_cast<std::uint32_t>(__builtin_ctzll(random.bits() | 1ull << 40));
       break;
-    case Pattern::kNineApart: exponent = static_cast<std::uint32_t>(random.below(9)) * (exponents / 9); break;
+    case Pattern::kNineApart:
+      exponent = static_cast<std::uint32_t>(random.below(9)) * (exponents / 9);
+      break;
     case Pattern::kWide: {
       const std::size_t top = 1 + random.below(exponents);
       exponent = static_cast<std::uint32_t>(random.below(top));
@@ -74,7 +79,8 @@ inline void put_word(const KindCase& c, std::uint8_t* out, std::size_t i, std::u
 inline ExactBytes make_floats(const KindCase& c, const Layout& layout, Pattern pattern, Random& random,
                               std::size_t shift = 0) {
   ExactBytes data(layout.rows * layout.row_bytes(), shift);
-  for (std::size_t i = 0; i < layout.rows * layout.cols; ++i) put_word(c, data.data(), i, make_word(c, pattern, random));
+  for (std::size_t i = 0; i < layout.rows * layout.cols; ++i)
+    put_word(c, data.data(), i, make_word(c, pattern, random));
   return data;
 }
 
