@@ -123,9 +123,7 @@ struct Scalar {
     }
   };
 
-  static void store8(std::uint8_t* d, B b) {
-    store(d, b);
-  }
+  static void store8(std::uint8_t* d, B b) { store(d, b); }
   static void store16(std::uint8_t* d, B low, B high) {
     for (int p = 0; p < 64; ++p) {
       d[2 * natural(p)] = low.v[p];
