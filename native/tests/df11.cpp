@@ -85,21 +85,11 @@ TEST(df11_wrong_sizes) {
       };
       std::vector<std::uint16_t> words(wrong.sign_mantissa.size());
       switch (array) {
-        case 0:
-          resize(wrong.luts);
-          break;
-        case 1:
-          resize(wrong.encoded);
-          break;
-        case 2:
-          resize(wrong.sign_mantissa);
-          break;
-        case 3:
-          resize(wrong.gaps);
-          break;
-        default:
-          resize(wrong.positions);
-          break;
+        case 0: resize(wrong.luts); break;
+        case 1: resize(wrong.encoded); break;
+        case 2: resize(wrong.sign_mantissa); break;
+        case 3: resize(wrong.gaps); break;
+        default: resize(wrong.positions); break;
       }
       CHECK_THROWS(CorruptData, df11::decode(wrong.view(), 2, words));
     }
@@ -117,15 +107,9 @@ TEST(df11_damaged_units) {
         for (std::size_t flips = 1 + random.below(3); flips; --flips) {
           const std::uint8_t flip = static_cast<std::uint8_t>(1u << random.below(8));
           switch (random.below(4)) {
-            case 0:
-              damaged.luts[random.below(damaged.luts.size())] ^= flip;
-              break;
-            case 1:
-              damaged.encoded[random.below(damaged.encoded.size())] ^= flip;
-              break;
-            case 2:
-              damaged.gaps[random.below(damaged.gaps.size())] ^= flip;
-              break;
+            case 0: damaged.luts[random.below(damaged.luts.size())] ^= flip; break;
+            case 1: damaged.encoded[random.below(damaged.encoded.size())] ^= flip; break;
+            case 2: damaged.gaps[random.below(damaged.gaps.size())] ^= flip; break;
             default:
               damaged.positions[random.below(damaged.positions.size())] ^= static_cast<std::uint32_t>(flip)
                                                                            << random.below(25);

@@ -44,18 +44,13 @@ inline std::uint32_t make_word(const KindCase& c, Pattern pattern, Random& rando
   const std::uint32_t rest = static_cast<std::uint32_t>(random.bits());
   std::uint32_t exponent = 0;
   switch (pattern) {
-    case Pattern::kConstant:
-      return 0x3f8c0101u >> (32 - c.item_bits);
-    case Pattern::kZero:
-      return 0;
-    case Pattern::kRandomBits:
-      return c.item_bits == 32 ? rest : rest & ((1u << c.item_bits) - 1);
+    case Pattern::kConstant: return 0x3f8c0101u >> (32 - c.item_bits);
+    case Pattern::kZero: return 0;
+    case Pattern::kRandomBits: return c.item_bits == 32 ? rest : rest & ((1u << c.item_bits) - 1);
     case Pattern::kNarrow:
       exponent = exponents * 15 / 32 - static_cast<std::uint32_t>(__builtin_ctzll(random.bits() | 1ull << 40));
       break;
-    case Pattern::kNineApart:
-      exponent = static_cast<std::uint32_t>(random.below(9)) * (exponents / 9);
-      break;
+    case Pattern::kNineApart: exponent = static_cast<std::uint32_t>(random.below(9)) * (exponents / 9); break;
     case Pattern::kWide: {
       const std::size_t top = 1 + random.below(exponents);
       exponent = static_cast<std::uint32_t>(random.below(top));
