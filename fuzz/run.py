@@ -55,19 +55,19 @@ def run(target: Target, seconds: int) -> int:
         f"-timeout={INPUT_TIMEOUT_SECONDS}",
         f"-artifact_prefix={crashes / target.name}-",
         "-print_final_stats=1",
-        "-verbosity=1",
     ]
     if target.json:
         flags.append(f"-dict={FUZZ / 'json.dict'}")
     print(f"\n== fuzz {target.name}, {seconds} s", flush=True)
-    result = subprocess.run([*target.command, *flags, str(corpus)], stderr=subprocess.PIPE, text=True, errors="replace")
-    lines = result.stderr.splitlines()
+    command = [*target.command, *flags, str(corpus)]
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    lines = result.stdout.splitlines()
     if result.returncode:
-        print("\n".join(lines[-120:]))
+        print("\n".join([line for line in lines if not line.startswith("#")][-120:]))
         print(f"fuzz {target.name}: FAILED with status {result.returncode}; the input is in {crashes}", flush=True)
         return 1
-    shown = [line for line in lines if " DONE " in line or "number_of_executed_units" in line or "peak_rss_mb" in line]
-    print("\n".join(shown), flush=True)
+    kept = ("DONE", "number_of_executed_units", "peak_rss_mb")
+    print("\n".join(line for line in lines if any(word in line for word in kept)), flush=True)
     return 0
 
 
