@@ -1,0 +1,62 @@
+"""Small questions to the file system, and the two durable things it can do: sync and swap."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
+
+
+def exists(path: Path) -> bool:
+    """Whether something is there; an empty directory does not count."""
+    return os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir()))
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that this user can still write to the file system."""
+    info = os.statvfs(path)
+    return info.f_bavail * info.f_frsize
+
+
+def tree_bytes(root: Path) -> int:
+    """Bytes of all files below a directory."""
+    return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_tree(root: Path) -> None:
+    """Make the names in a directory and all below it durable."""
+    for directory, _, _ in os.walk(root):
+        sync_directory(Path(directory))
+
+
+def sync_files(root: Path) -> None:
+    """Make the contents of all files below a directory durable."""
+    for path in root.rglob("*"):
+        if path.is_file():
+            fd = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+
+def exchange(a: Path, b: Path) -> bool:
+    """Swap two names atomically; False where the system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    result: int = rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), ctypes.c_uint(_RENAME_EXCHANGE))
+    return result == 0

@@ -1,0 +1,122 @@
+"""What the archive functions return. Sizes in bytes, times in seconds; ``to_json`` gives JSON-able dictionaries."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class _Report:
+    def to_json(self) -> dict[str, Any]:
+        """Every field, as a dictionary that the json module can write."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class CompressReport(_Report):
+    """Result of ``compress``.
+
+    original_bytes and compressed_bytes count all files, the manifest included. weight_original_bytes and
+    weight_compressed_bytes count the tensors of all shards: parts with their padding, and uncompressed tensors, but
+    no headers. bits_per_weight is 8 x weight_compressed_bytes / elements. resumed_files were taken over from an
+    unfinished run. For format "df11" the counts of single tensors are those of the stored tensors' bytes only.
+    """
+
+    source: str
+    destination: str
+    format: str
+    original_bytes: int
+    compressed_bytes: int
+    weight_original_bytes: int
+    weight_compressed_bytes: int
+    elements: int
+    bits_per_weight: float
+    files: int
+    shards: int
+    tensors: int
+    compressed_tensors: int
+    resumed_files: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class DecompressReport(_Report):
+    """Result of ``decompress``; sha256 tells whether SHA-256 was checked besides the XXH3 checksums."""
+
+    source: str
+    destination: str
+    format: str
+    compressed_bytes: int
+    restored_bytes: int
+    files: int
+    shards: int
+    tensors: int
+    resumed_files: int
+    sha256: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Failure(_Report):
+    """One thing that is not as it should be: the file, the tensor if it is one, the error's class and message."""
+
+    path: str
+    tensor: str | None
+    error: str
+    message: str
+
+
+@dataclass(frozen=True)
+class VerifyReport(_Report):
+    """Result of ``verify``. unknown_files lie in the directory but are not named by the manifest."""
+
+    path: str
+    against: str | None
+    ok: bool
+    files: int
+    tensors: int
+    restored_bytes: int
+    seconds: float
+    errors: list[Failure] = field(default_factory=list)
+    unknown_files: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class TensorReport(_Report):
+    """One tensor, or several together.
+
+    codec is "raw" where the tensor is stored as it is, None where stored_bytes (None too) was not asked for.
+    exponent_entropy in bits per element, shannon_bound = exponent_entropy + the bits besides the exponent,
+    distance = bits_per_weight - shannon_bound; None for dtypes without an exponent and for empty tensors.
+    """
+
+    name: str
+    file: str
+    dtype: str
+    shape: list[int]
+    elements: int
+    original_bytes: int
+    stored_bytes: int | None
+    bits_per_weight: float | None
+    exponent_entropy: float | None
+    shannon_bound: float | None
+    distance: float | None
+    codec: str | None
+
+
+@dataclass(frozen=True)
+class InspectReport(_Report):
+    """Result of ``inspect``.
+
+    compressed tells whether the files are compressed already; if not, stored sizes are a forecast. The total sums
+    sizes over all tensors; its entropy and bound are means over the elements of the tensors that have them, and so is
+    its distance.
+    """
+
+    path: str
+    compressed: bool
+    file_bytes: int
+    seconds: float
+    total: TensorReport
+    tensors: list[TensorReport] = field(default_factory=list)
