@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bitforbit import errors
-    from bitforbit.archive import compress, decompress, inspect, verify
+    from bitforbit.archive.compress import compress
+    from bitforbit.archive.decompress import decompress
+    from bitforbit.archive.inspect import inspect
+    from bitforbit.archive.verify import verify
     from bitforbit.arrays import Encoded, encode
 
 __version__ = "0.1.0"

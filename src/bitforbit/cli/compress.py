@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -82,7 +82,7 @@ def command(
     )
 
 
-def _units(path: Path) -> object:
+def _units(path: Path) -> Any:
     from bitforbit.errors import UsageError
 
     value = options.read_json(path, "units")

@@ -45,7 +45,10 @@ def command(
             progress=progress,
         )
     if json:
-        output.print_json(report.to_json())
+        from bitforbit.cli.sizes import bits_per_weight
+
+        rate = bits_per_weight(path, destination)
+        output.print_json({"original_bytes": report.restored_bytes, "bits_per_weight": rate, **report.to_json()})
         return
     checked = "SHA-256 of every file is that of the original" if report.sha256 else "plain weights"
     output.print_facts(

@@ -41,8 +41,8 @@ def show(report: DemoReport) -> None:
     output.print_facts("A small Llama, trained from scratch; it comes with this package", _facts(report.facts))
     output.print_line()
     output.print_line(
-        f"Restored from {output.size(report.shipped_bytes)}: {report.files} files, {output.size(report.original_bytes)}; "
-        "the SHA-256 of each is the recorded one."
+        f"Restored from {output.size(report.shipped_bytes)}: {report.files} files, "
+        f"{output.size(report.original_bytes)}; the SHA-256 of each is the recorded one."
     )
     output.print_line()
     weights = report.original_weight_bytes

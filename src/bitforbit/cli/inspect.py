@@ -72,7 +72,7 @@ def command(
 
 @dataclass(frozen=True)
 class Row:
-    """Tensors that are alike: same dtype and shape, names that differ in numbers only. Sizes in bytes, rates in bits."""
+    """Tensors of one dtype and shape whose names differ in numbers only. Sizes in bytes, rates in bits."""
 
     name: str
     count: int

@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+_GAP = "  "
+_MIN_FIRST_COLUMN = 20
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
@@ -63,22 +65,28 @@ def print_facts(title: str, facts: Iterable[tuple[str, str]]) -> None:
 def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1, last: bool = False) -> None:
     """A table whose first ``left`` columns are left-aligned, the others right-aligned; ``last`` sets off the last row.
 
-    Columns keep their full width where the output is no terminal.
+    On a terminal that is too narrow the first column loses its beginning.
     """
-    from rich.table import Table
+    from rich.markup import escape
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for i, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if i < left else "right", overflow="fold" if i == 0 else "ellipsis")
-    lines = list(rows)
-    for i, row in enumerate(lines):
-        if last and i == len(lines) - 1:
-            table.add_section()
-        table.add_row(*(_escaped(cell) for cell in row), style="bold" if last and i == len(lines) - 1 else None)
     console = _console()
-    if not console.is_terminal:
-        console.width = max(console.width, console.measure(table).maximum)
-    console.print(table)
+    lines = [list(headings), *(list(row) for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(headings))]
+    if console.is_terminal:
+        rest = sum(widths[1:]) + len(_GAP) * (len(widths) - 1)
+        widths[0] = max(min(widths[0], _MIN_FIRST_COLUMN), min(widths[0], console.width - rest))
+    for n, line in enumerate(lines):
+        cells = [f"{_shortened(line[0], widths[0]):<{widths[0]}}"]
+        cells += [
+            f"{c:<{w}}" if i < left else f"{c:>{w}}" for i, (c, w) in enumerate(zip(line, widths, strict=True)) if i
+        ]
+        text = escape(_GAP.join(cells).rstrip())
+        is_total = last and n == len(lines) - 1
+        console.print(f"[bold]{text}[/bold]" if n == 0 or is_total else text, soft_wrap=True)
+
+
+def _shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else "..." + text[len(text) - length + 3 :]
 
 
 def print_line(text: str = "") -> None:
@@ -86,12 +94,6 @@ def print_line(text: str = "") -> None:
     from rich.markup import escape
 
     _console().print(escape(text), soft_wrap=True)
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 def _console() -> Any:

@@ -1,4 +1,4 @@
-"""The picture of ``inspect --plot``: how exponents are distributed, and how close each kind of tensor is to its bound."""
+"""The picture of ``inspect --plot``: how exponents are distributed, how close each kind of tensor is to its bound."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _MAX_BARS = 16
 _NAME_LENGTH = 44
-_BLUE, _ORANGE, _GREY = "#3b6fb6", "#d1622b", "#8a8a8a"
+_BLUE, _ORANGE = "#3b6fb6", "#d1622b"
 
 
 def check_plot(path: Path) -> None:

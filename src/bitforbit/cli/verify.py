@@ -31,7 +31,9 @@ def command(
     with progress_bar(silent=quiet or json) as progress:
         report = verify(directory, against=original, threads=options.thread_count(threads), progress=progress)
     if json:
-        output.print_json(report.to_json())
+        from bitforbit.cli.sizes import stored_sizes
+
+        output.print_json({"original_bytes": report.restored_bytes, **stored_sizes(directory), **report.to_json()})
     else:
         for failure in report.errors[:_SHOWN_FAILURES]:
             where = failure.path + (f", tensor {failure.tensor}" if failure.tensor else "")
