@@ -99,7 +99,7 @@ def model_path(path: Path | None = None) -> Path:
 def run(
     model: Path | None = None,
     *,
-    formats: Sequence[str] = FORMATS,
+    formats: Sequence[str] | None = None,
     keep: Path | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -121,7 +121,7 @@ def run(
         original = work / "original"
         decompress(source, original, threads=count, progress=progress)
         reference = _Fingerprint.of(original)
-        results = [_measure(name, original, reference, work, count, progress) for name in formats]
+        results = [_measure(name, original, reference, work, count, progress) for name in formats or FORMATS]
         report = original / "training_report.json"
         return DemoReport(
             model=str(source),

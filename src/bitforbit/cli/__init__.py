@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except usage_error as e:
         message = e.format_message() if hasattr(e, "format_message") else str(e)
         return _fail("UsageError", f"{message} (see: bitforbit --help)" if message else "", as_json)
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # typer and rich leave by SystemExit if nobody reads the output
         # Keep the interpreter from failing once more when it flushes standard output at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE

@@ -93,7 +93,8 @@ def _fetch(repo: str, revision: str | None, silent: bool) -> Path:
     _check_kind(name, names)
     patterns = [glob.escape(file) for file in needed(names)]
     try:
-        return Path(huggingface_hub.snapshot_download(repo, revision=info.sha, allow_patterns=patterns))
+        # By the name of the revision, which the cache then remembers for when the Hub cannot be reached.
+        return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except (network_error, OSError) as e:
         raise SourceNotFoundError(f"{name}: could not be fetched completely ({e}); run again to continue") from e
 
@@ -109,8 +110,15 @@ def _check_kind(name: str, files: Sequence[str]) -> None:
 def _from_cache(repo: str, revision: str | None, name: str, error: Exception) -> Path:
     import huggingface_hub
 
+    # The names of the model's files are not known here, so the choice of needed() is spelled as patterns.
+    wanted = [*(f"*{suffix}" for suffix in (_WEIGHTS, *_SUFFIXES)), *(f"{stem}*" for stem in _STEMS)]
+    unwanted = [f"{prefix}{_DUPLICATE}*" for prefix in ("", "*/")] + [".*", "*/.*"]
+    unwanted += [f"{folder}/*" for folder in _OTHER_FORMATS] + [f"*{suffix}" for suffix in _OTHER_WEIGHTS_INDEX]
     try:
-        return Path(huggingface_hub.snapshot_download(repo, revision=revision, local_files_only=True))
+        folder = huggingface_hub.snapshot_download(
+            repo, revision=revision, local_files_only=True, allow_patterns=wanted, ignore_patterns=unwanted
+        )
+        return Path(folder)
     except OSError:
         raise SourceNotFoundError(
             f"{name}: no such path; the Hub cannot be reached ({error}), and its cache holds no complete copy"
