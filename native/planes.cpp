@@ -33,7 +33,8 @@ struct Index {
 
 Index load_index(const std::uint8_t* p) {
   const auto u32 = [&](int i) {
-    return static_cast<std::uint32_t>(p[i] | p[i + 1] << 8 | p[i + 2] << 16) | static_cast<std::uint32_t>(p[i + 3]) << 24;
+    return static_cast<std::uint32_t>(p[i] | p[i + 1] << 8 | p[i + 2] << 16) | static_cast<std::uint32_t>(p[i + 3])
+                                                                                   << 24;
   };
   return {u32(0), u32(4), u32(8)};
 }
@@ -63,7 +64,9 @@ Buffer::Buffer(std::size_t size) : size_(size) {
 
 std::size_t Layout::item_bytes() const { return item_size(kind, wide); }
 std::size_t Layout::block_rows(std::size_t block) const { return std::min(kBlockRows, rows - block * kBlockRows); }
-std::size_t Layout::groups_in(std::size_t r) const { return r * (cols / kGroup) + ceil_div(r * (cols % kGroup), kGroup); }
+std::size_t Layout::groups_in(std::size_t r) const {
+  return r * (cols / kGroup) + ceil_div(r * (cols % kGroup), kGroup);
+}
 std::size_t Layout::groups() const {
   return (blocks() - 1) * groups_in(kBlockRows) + groups_in(block_rows(blocks() - 1));
 }
@@ -105,7 +108,8 @@ EncodedPlanes encode_planes(const std::uint8_t* src, Layout layout, const Planes
       b.table = out.code.data() + i * kBlockRows / layout.rows_per_table * kTableBytes;
       b.src = src + i * kBlockRows * layout.row_bytes(), b.src_stride = layout.row_bytes();
       b.digits = out.digits.data() + i * full * (kGroup / 4);
-      for (int p = 0; p < static_cast<int>(kMaxPlanes); ++p) b.planes[p] = planes[p] + i * full * plane_stride(layout.kind, p);
+      for (int p = 0; p < static_cast<int>(kMaxPlanes); ++p)
+        b.planes[p] = planes[p] + i * full * plane_stride(layout.kind, p);
       b.ranks2 = scratch.data(), b.ranks3 = b.ranks2 + cap, b.exponents4 = b.ranks3 + cap;
       b.level2 = packed.data(), b.level3 = packed.data() + cap / 2;
       ops.encode(b);
@@ -157,8 +161,8 @@ std::vector<std::uint64_t> tail_offsets(const PlanesParts& parts, const Layout& 
 
 void expect_size(const char* part, std::size_t expected, std::size_t got) {
   if (expected != got) {
-    throw CorruptData("expected part '" + std::string(part) + "' to have " + std::to_string(expected) +
-                      " bytes, got " + std::to_string(got));
+    throw CorruptData("expected part '" + std::string(part) + "' to have " + std::to_string(expected) + " bytes, got " +
+                      std::to_string(got));
   }
 }
 
@@ -216,7 +220,9 @@ void decode_planes(const PlanesParts& parts, const Layout& layout, std::size_t b
         throw CorruptData("expected the digits of rows " + std::to_string(block_begin) + " to " +
                           std::to_string(block_end) + " to use exactly their tail, they do not");
       }
-      if (partial) std::memcpy(out + (from - begin) * row_bytes, whole.data() + (from - block_begin) * row_bytes, (to - from) * row_bytes);
+      if (partial)
+        std::memcpy(out + (from - begin) * row_bytes, whole.data() + (from - block_begin) * row_bytes,
+                    (to - from) * row_bytes);
     }
   });
 }

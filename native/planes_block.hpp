@@ -11,11 +11,11 @@
 namespace bitforbit {
 
 inline constexpr std::size_t kBlockRows = 16;
-inline constexpr std::size_t kGroup = 64;        // positions per group: one tile row
-inline constexpr std::size_t kCodedRanks = 9;    // three levels of three ranks
-inline constexpr std::size_t kTableBytes = 16;   // 9 exponents, 7 zeros
-inline constexpr std::size_t kIndexBytes = 12;   // u32 n2, n3, n4
-inline constexpr std::size_t kSlack = 128;       // scratch bytes past the end that vector code may touch
+inline constexpr std::size_t kGroup = 64;       // positions per group: one tile row
+inline constexpr std::size_t kCodedRanks = 9;   // three levels of three ranks
+inline constexpr std::size_t kTableBytes = 16;  // 9 exponents, 7 zeros
+inline constexpr std::size_t kIndexBytes = 12;  // u32 n2, n3, n4
+inline constexpr std::size_t kSlack = 128;      // scratch bytes past the end that vector code may touch
 inline constexpr std::size_t kMaxPlanes = 3;
 
 enum class Kind : std::uint8_t { kBF16, kF16, kF32, kF8E4M3, kF8E5M2 };
@@ -23,18 +23,18 @@ enum class Kind : std::uint8_t { kBF16, kF16, kF32, kF8E4M3, kF8E5M2 };
 // One block to decode. Every pointer covers what the counts say; scratch buffers hold kSlack bytes more.
 struct DecodeBlock {
   Kind kind;
-  bool wide;                            // BF16 restored as F32 whose low 16 bits are zero
+  bool wide;  // BF16 restored as F32 whose low 16 bits are zero
   std::size_t rows, cols;
-  const std::uint8_t* table;            // [16]
-  const std::uint8_t* digits;           // [groups * 16]
+  const std::uint8_t* table;   // [16]
+  const std::uint8_t* digits;  // [groups * 16]
   const std::uint8_t* planes[kMaxPlanes];
   const std::uint8_t *level2, *level3;  // packed digits of the tail, [ceil(n / 64) * 16]
   std::size_t n2, n3, n4;
-  std::uint8_t* exponents2;             // scratch [ceil64(n2) + kSlack]
-  std::uint8_t* exponents3;             // scratch [ceil64(n3) + kSlack]
-  const std::uint8_t* exponents4;       // the raw exponents, readable for kSlack bytes past n4
+  std::uint8_t* exponents2;        // scratch [ceil64(n2) + kSlack]
+  std::uint8_t* exponents3;        // scratch [ceil64(n3) + kSlack]
+  const std::uint8_t* exponents4;  // the raw exponents, readable for kSlack bytes past n4
   std::uint8_t* out;
-  std::size_t out_stride;               // bytes from row to row
+  std::size_t out_stride;  // bytes from row to row
 };
 
 // One block to encode. Scratch buffers hold groups * 64 + kSlack bytes.

@@ -16,7 +16,7 @@ namespace {
 using Histogram = std::array<std::uint32_t, 256>;
 
 constexpr std::size_t kRowsPerHistogram = 64;
-constexpr std::size_t kSample = 1 << 14;  // elements that a histogram looks at, about, if there are more
+constexpr std::size_t kSample = 1 << 13;  // elements that a histogram looks at, about, if there are more
 constexpr std::size_t kChunk = 64;
 
 // Counts the exponents of n elements. Four tables, as equal neighbours would otherwise wait for each other's store.
@@ -131,7 +131,8 @@ CodeTables choose_tables(const std::uint8_t* src, const Layout& layout, int thre
   }
 }
 
-void exponent_histogram(const std::uint8_t* src, std::size_t elements, Kind kind, bool wide, std::uint64_t counts[256]) {
+void exponent_histogram(const std::uint8_t* src, std::size_t elements, Kind kind, bool wide,
+                        std::uint64_t counts[256]) {
   constexpr std::size_t kPass = 1 << 30;  // so that the 32-bit counters cannot overflow
   for (std::size_t i = 0; i < elements; i += kPass) {
     std::uint32_t tables[4][256] = {};

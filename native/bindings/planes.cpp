@@ -103,6 +103,6 @@ void bind_planes(nb::module_& m) {
   m.def("planes_encode", &encode, nb::arg("src"), nb::arg("kind"), nb::arg("wide"), nb::arg("rows"), nb::arg("cols"),
         nb::arg("rows_per_table"), nb::arg("isa"), nb::arg("threads"));
   m.def("planes_decode", &decode, nb::arg("code"), nb::arg("digits"), nb::arg("sign_mantissa"), nb::arg("tails"),
-        nb::arg("kind"), nb::arg("wide"), nb::arg("rows"), nb::arg("cols"), nb::arg("rows_per_table"),
-        nb::arg("begin"), nb::arg("end"), nb::arg("out"), nb::arg("isa"), nb::arg("threads"));
+        nb::arg("kind"), nb::arg("wide"), nb::arg("rows"), nb::arg("cols"), nb::arg("rows_per_table"), nb::arg("begin"),
+        nb::arg("end"), nb::arg("out"), nb::arg("isa"), nb::arg("threads"));
 }

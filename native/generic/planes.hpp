@@ -146,8 +146,7 @@ bool decode_block(const DecodeBlock& b) {
 template <class V>
 void encode_block(EncodeBlock& b) {
   switch (b.kind) {
-    case Kind::kBF16:
-      return b.wide ? encode_tiles<V, Kind::kBF16, true>(b) : encode_tiles<V, Kind::kBF16, false>(b);
+    case Kind::kBF16: return b.wide ? encode_tiles<V, Kind::kBF16, true>(b) : encode_tiles<V, Kind::kBF16, false>(b);
     case Kind::kF16: return encode_tiles<V, Kind::kF16, false>(b);
     case Kind::kF32: return encode_tiles<V, Kind::kF32, false>(b);
     case Kind::kF8E4M3: return encode_tiles<V, Kind::kF8E4M3, false>(b);

@@ -65,7 +65,7 @@ inline void join64(typename V::B e, const std::uint8_t* const planes[], std::siz
 template <Kind K, bool Wide>
 inline void fill_rank0(std::uint8_t* buffer, std::uint8_t exponent) {
   constexpr std::size_t kItem = item_size(K, Wide);
-  constexpr int kShift = K == Kind::kBF16 ? (Wide ? 23 : 7)
+  constexpr int kShift = K == Kind::kBF16     ? (Wide ? 23 : 7)
                          : K == Kind::kF16    ? 10
                          : K == Kind::kF32    ? 23
                          : K == Kind::kF8E4M3 ? 3

@@ -61,7 +61,8 @@ inline __m128i expand16(std::uint32_t mask, const std::uint8_t* src) {
     return _mm_castpd_si128(_mm_loadh_pd(low, static_cast<const double*>(b)));
   };
   const __m128i bytes = pair(src, src1);
-  const __m128i index = _mm_or_si128(pair(&kShuffles.expand[m0], &kShuffles.expand[m1]), _mm_set_epi64x(0x0808080808080808, 0));
+  const __m128i index =
+      _mm_or_si128(pair(&kShuffles.expand[m0], &kShuffles.expand[m1]), _mm_set_epi64x(0x0808080808080808, 0));
   return _mm_shuffle_epi8(bytes, index);
 }
 

@@ -99,12 +99,11 @@ def split(words: npt.NDArray[np.generic], layout: FloatLayout) -> tuple[npt.NDAr
     return exponent.astype(np.uint32), rest.astype(np.uint32)
 
 
-def join(
-    exponent: npt.NDArray[np.uint32], rest: npt.NDArray[np.uint32], layout: FloatLayout
-) -> npt.NDArray[np.uint32]:
+def join(exponent: npt.NDArray[np.uint32], rest: npt.NDArray[np.uint32], layout: FloatLayout) -> npt.NDArray[np.uint32]:
     """Inverse of :func:`split`."""
     e = exponent.astype(np.uint32)
     r = rest.astype(np.uint32)
     sign = r >> layout.mantissa_bits
     mantissa = r & ((1 << layout.mantissa_bits) - 1)
-    return (sign << (layout.exponent_bits + layout.mantissa_bits)) | (e << layout.mantissa_bits) | mantissa
+    words = (sign << (layout.exponent_bits + layout.mantissa_bits)) | (e << layout.mantissa_bits) | mantissa
+    return words.astype(np.uint32)

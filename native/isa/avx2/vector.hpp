@@ -70,7 +70,8 @@ struct Avx2 {
     return {_mm256_and_si256(a, byte(1)), _mm256_and_si256(_mm256_srli_epi16(a, 4), byte(1))};
   }
   static void pack4(std::uint8_t* d, B v) {
-    store256(d, _mm256_or_si256(_mm256_and_si256(v.a, byte(15)), _mm256_slli_epi16(_mm256_and_si256(v.b, byte(15)), 4)));
+    store256(d,
+             _mm256_or_si256(_mm256_and_si256(v.a, byte(15)), _mm256_slli_epi16(_mm256_and_si256(v.b, byte(15)), 4)));
   }
   static void pack2(std::uint8_t* d, B v) {
     const __m256i x = _mm256_or_si256(v.a, _mm256_slli_epi16(v.b, 4));  // lane 0: bits [1:0], [5:4]; lane 1: the rest
@@ -80,7 +81,8 @@ struct Avx2 {
   static void pack1(std::uint8_t* d, B v) {
     // Positions 8k..8k+7 go to bit k of bytes 0-7: shift each 64-bit lane's top bits to its bit, then fold.
     const __m256i bit = byte(1);
-    const __m256i a = _mm256_and_si256(_mm256_srli_epi16(v.a, 7), bit), b = _mm256_and_si256(_mm256_srli_epi16(v.b, 7), bit);
+    const __m256i a = _mm256_and_si256(_mm256_srli_epi16(v.a, 7), bit),
+                  b = _mm256_and_si256(_mm256_srli_epi16(v.b, 7), bit);
     const __m256i x = _mm256_or_si256(a, _mm256_slli_epi16(b, 4));
     const __m256i y = _mm256_sllv_epi64(x, _mm256_setr_epi64x(0, 1, 2, 3));
     const __m128i z = _mm_or_si128(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
@@ -98,7 +100,8 @@ struct Avx2 {
       q[i] = expand16(m, src);
       src += __builtin_popcount(m);
     }
-    return {_mm256_or_si256(base.a, _mm256_set_m128i(q[1], q[0])), _mm256_or_si256(base.b, _mm256_set_m128i(q[3], q[2]))};
+    return {_mm256_or_si256(base.a, _mm256_set_m128i(q[1], q[0])),
+            _mm256_or_si256(base.b, _mm256_set_m128i(q[3], q[2]))};
   }
   static std::size_t compress_store(std::uint8_t* dst, std::uint64_t mask, B v) {
     alignas(32) std::uint8_t bytes[64];
@@ -130,9 +133,7 @@ struct Avx2 {
     B operator()(B e) const { return {rank(e.a), rank(e.b)}; }
   };
 
-  static void store8(std::uint8_t* d, B v) {
-    store256(d, v.a), store256(d + 32, v.b);
-  }
+  static void store8(std::uint8_t* d, B v) { store256(d, v.a), store256(d + 32, v.b); }
   static void store16(std::uint8_t* d, B low, B high) {
     store256(d, _mm256_unpacklo_epi8(low.a, high.a));
     store256(d + 32, _mm256_unpacklo_epi8(low.b, high.b));

@@ -121,9 +121,7 @@ struct Avx512 {
     }
   };
 
-  static void store8(std::uint8_t* d, B v) {
-    store(d, v);
-  }
+  static void store8(std::uint8_t* d, B v) { store(d, v); }
   static void store16(std::uint8_t* d, B low, B high) {
     store(d, _mm512_unpacklo_epi8(low, high));
     store(d + 64, _mm512_unpackhi_epi8(low, high));

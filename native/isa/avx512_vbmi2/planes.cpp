@@ -1,7 +1,7 @@
 // `planes` for AVX-512 with VBMI2 (Ice Lake, Zen 4 and later): byte compress and expand in one instruction.
-#include "isa/avx512/vector.hpp"
-
 #include "generic/planes.hpp"
+
+#include "isa/avx512/vector.hpp"
 
 namespace bitforbit {
 namespace {

@@ -39,13 +39,25 @@ struct Scalar {
   }
   static void store(std::uint8_t* p, B b) { std::memcpy(p, b.v, 64); }
 
+  template <class F>
+  static B map64(B b, F f) {  // eight bytes at a time
+    for (int i = 0; i < 64; i += 8) {
+      std::uint64_t word;
+      std::memcpy(&word, b.v + i, 8);
+      word = f(word);
+      std::memcpy(b.v + i, &word, 8);
+    }
+    return b;
+  }
+  static constexpr std::uint64_t repeat(int byte) { return 0x0101010101010101u * static_cast<std::uint8_t>(byte); }
+
   template <int N>
   static B shl(B b) {
-    return map([&](int p) { return b.v[p] << N; });
+    return map64(b, [](std::uint64_t w) { return w << N & repeat(0xff << N); });
   }
   template <int N>
   static B shr(B b) {
-    return map([&](int p) { return b.v[p] >> N; });
+    return map64(b, [](std::uint64_t w) { return w >> N & repeat(0xff >> N); });
   }
   static B and_byte(B b, int m) {
     return map([&](int p) { return b.v[p] & m; });
@@ -65,19 +77,27 @@ struct Scalar {
   }
   static std::uint64_t equal_mask(B b, int n) {
     std::uint64_t m = 0;
-    for (int p = 0; p < 64; ++p) m |= static_cast<std::uint64_t>(b.v[p] == n) << p;
+    for (int k = 0; k < 8; ++k) {  // eight bytes of 0 or 1 at a time: the product moves their bits to the top byte
+      std::uint8_t equal[8];
+      for (int i = 0; i < 8; ++i) equal[i] = b.v[8 * k + i] == n;
+      std::uint64_t ones = 0;
+      for (int i = 0; i < 8; ++i) ones |= static_cast<std::uint64_t>(equal[i]) << (8 * i);
+      m |= (ones * 0x0102040810204080u >> 56) << (8 * k);
+    }
     return m;
   }
 
-  static B unpack4(const std::uint8_t* s) {
-    return map([&](int p) { return s[p % 32] >> (4 * (p / 32)) & 15; });
+  template <int W>
+  static B unpack(const std::uint8_t* s) {
+    B r;
+    for (int k = 0; k < 8 / W; ++k) {
+      for (int i = 0; i < 8 * W; ++i) r.v[8 * W * k + i] = static_cast<std::uint8_t>(s[i] >> (W * k) & ((1 << W) - 1));
+    }
+    return r;
   }
-  static B unpack2(const std::uint8_t* s) {
-    return map([&](int p) { return s[p % 16] >> (2 * (p / 16)) & 3; });
-  }
-  static B unpack1(const std::uint8_t* s) {
-    return map([&](int p) { return s[p % 8] >> (p / 8) & 1; });
-  }
+  static B unpack4(const std::uint8_t* s) { return unpack<4>(s); }
+  static B unpack2(const std::uint8_t* s) { return unpack<2>(s); }
+  static B unpack1(const std::uint8_t* s) { return unpack<1>(s); }
   static void pack4(std::uint8_t* d, B b) {  // low four bits of each byte
     for (int i = 0; i < 32; ++i) d[i] = static_cast<std::uint8_t>((b.v[i] & 15) | b.v[i + 32] << 4);
   }
@@ -99,15 +119,20 @@ struct Scalar {
     return map([&](int p) { return t.v[digits.v[p]]; });
   }
   static B expand(B base, std::uint64_t mask, const std::uint8_t* src) {  // base is 0 where mask is set
-    while (mask) {
-      base.v[__builtin_ctzll(mask)] = *src++;
-      mask &= mask - 1;
+    B r;
+    for (int p = 0; p < 64; ++p, mask >>= 1) {  // without branches: every fourth or so would be mispredicted
+      const unsigned bit = mask & 1;
+      r.v[p] = static_cast<std::uint8_t>(base.v[p] | (*src & (0u - bit)));
+      src += bit;
     }
-    return base;
+    return r;
   }
   static std::size_t compress_store(std::uint8_t* dst, std::uint64_t mask, B b) {
     std::size_t n = 0;
-    for (; mask; mask &= mask - 1) dst[n++] = b.v[__builtin_ctzll(mask)];
+    for (int p = 0; p < 64; ++p, mask >>= 1) {
+      dst[n] = b.v[p];
+      n += mask & 1;
+    }
     return n;
   }
 
@@ -123,13 +148,17 @@ struct Scalar {
     }
   };
 
-  static void store8(std::uint8_t* d, B b) {
-    store(d, b);
-  }
+  static void store8(std::uint8_t* d, B b) { store(d, b); }
   static void store16(std::uint8_t* d, B low, B high) {
-    for (int p = 0; p < 64; ++p) {
-      d[2 * natural(p)] = low.v[p];
-      d[2 * natural(p) + 1] = high.v[p];
+    for (int lane = 0; lane < 4; ++lane) {
+      for (int half = 0; half < 2; ++half) {
+        std::uint16_t words[8];
+        for (int i = 0; i < 8; ++i) {
+          const int p = 16 * lane + 8 * half + i;
+          words[i] = static_cast<std::uint16_t>(low.v[p] | high.v[p] << 8);
+        }
+        std::memcpy(d + 64 * half + 16 * lane, words, 16);
+      }
     }
   }
   static void store32(std::uint8_t* d, B b0, B b1, B b2, B b3) {
@@ -139,7 +168,16 @@ struct Scalar {
     }
   }
   static void load16(const std::uint8_t* s, B& low, B& high) {
-    for (int p = 0; p < 64; ++p) low.v[p] = s[2 * natural(p)], high.v[p] = s[2 * natural(p) + 1];
+    for (int lane = 0; lane < 4; ++lane) {
+      for (int half = 0; half < 2; ++half) {
+        std::uint16_t words[8];
+        std::memcpy(words, s + 64 * half + 16 * lane, 16);
+        for (int i = 0; i < 8; ++i) {
+          low.v[16 * lane + 8 * half + i] = static_cast<std::uint8_t>(words[i]);
+          high.v[16 * lane + 8 * half + i] = static_cast<std::uint8_t>(words[i] >> 8);
+        }
+      }
+    }
   }
   static void load32(const std::uint8_t* s, B& b0, B& b1, B& b2, B& b3) {
     for (int p = 0; p < 64; ++p) {

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
-
-from bitforbit import cpu, dtypes
+from bitforbit import dtypes
 from bitforbit.codecs.base import Bytes, EncodedTensor
 from bitforbit.codecs.planes.layout import PLANE_WIDTHS, Layout, matrix_view
 from bitforbit.cpu import planes as kernels
@@ -21,7 +17,7 @@ class PlanesCodec:
 
     name = "planes"
     version = 1
-    part_names = ("code", "digits", "sign_mantissa", "tails")
+    part_names: tuple[str, ...] = ("code", "digits", "sign_mantissa", "tails")
 
     def encode(self, data: Bytes, dtype: str, shape: tuple[int, ...], threads: int) -> EncodedTensor | None:
         """Encode a float tensor; None if it is no float of a known kind, or would not become smaller.
@@ -41,7 +37,7 @@ class PlanesCodec:
         rows, cols = matrix_view(shape)
         wide = kind != dtype
         rows_per_table, parts = kernels.encode(data, kind, wide, rows, cols, rows_per_table, threads)
-        config = {"kind": kind, "rows": rows, "cols": cols, "rows_per_table": rows_per_table}
+        config: dict[str, int | str] = {"kind": kind, "rows": rows, "cols": cols, "rows_per_table": rows_per_table}
         return EncodedTensor(self.name, self.version, dtype, shape, config, parts)
 
     def decode(self, tensor: EncodedTensor, out: Bytes, rows: tuple[int, int] | None, threads: int) -> None:
@@ -56,4 +52,6 @@ class PlanesCodec:
         if out.nbytes != nbytes:
             raise UsageError(f"expected an output of {nbytes} bytes, got {out.nbytes}")
         geometry = (layout.rows, layout.cols, layout.rows_per_table)
-        kernels.decode(dict(tensor.parts), layout.kind, layout.kind != tensor.dtype, geometry, (begin, end), out, threads)
+        kernels.decode(
+            dict(tensor.parts), layout.kind, layout.kind != tensor.dtype, geometry, (begin, end), out, threads
+        )

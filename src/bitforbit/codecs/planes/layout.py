@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from bitforbit import dtypes
 from bitforbit.codecs.base import PART_ALIGNMENT
 from bitforbit.errors import CorruptTensorError
 

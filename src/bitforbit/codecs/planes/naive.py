@@ -128,7 +128,9 @@ def decode(parts: dict[str, Bytes], layout: Layout) -> Words:
         counts = np.frombuffer(code, "<u4", 3, index_at).tolist()
         levels: list[Iterator[int]] = []
         for count in counts[:2]:
-            groups = [unpack(tails[i : i + 16].ljust(16, b"\0"), 2) for i in range(at, at + -(-count // GROUP) * 16, 16)]
+            groups = [
+                unpack(tails[i : i + 16].ljust(16, b"\0"), 2) for i in range(at, at + -(-count // GROUP) * 16, 16)
+            ]
             levels.append(iter([digit for group in groups for digit in group][:count]))
             at += -(-count // GROUP) * 16
         levels.append(iter(tails[at : at + counts[2]]))

@@ -1,0 +1,116 @@
+"""Render the README's tables from ``benchmarks/results``: ``python -m benchmarks.report [--write]``.
+
+The README holds each table between ``<!-- benchmark: NAME -->`` and ``<!-- end -->``; --write replaces what is between
+them. A benchmark without a result file renders as "not measured".
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.common import RESULTS, ROOT, table
+
+Result = dict[str, Any]
+
+
+def where(result: Result) -> str:
+    """One line that names machine, versions and commit."""
+    m = result["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items() if name != "bitforbit")
+    return (
+        f"{m['cpu']}, {m['cpus']} CPUs, {' / '.join(m['instruction_sets'])}; Python {m['python']}, {versions}; "
+        f"commit {m['commit']}, {m['date']}"
+    )
+
+
+def codec(result: Result) -> str:
+    """Sizes and speeds of the codecs."""
+    lines = []
+    for source in result["sources"]:
+        peer, copy = source["codecs"]["ZipNN"], source["codecs"]["copy"]
+        rows = [
+            [
+                label,
+                f"{c['bits_per_weight']:.2f}",
+                f"{c['encode_gb_per_s']:.2f}",
+                f"{c['decode_gb_per_s']:.2f}",
+                f"{c['decode_gb_per_s'] / peer['decode_gb_per_s']:.1f}x",
+                f"{c['decode_gb_per_s'] / copy['decode_gb_per_s']:.2f}x",
+            ]
+            for label, c in source["codecs"].items()
+        ]
+        headers = ["codec", "bits/weight", "encode GB/s", "decode GB/s", "decode vs ZipNN", "decode vs memory copy"]
+        lines += [f"{source['source']}, one thread:", "", table(headers, rows), ""]
+    return "\n".join(lines) + where(result)
+
+
+def archive(result: Result) -> str:
+    """Time and memory of whole models."""
+    seconds = result["seconds"]
+    rows = [
+        [
+            name,
+            f"{seconds[name]:.1f} s",
+            f"{result['model_bytes'] / seconds[name] / 1e9:.2f}",
+            f"{result[f'{name}_over_codec_and_copy']:.2f}x",
+            f"{result[f'{name}_peak_mib']} MiB",
+        ]
+        for name in ("compress", "verify", "decompress")
+    ]
+    headers = ["", "time", "GB/s", "time / (codec + plain copy)", "peak memory"]
+    intro = (
+        f"{result['model_bytes'] / 1e9:.2f} GB model, {result['threads']} threads, {result['bits_per_weight']:.2f} "
+        f"bits/weight on disk, everything included; largest tensor {result['largest_tensor_bytes'] / 2**20:.0f} MiB. In the same "
+        f"run a plain copy took {seconds['copy']:.1f} s, SHA-256 alone {seconds['sha256']:.1f} s."
+    )
+    return "\n".join([intro, "", table(headers, rows), "", where(result)])
+
+
+def df11(result: Result) -> str:
+    """The DF11 codec."""
+    rows = []
+    for source in result["sources"]:
+        speeds = {key: value for key, value in source.items() if "threads" in key}
+        rows.append(
+            [
+                source["source"],
+                f"{source['df11_bits_per_weight']:.2f}",
+                f"{source['planes_bits_per_weight']:.2f}",
+                *(f"{speeds[key]:.2f}" for key in ("write, 1 threads", "read, 1 threads")),
+            ]
+        )
+    headers = ["weights", "DF11 bits/weight", "planes bits/weight", "DF11 write GB/s", "DF11 read GB/s"]
+    return "\n".join([table(headers, rows), "", "One thread. " + where(result)])
+
+
+SECTIONS: dict[str, Callable[[Result], str]] = {"codec": codec, "df11": df11, "archive": archive}
+
+
+def render(name: str) -> str:
+    """One table, or "not measured"."""
+    path = RESULTS / f"{name}.json"
+    return SECTIONS[name](json.loads(path.read_text())) if path.exists() else "not measured"
+
+
+def main(arguments: list[str]) -> int:
+    """Print all tables, or write them into the README."""
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    for name in SECTIONS:
+        rendered = render(name)
+        if "--write" in arguments:
+            pattern = rf"(<!-- benchmark: {name} -->\n).*?(<!-- end -->)"
+            text = re.sub(pattern, lambda m, body=rendered: f"{m[1]}{body}\n{m[2]}", text, flags=re.DOTALL)  # type: ignore[misc]
+        else:
+            print(f"== {name}\n\n{rendered}\n")
+    if "--write" in arguments:
+        readme.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
