@@ -1,3 +1,43 @@
 """Lossless compression of model weights."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bitforbit import errors
+    from bitforbit.archive.compress import compress
+    from bitforbit.archive.decompress import decompress
+    from bitforbit.archive.inspect import inspect
+    from bitforbit.archive.verify import verify
+    from bitforbit.arrays import Encoded, encode
+
 __version__ = "0.1.0"
+
+__all__ = ["Encoded", "__version__", "compress", "decompress", "encode", "errors", "inspect", "verify"]
+
+_HOMES = {
+    "Encoded": "bitforbit.arrays",
+    "compress": "bitforbit.archive",
+    "decompress": "bitforbit.archive",
+    "encode": "bitforbit.arrays",
+    "inspect": "bitforbit.archive",
+    "verify": "bitforbit.archive",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names on first use, so that ``import bitforbit`` is instant."""
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+    elif name == "errors":
+        value = importlib.import_module("bitforbit.errors")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

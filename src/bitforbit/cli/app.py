@@ -1,0 +1,40 @@
+"""The commands, put together."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from bitforbit import __version__
+from bitforbit.cli import compress, decompress, demo, info, inspect, verify
+
+app = typer.Typer(
+    name="bitforbit",
+    help="Lossless compression of model weights: a third smaller, bit for bit exact, fast.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("compress")(compress.command)
+app.command("decompress")(decompress.command)
+app.command("verify")(verify.command)
+app.command("inspect")(inspect.command)
+app.command("info")(info.command)
+app.command("demo")(demo.command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"bitforbit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass

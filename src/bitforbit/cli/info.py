@@ -1,0 +1,71 @@
+"""``bitforbit info``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bitforbit import __version__
+from bitforbit.cli import options, output
+
+_PACKAGES = {
+    "required": ("numpy", "safetensors", "ml_dtypes", "xxhash", "typer", "rich"),
+    "optional": ("huggingface_hub", "matplotlib", "torch", "transformers"),
+}
+_VARIABLES = ("BITFORBIT_ISA", "BITFORBIT_THREADS")
+
+
+def command(json: options.Json = False) -> None:
+    """Show the version, the CPU's instruction sets, threads, codecs, packages and environment variables."""
+    facts = collect()
+    if json:
+        output.print_json(facts)
+        return
+    output.print_line(f"bitforbit {facts['version']}, Python {facts['python']}, {facts['platform']}")
+    output.print_line()
+    output.print_table(
+        ["instruction set", "", ""],
+        [
+            [isa["name"], "supported" if isa["supported"] else "not on this CPU", "active" if isa["active"] else ""]
+            for isa in facts["instruction_sets"]
+        ],
+        left=3,
+    )
+    output.print_line()
+    output.print_facts("settings", [("threads", str(facts["threads"])), ("codecs", ", ".join(facts["codecs"]))])
+    output.print_line()
+    output.print_facts("packages", [(n, v or "not installed") for n, v in facts["packages"].items()])
+    output.print_line()
+    output.print_facts("environment", [(n, v or "not set") for n, v in facts["environment"].items()])
+
+
+def collect() -> dict[str, Any]:
+    """Everything that ``info`` shows. Raises UnknownIsaError or UsageError if an environment variable is wrong."""
+    import os
+    import platform
+
+    from bitforbit import cpu
+    from bitforbit.codecs import registry
+
+    active = cpu.active()
+    return {
+        "version": __version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "instruction_sets": [
+            {"name": name, "supported": supported, "active": name == active}
+            for name, supported in cpu.implementations().items()
+        ],
+        "threads": cpu.default_threads(),
+        "codecs": [*registry.names(), "raw"],
+        "packages": {name: _version(name) for names in _PACKAGES.values() for name in names},
+        "environment": {name: os.environ.get(name) for name in _VARIABLES},
+    }
+
+
+def _version(package: str) -> str | None:
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
