@@ -7,8 +7,7 @@ import numpy.typing as npt
 
 from bitforbit import dtypes
 from bitforbit.codecs.base import Bytes
-
-_PIECE_ELEMENTS = 1 << 18
+from bitforbit.cpu import planes as kernels
 
 
 def exponent_histogram(data: Bytes, dtype: str) -> npt.NDArray[np.int64]:
@@ -16,14 +15,12 @@ def exponent_histogram(data: Bytes, dtype: str) -> npt.NDArray[np.int64]:
 
     data is the tensor's little-endian bytes, dtype one of ``dtypes.FLOAT_LAYOUTS``.
     """
-    layout = dtypes.FLOAT_LAYOUTS[dtype]
-    counts = np.zeros(256, dtype=np.int64)
-    step = _PIECE_ELEMENTS * layout.itemsize
-    for begin in range(0, len(data), step):
-        words = data[begin : begin + step].view(f"<u{layout.itemsize}")
-        exponents = (words >> layout.mantissa_bits) & ((1 << layout.exponent_bits) - 1)
-        counts += np.bincount(exponents.astype(np.uint8), minlength=256)
-    return counts
+    return kernels.exponent_histogram(data, dtype).astype(np.int64)
+
+
+def coded_kind(data: Bytes, dtype: str) -> str:
+    """The float that the tensor is coded as: BF16 for F32 whose lower half is zero everywhere, else dtype."""
+    return "BF16" if dtype == "F32" and kernels.is_widened_bf16(data) else dtype
 
 
 def entropy(counts: npt.NDArray[np.int64]) -> float:
@@ -35,7 +32,7 @@ def entropy(counts: npt.NDArray[np.int64]) -> float:
     return max(0.0, float(-(share * np.log2(share)).sum()))
 
 
-def shannon_bound(exponent_entropy: float, dtype: str) -> float:
-    """Bits per element: the exponent at its entropy, sign and mantissa as they are."""
-    layout = dtypes.FLOAT_LAYOUTS[dtype]
+def shannon_bound(exponent_entropy: float, kind: str) -> float:
+    """Bits per element of a kind of float: the exponent at its entropy, sign and mantissa as they are."""
+    layout = dtypes.FLOAT_LAYOUTS[kind]
     return exponent_entropy + 1 + layout.mantissa_bits

@@ -9,7 +9,7 @@ from pathlib import Path
 from bitforbit.archive.buffers import read_exactly
 from bitforbit.archive.compress import scan_directory
 from bitforbit.archive.compressed import is_compressed, open_compressed
-from bitforbit.archive.entropy import entropy, exponent_histogram, shannon_bound
+from bitforbit.archive.entropy import coded_kind, entropy, exponent_histogram, shannon_bound
 from bitforbit.archive.pipeline import Pipeline, chunks
 from bitforbit.archive.progress import Progress
 from bitforbit.archive.report import InspectReport, TensorReport
@@ -125,7 +125,7 @@ def _inspect_plain(file: SourceFile, header: Header, pipe: Pipeline, forecast: b
 def _report(entry: TensorEntry, file: str, data: Bytes, stored: int | None, codec: str | None) -> TensorReport:
     counted = entry.dtype in FLOAT_LAYOUTS and entry.elements > 0
     exponents = entropy(exponent_histogram(data, entry.dtype)) if counted else None
-    bound = None if exponents is None else shannon_bound(exponents, entry.dtype)
+    bound = None if exponents is None else shannon_bound(exponents, coded_kind(data, entry.dtype))
     rate = None if stored is None or entry.elements == 0 else 8 * stored / entry.elements
     distance = None if rate is None or bound is None else rate - bound
     return TensorReport(

@@ -33,6 +33,9 @@ _KEPT_BYTES = 16 << 20
 _WASTE_LIMIT = 1000
 """Unused header space is given back where it exceeds 1 / _WASTE_LIMIT of the file."""
 
+_MIN_VECTOR = 1 << 16
+"""Elements from which on vectors are coded: biases and norms are a thousandth of a model, and simpler to use plain."""
+
 Select = Callable[[str], bool]
 
 
@@ -62,6 +65,8 @@ class Coder:
     def encode(self, entry: TensorEntry, data: Bytes) -> EncodedTensor | None:
         """Coded tensor; None where it is not selected, coding does not pay, or the parts' names are taken."""
         if entry.dtype not in FLOAT_LAYOUTS or entry.nbytes == 0 or not self._select(entry.name):
+            return None
+        if len(entry.shape) < 2 and entry.elements < _MIN_VECTOR:
             return None
         if any(part_name(entry.name, part) in self._names for part in self._codec.part_names):
             return None
