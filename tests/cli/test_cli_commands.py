@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Run, digests, write_model
+from cli_models import Run, digests, write_model
 
 import bitforbit
 from bitforbit import archive
