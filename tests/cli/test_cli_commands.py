@@ -8,6 +8,7 @@ import pty
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,25 @@ def test_single_files(model: Path, tmp_path: Path) -> None:
     assert main(["inspect", str(tmp_path / "c.safetensors"), "--json"]) == 0
     assert main(["decompress", str(tmp_path / "c.safetensors"), str(tmp_path / "r.safetensors")]) == 0
     assert (tmp_path / "r.safetensors").read_bytes() == shard.read_bytes()
+
+
+@pytest.mark.skipif(not find_spec("bitforbit.archive.dfloat11"), reason="without the DFloat11 format")
+def test_df11(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compress", str(model), str(tmp_path / "c"), "--format", "df11", "--json"]) == 0
+    whole = one_object(capsys.readouterr().out)
+    assert whole.keys() >= FIGURES
+    assert 10.5 < float(str(whole["bits_per_weight"])) < 11.5
+    assert main(["decompress", str(tmp_path / "c"), str(tmp_path / "r"), "--json"]) == 0
+    assert one_object(capsys.readouterr().out)["bits_per_weight"] == whole["bits_per_weight"]
+    (tmp_path / "units.json").write_text(json.dumps({"model\\.layers\\.\\d+": ["mlp.up_proj", "mlp.gate_proj"]}))
+    units = ["--units", str(tmp_path / "units.json")]
+    assert main(["compress", str(model), str(tmp_path / "few"), "--format", "df11", *units, "--json"]) == 0
+    few = one_object(capsys.readouterr().out)
+    assert float(str(few["bits_per_weight"])) > float(str(whole["bits_per_weight"])) + 1
+    config = json.loads((tmp_path / "few" / "config.json").read_text())
+    assert list(config["dfloat11_config"]["pattern_dict"].values()) == [["mlp.up_proj", "mlp.gate_proj"]]
+    assert main(["inspect", str(tmp_path / "c")]) == 0
+    assert "DFloat11 model" in capsys.readouterr().out
 
 
 def test_verify_fails_with_1(compressed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
