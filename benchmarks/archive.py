@@ -1,9 +1,9 @@
 """Claim: compressing or restoring a whole model takes little more than the codec and a copy, in bounded memory.
 
 A 2 GB model (shapes of Llama-3.2-1B, Gaussian weights, four shards) is compressed, verified and restored by processes
-of their own, whose peak resident memory the operating system reports. Beside them in the same run: a plain copy of the directory with fsync, the
-codec alone in memory with the same number of threads, and SHA-256 alone (one file at a time), which compression owes to
-the promise that every file comes back with its hash.
+of their own, whose peak resident memory the operating system reports. Beside them in the same run: a plain copy of the
+directory with fsync, the codec alone in memory with the same number of threads, and SHA-256 alone (one file at a
+time), which compression owes to the promise that every file comes back with its hash.
 """
 
 from __future__ import annotations

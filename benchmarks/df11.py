@@ -7,16 +7,17 @@ In memory, against `planes` in the same process. The official compressor is pure
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
+from bitforbit.codecs.df11.decode import decode_unit
+from bitforbit.codecs.df11.encode import encode_unit
+from bitforbit.codecs.df11.unit import Df11Unit
 
 from benchmarks.codec import sources
 from benchmarks.common import paired, save, table
 from bitforbit import cpu
-from bitforbit.codecs.df11.decode import decode_unit
-from bitforbit.codecs.df11.encode import encode_unit
-from bitforbit.codecs.df11.unit import Df11Unit
 from bitforbit.codecs.planes import PlanesCodec
 
 OFFICIAL_GB_PER_S = 0.005
@@ -55,17 +56,16 @@ def run(rounds: int = 3) -> dict[str, Any]:
         result["df11_bits_per_weight"] = round(16 * df11_bytes(unit) / nbytes, 4)
         functions: dict[str, Callable[[], object]] = {}
         for threads in sorted({1, cpu.default_threads()}):
-            functions[f"write, {threads} threads"] = lambda threads=threads: encode_unit(words, threads=threads)
-            functions[f"read, {threads} threads"] = lambda threads=threads: decode_unit(unit, threads=threads)
+            functions[f"write, {threads} threads"] = partial(encode_unit, words, threads=threads)
+            functions[f"read, {threads} threads"] = partial(decode_unit, unit, threads=threads)
         for label, seconds in paired(functions, rounds).items():
             speed = nbytes / seconds / 1e9
             result[label] = round(speed, 3)
             versus = f"{speed / OFFICIAL_GB_PER_S:.0f}x" if label.startswith("write") else "-"
             rows.append([name, label, f"{speed:.2f}", versus])
         results.append(result)
-        print(
-            f"{name}: DF11 {result['df11_bits_per_weight']:.3f}, planes {result['planes_bits_per_weight']:.3f} bits/weight"
-        )
+        df11, ours = result["df11_bits_per_weight"], result["planes_bits_per_weight"]
+        print(f"{name}: DF11 {df11:.3f}, planes {ours:.3f} bits/weight")
     print("\n" + table(["source", "", "GB/s", "vs official (0.005 GB/s)"], rows))
     summary = {"official_gb_per_s": OFFICIAL_GB_PER_S, "sources": results}
     save("df11", summary)

@@ -64,8 +64,8 @@ def archive(result: Result) -> str:
     headers = ["", "time", "GB/s", "time / (codec + plain copy)", "peak memory"]
     intro = (
         f"{result['model_bytes'] / 1e9:.2f} GB model, {result['threads']} threads, {result['bits_per_weight']:.2f} "
-        f"bits/weight on disk, everything included; largest tensor {result['largest_tensor_bytes'] / 2**20:.0f} MiB. In the same "
-        f"run a plain copy took {seconds['copy']:.1f} s, SHA-256 alone {seconds['sha256']:.1f} s."
+        f"bits/weight on disk, everything included; largest tensor {result['largest_tensor_bytes'] / 2**20:.0f} MiB. "
+        f"In the same run a plain copy took {seconds['copy']:.1f} s, SHA-256 alone {seconds['sha256']:.1f} s."
     )
     return "\n".join([intro, "", table(headers, rows), "", where(result)])
 
