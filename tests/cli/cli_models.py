@@ -70,3 +70,11 @@ def digests(directory: Path) -> dict[str, str]:
         for path in sorted(directory.rglob("*"))
         if path.is_file()
     }
+
+
+def one_object(text: str) -> dict[str, object]:
+    """The one JSON object, on one line, that a command printed."""
+    value = json.loads(text)
+    assert isinstance(value, dict)
+    assert text.count("\n") == 1
+    return value

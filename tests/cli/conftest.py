@@ -10,10 +10,19 @@ from pathlib import Path
 import pytest
 from cli_models import Run, write_model
 
+from bitforbit.cli import main
+
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model") / "llama")
+
+
+@pytest.fixture(scope="session")
+def compressed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("compressed") / "llama"
+    assert main(["compress", str(model), str(path), "--json"]) == 0
+    return path
 
 
 @pytest.fixture
