@@ -3,35 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from conftest import Run, digests, write_model
+from cli_models import Run, digests, one_object, write_model
 
 import bitforbit
-from bitforbit import archive
 from bitforbit.cli import main
 
 FIGURES = {"original_bytes", "compressed_bytes", "bits_per_weight", "seconds", "tensors"}
-
-
-@pytest.fixture(scope="module")
-def compressed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("compressed") / "llama"
-    assert main(["compress", str(model), str(path), "--json"]) == 0
-    return path
-
-
-def one_object(text: str) -> dict[str, object]:
-    value = json.loads(text)
-    assert isinstance(value, dict)
-    assert text.count("\n") == 1
-    return value
 
 
 def test_compress_and_decompress(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,6 +68,25 @@ def test_single_files(model: Path, tmp_path: Path) -> None:
     assert main(["inspect", str(tmp_path / "c.safetensors"), "--json"]) == 0
     assert main(["decompress", str(tmp_path / "c.safetensors"), str(tmp_path / "r.safetensors")]) == 0
     assert (tmp_path / "r.safetensors").read_bytes() == shard.read_bytes()
+
+
+@pytest.mark.skipif(not find_spec("bitforbit.archive.dfloat11"), reason="without the DFloat11 format")
+def test_df11(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compress", str(model), str(tmp_path / "c"), "--format", "df11", "--json"]) == 0
+    whole = one_object(capsys.readouterr().out)
+    assert whole.keys() >= FIGURES
+    assert 10.5 < float(str(whole["bits_per_weight"])) < 11.5
+    assert main(["decompress", str(tmp_path / "c"), str(tmp_path / "r"), "--json"]) == 0
+    assert one_object(capsys.readouterr().out)["bits_per_weight"] == whole["bits_per_weight"]
+    (tmp_path / "units.json").write_text(json.dumps({"model\\.layers\\.\\d+": ["mlp.up_proj", "mlp.gate_proj"]}))
+    units = ["--units", str(tmp_path / "units.json")]
+    assert main(["compress", str(model), str(tmp_path / "few"), "--format", "df11", *units, "--json"]) == 0
+    few = one_object(capsys.readouterr().out)
+    assert float(str(few["bits_per_weight"])) > float(str(whole["bits_per_weight"])) + 1
+    config = json.loads((tmp_path / "few" / "config.json").read_text())
+    assert list(config["dfloat11_config"]["pattern_dict"].values()) == [["mlp.up_proj", "mlp.gate_proj"]]
+    assert main(["inspect", str(tmp_path / "c")]) == 0
+    assert "DFloat11 model" in capsys.readouterr().out
 
 
 def test_verify_fails_with_1(compressed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -207,114 +210,3 @@ def test_help_imports_nothing_heavy() -> None:
         "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-
-
-# --- errors ----------------------------------------------------------------------------------------------------------
-
-
-def test_usage_errors(run: Run) -> None:
-    for arguments in (
-        ["compress"],
-        ["compress", "a", "b", "--format", "zip"],
-        ["nonsense"],
-        ["verify", "a", "--threads", "0"],
-    ):
-        done = run(*arguments)
-        assert done.returncode == 2, arguments
-        assert not done.stdout
-        assert done.stderr.startswith("error: ")
-        assert done.stderr.count("\n") == 1
-        done = run(*arguments, "--json")
-        assert done.returncode == 2
-        assert one_object(done.stdout)["error"]["type"] == "UsageError"  # type: ignore[index]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "kind"),
-    [
-        (["compress", "{tmp}/absent", "{tmp}/c"], "SourceNotFoundError"),
-        (["compress", "{model}", "{model}/inside"], "DestinationInsideSourceError"),
-        (["compress", "{model}", "{compressed}"], "DestinationExistsError"),
-        (["compress", "{compressed}", "{tmp}/c"], "AlreadyCompressedError"),
-        (["decompress", "{model}", "{tmp}/c"], "NotCompressedError"),
-        (["verify", "{model}"], "NotCompressedError"),
-        (["verify", "{compressed}", "--against", "{tmp}/absent"], "SourceNotFoundError"),
-        (["inspect", "{tmp}/absent"], "SourceNotFoundError"),
-        (["compress", "{model}", "{tmp}/c", "--format", "df11", "--units", "{tmp}/absent"], "FileNotFoundError"),
-        (["compress", "{model}", "{tmp}/c", "--format", "df11", "--units", "{model}/config.json"], "UsageError"),
-        (["decompress", "{compressed}", "{tmp}/c", "--shapes", "{model}/config.json"], "UsageError"),
-        (["compress", "{model}", "{tmp}/c", "--units", "{units}"], "UsageError"),
-    ],
-)
-def test_errors_are_one_line(
-    arguments: list[str],
-    kind: str,
-    model: Path,
-    compressed: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    (tmp_path / "units.json").write_text('{"model\\\\.layers\\\\.\\\\d+": ["mlp.up_proj"]}')
-    places = {"model": model, "compressed": compressed, "tmp": tmp_path, "units": tmp_path / "units.json"}
-    args = [argument.format(**places) for argument in arguments]
-    assert main(args) == 2
-    out, err = capsys.readouterr()
-    assert not out
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    assert main([*args, "--json"]) == 2
-    out, err = capsys.readouterr()
-    assert not err
-    error = one_object(out)["error"]
-    assert isinstance(error, dict)
-    assert error["type"] == kind
-    assert not (tmp_path / "c").exists()
-
-
-def test_interruption(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(archive, "compress", interrupted)
-    monkeypatch.setattr(archive, "verify", interrupted)
-    assert main(["compress", str(model), str(tmp_path / "c")]) == 130
-    assert "--resume" in capsys.readouterr().err
-    assert main(["verify", str(model)]) == 130
-    assert "--resume" not in capsys.readouterr().err
-    assert main(["compress", str(model), str(tmp_path / "c"), "--json"]) == 130
-    assert one_object(capsys.readouterr().out)["error"]["type"] == "KeyboardInterrupt"  # type: ignore[index]
-
-
-def test_a_reader_that_went_away(model: Path) -> None:
-    read, write = os.pipe()
-    os.close(read)
-    command = [sys.executable, "-m", "bitforbit.cli", "inspect", str(model)]
-    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
-    os.close(write)
-    assert done.returncode == 141
-    assert not done.stderr
-
-
-# --- progress --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("extra", "visible"), [((), True), (("--quiet",), False), (("--json",), False)])
-def test_progress_on_a_terminal_only(model: Path, tmp_path: Path, extra: tuple[str, ...], visible: bool) -> None:
-    leader, follower = pty.openpty()
-    command = [sys.executable, "-m", "bitforbit.cli", "compress", str(model), str(tmp_path / "c"), *extra]
-    env = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=follower, env=env)
-    os.close(follower)
-    shown = b""
-    try:
-        while piece := os.read(leader, 65536):
-            shown += piece
-    except OSError:  # the end, on a pseudo-terminal
-        pass
-    os.close(leader)
-    assert done.returncode == 0
-    assert (b"Compressing" in shown and b"left" in shown) is visible
-    assert bool(shown) is visible
-    assert b"Compressing" not in done.stdout

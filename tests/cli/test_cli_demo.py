@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import digests
+from cli_models import digests
 
 from bitforbit import demo, errors
 from bitforbit.archive import compress

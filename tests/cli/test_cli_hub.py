@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Run, digests
+from cli_models import Run, digests
 from hub_server import COMMIT, Hub
 
 from bitforbit.cli import main

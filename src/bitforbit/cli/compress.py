@@ -62,6 +62,9 @@ def command(
     if json:
         output.print_json(report.to_json())
         return
+    tensors = str(report.tensors)
+    if report.format == Format.planes.value:
+        tensors = f"{report.compressed_tensors} of {tensors} compressed, in {report.shards} file(s)"
     output.print_facts(
         f"{source} -> {destination}",
         [
@@ -72,7 +75,7 @@ def command(
                 f"({output.percent(report.compressed_bytes, report.original_bytes)})",
             ),
             ("bits/weight", output.number(report.bits_per_weight)),
-            ("tensors", f"{report.compressed_tensors} of {report.tensors} compressed, in {report.shards} file(s)"),
+            ("tensors", tensors),
             (
                 "time",
                 f"{output.duration(report.seconds)} ({output.rate(report.original_bytes, report.seconds)})"

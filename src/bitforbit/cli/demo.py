@@ -54,8 +54,8 @@ def show(report: DemoReport) -> None:
             output.size(result.weight_bytes),
             f"{result.percent_of_original:.1f} %",
             output.number(result.bits_per_weight),
-            output.rate(result.compress_gb_per_second * 1e9, 1),
-            output.rate(result.decompress_gb_per_second * 1e9, 1),
+            f"{result.compress_gb_per_second:.2f} GB/s",
+            f"{result.decompress_gb_per_second:.2f} GB/s",
             _came_back(result),
         ]
         for result in report.formats

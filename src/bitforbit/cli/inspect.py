@@ -39,6 +39,7 @@ def command(
     The bound is the entropy of the exponents plus the bits of sign and mantissa.
     """
     from bitforbit.archive import inspect
+    from bitforbit.archive.source import df11_config
     from bitforbit.cli.source import resolve
 
     if plot is not None:
@@ -66,6 +67,8 @@ def command(
         )
         return
     _show(source, report, all_tensors)
+    if path.is_dir() and df11_config(path):
+        output.print_line("This is a DFloat11 model: its stored parts are shown. Decompress it to see its weights.")
     if plot is not None:
         output.print_line(f"picture: {plot}")
 

@@ -1,0 +1,123 @@
+"""What happens when things go wrong, and when nobody, or a person, is watching."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cli_models import Run, one_object
+
+from bitforbit import archive
+from bitforbit.cli import main
+
+
+def test_usage_errors(run: Run) -> None:
+    for arguments in (
+        ["compress"],
+        ["compress", "a", "b", "--format", "zip"],
+        ["nonsense"],
+        ["verify", "a", "--threads", "0"],
+    ):
+        done = run(*arguments)
+        assert done.returncode == 2, arguments
+        assert not done.stdout
+        assert done.stderr.startswith("error: ")
+        assert done.stderr.count("\n") == 1
+        done = run(*arguments, "--json")
+        assert done.returncode == 2
+        assert one_object(done.stdout)["error"]["type"] == "UsageError"  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        (["compress", "{tmp}/absent", "{tmp}/c"], "SourceNotFoundError"),
+        (["compress", "{model}", "{model}/inside"], "DestinationInsideSourceError"),
+        (["compress", "{model}", "{compressed}"], "DestinationExistsError"),
+        (["compress", "{compressed}", "{tmp}/c"], "AlreadyCompressedError"),
+        (["decompress", "{model}", "{tmp}/c"], "NotCompressedError"),
+        (["verify", "{model}"], "NotCompressedError"),
+        (["verify", "{compressed}", "--against", "{tmp}/absent"], "SourceNotFoundError"),
+        (["inspect", "{tmp}/absent"], "SourceNotFoundError"),
+        (["compress", "{model}", "{tmp}/c", "--format", "df11", "--units", "{tmp}/absent"], "FileNotFoundError"),
+        (["compress", "{model}", "{tmp}/c", "--format", "df11", "--units", "{model}/config.json"], "UsageError"),
+        (["decompress", "{compressed}", "{tmp}/c", "--shapes", "{model}/config.json"], "UsageError"),
+        (["compress", "{model}", "{tmp}/c", "--units", "{units}"], "UsageError"),
+    ],
+)
+def test_errors_are_one_line(
+    arguments: list[str],
+    kind: str,
+    model: Path,
+    compressed: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "units.json").write_text('{"model\\\\.layers\\\\.\\\\d+": ["mlp.up_proj"]}')
+    places = {"model": model, "compressed": compressed, "tmp": tmp_path, "units": tmp_path / "units.json"}
+    args = [argument.format(**places) for argument in arguments]
+    assert main(args) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert main([*args, "--json"]) == 2
+    out, err = capsys.readouterr()
+    assert not err
+    error = one_object(out)["error"]
+    assert isinstance(error, dict)
+    assert error["type"] == kind
+    assert not (tmp_path / "c").exists()
+
+
+def test_interruption(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(archive, "compress", interrupted)
+    monkeypatch.setattr(archive, "verify", interrupted)
+    assert main(["compress", str(model), str(tmp_path / "c")]) == 130
+    assert "--resume" in capsys.readouterr().err
+    assert main(["verify", str(model)]) == 130
+    assert "--resume" not in capsys.readouterr().err
+    assert main(["compress", str(model), str(tmp_path / "c"), "--json"]) == 130
+    assert one_object(capsys.readouterr().out)["error"]["type"] == "KeyboardInterrupt"  # type: ignore[index]
+
+
+def test_a_reader_that_went_away(model: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "bitforbit.cli", "inspect", str(model)]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 141
+    assert not done.stderr
+
+
+# --- progress --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("extra", "visible"), [((), True), (("--quiet",), False), (("--json",), False)])
+def test_progress_on_a_terminal_only(model: Path, tmp_path: Path, extra: tuple[str, ...], visible: bool) -> None:
+    leader, follower = pty.openpty()
+    command = [sys.executable, "-m", "bitforbit.cli", "compress", str(model), str(tmp_path / "c"), *extra]
+    env = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=follower, env=env)
+    os.close(follower)
+    shown = b""
+    try:
+        while piece := os.read(leader, 65536):
+            shown += piece
+    except OSError:  # the end, on a pseudo-terminal
+        pass
+    os.close(leader)
+    assert done.returncode == 0
+    assert (b"Compressing" in shown and b"left" in shown) is visible
+    assert bool(shown) is visible
+    assert b"Compressing" not in done.stdout
