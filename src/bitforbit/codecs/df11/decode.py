@@ -10,7 +10,7 @@ import numpy.typing as npt
 from bitforbit.codecs.df11.codebook import validate_luts
 from bitforbit.codecs.df11.unit import BLOCK_BYTES, GAP_BYTES_PER_BLOCK, MAX_STREAM_BYTES, MAX_WEIGHTS, Df11Unit
 from bitforbit.cpu import df11 as native
-from bitforbit.errors import Df11FormatError, Df11PositionsError
+from bitforbit.errors import Df11FormatError, Df11PositionsError, UsageError
 
 
 def decode_unit(
@@ -21,11 +21,16 @@ def decode_unit(
     ``out``, if given, is a contiguous uint16 array ``[n]`` that receives them. Matrix j is
     ``words[begin:end]`` for the j-th pair of :func:`matrix_bounds`.
 
-    Raises Df11LutError, Df11PositionsError or Df11FormatError for arrays that contradict each other.
+    Raises Df11LutError, Df11PositionsError or Df11FormatError for arrays that contradict each other, UsageError for
+    an ``out`` that does not fit.
     """
     positions = check_unit(unit)
     if out is None:
         out = np.empty(unit.num_weights, np.uint16)
+    if out.dtype != np.uint16 or out.shape != (unit.num_weights,) or not out.flags.carray:
+        raise UsageError(
+            f"expected out as contiguous, writable uint16 [{unit.num_weights}], got {out.dtype} {list(out.shape)}"
+        )
     native.decode(unit.luts, unit.encoded_exponent, unit.sign_mantissa, positions, unit.gaps, out, threads)
     return out
 

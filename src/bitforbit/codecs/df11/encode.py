@@ -27,7 +27,7 @@ def encode_unit(matrices: Sequence[npt.NDArray[np.uint16]], *, names: Sequence[s
     for matrix in matrices:
         if matrix.dtype != np.uint16:
             raise UnsupportedDtypeError(f"expected BF16 bit patterns as uint16, got {matrix.dtype}; use .view('u2')")
-    flat = [np.ascontiguousarray(matrix).reshape(-1) for matrix in matrices]
+    flat = [np.require(matrix, requirements=["C", "A"]).reshape(-1) for matrix in matrices]
     ends = np.cumsum([words.size for words in flat], dtype=np.int64)
     num_weights = int(ends[-1]) if flat else 0
     if num_weights == 0 or any(words.size == 0 for words in flat):
