@@ -1,1 +1,0 @@
-// DFloat11: Huffman-coded exponents.
