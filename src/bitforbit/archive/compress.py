@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
@@ -45,7 +45,7 @@ def compress(
     dst: str | Path,
     *,
     format: Format = "planes",
-    units: Sequence[str] | None = None,
+    units: Mapping[str, Sequence[str]] | None = None,
     threads: int | None = None,
     include: Collection[str] = (),
     exclude: Collection[str] = (),
@@ -57,7 +57,8 @@ def compress(
 
     ``include`` and ``exclude`` are globs over tensor names; what is not selected is stored as it is. The destination
     appears in one step when everything is on disk; until then results grow in ``<dst>.bitforbit-partial``, from which
-    ``resume`` continues. ``format="df11"`` writes a DFloat11 model instead, whose ``units`` are passed on.
+    ``resume`` continues. ``format="df11"`` writes a DFloat11 model; ``units`` then overrides the units derived from
+    the tensors' names, in the form of that format's ``pattern_dict``.
 
     Raises SourceNotFoundError, PickleRefusedError, GgufRefusedError, AlreadyCompressedError, DestinationExistsError,
     DestinationInsideSourceError, ResumeError, DiskFullError, or a FormatError for a damaged safetensors file.

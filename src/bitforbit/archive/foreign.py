@@ -1,45 +1,32 @@
-"""The one door to the DFloat11 package, opened only when such a model is asked for."""
+"""DFloat11 models behind the same atomic staging and reports as the native format."""
 
 from __future__ import annotations
 
-import importlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+from bitforbit.archive import dfloat11
 from bitforbit.archive.filesystem import sync_files, tree_bytes
 from bitforbit.archive.progress import NoProgress, Progress
 from bitforbit.archive.report import CompressReport, DecompressReport
 from bitforbit.archive.source import SourceTree, check_plain, scan
 from bitforbit.archive.staging import HOPELESS_RATIO, Plan, staged
+from bitforbit.cpu import default_threads
 from bitforbit.format.header import Header, read_header
 from bitforbit.format.spec import SHARD_SUFFIX
 
-_MODULE = "bitforbit.archive.dfloat11"
 
-
-def _write_df11(
-    src: Path, tree: Path, *, units: Sequence[str] | None, threads: int | None, progress: Progress | None
-) -> None:
-    """Write the DFloat11 form of a plain model into the existing empty directory ``tree``; durable on return."""
-    package: Any = importlib.import_module(_MODULE)
-    package.write_directory(src, tree, units=units, threads=threads, progress=progress or NoProgress())
-    sync_files(tree)
-
-
-def _write_plain(
-    src: Path,
-    tree: Path,
-    *,
-    threads: int | None,
-    shapes: Mapping[str, Sequence[int]] | None,
-    progress: Progress | None,
-) -> None:
-    """Write the plain form of a DFloat11 model into the existing empty directory ``tree``; durable on return."""
-    package: Any = importlib.import_module(_MODULE)
-    package.write_plain(src, tree, threads=threads, shapes=shapes, progress=progress or NoProgress())
-    sync_files(tree)
+@contextmanager
+def _advancing(progress: Progress | None, total_bytes: int, description: str) -> Iterator[Callable[[int], None]]:
+    """What the DFloat11 functions call with bytes as they are done."""
+    sink = NoProgress() if progress is None else progress
+    sink.start(total_bytes, description)
+    try:
+        yield sink.advance
+    finally:
+        sink.finish()
 
 
 def _headers(tree: Path) -> list[Header]:
@@ -50,22 +37,26 @@ def _headers(tree: Path) -> list[Header]:
 def compress_df11(
     tree: SourceTree,
     dst: Path,
-    units: Sequence[str] | None,
+    units: Mapping[str, Sequence[str]] | None,
     threads: int | None,
     overwrite: bool,
     progress: Progress | None,
     begin: float,
 ) -> CompressReport:
     """Plain model -> DFloat11 model, atomically; ``begin`` is the ``time.perf_counter()`` of the start."""
+    headers = check_plain(tree)
+    entries = [e for h in headers.values() for e in h.tensors]
     minimum = int(tree.total_bytes * HOPELESS_RATIO)
     plan = Plan("compress-df11", tree.root, {"units": units}, tree.stamps, tree.total_bytes, minimum)
     with staged(dst, plan, overwrite=overwrite, resume=False) as staging:
-        _write_df11(tree.root, staging.tree, units=units, threads=threads, progress=progress)
+        with _advancing(progress, sum(e.nbytes for e in entries), "Compressing") as advance:
+            dfloat11.write_directory(
+                tree.root, staging.tree, units=units, threads=threads or default_threads(), progress=advance
+            )
+        sync_files(staging.tree)
         compressed_bytes = tree_bytes(staging.tree)
         stored = sum(header.file_size - header.data_start for header in _headers(staging.tree))
         staging.publish()
-    headers = check_plain(tree)
-    entries = [e for h in headers.values() for e in h.tensors]
     elements = sum(e.elements for e in entries)
     return CompressReport(
         source=str(tree.root),
@@ -99,7 +90,12 @@ def decompress_df11(
     tree = scan(src)
     plan = Plan("decompress-df11", src, {}, tree.stamps, 2 * tree.total_bytes, tree.total_bytes)
     with staged(dst, plan, overwrite=overwrite, resume=False) as staging:
-        _write_plain(src, staging.tree, threads=threads, shapes=shapes, progress=progress)
+        weights = sum(e.nbytes for header in _headers(src) for e in header.tensors if e.name.endswith("sign_mantissa"))
+        with _advancing(progress, 2 * weights, "Restoring") as advance:
+            dfloat11.write_plain(
+                src, staging.tree, threads=threads or default_threads(), shapes=shapes, progress=advance
+            )
+        sync_files(staging.tree)
         restored_bytes = tree_bytes(staging.tree)
         headers = _headers(staging.tree)
         staging.publish()

@@ -7,7 +7,6 @@ memory stays bounded however far one of them lags behind.
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +16,7 @@ from typing import TypeVar
 
 from bitforbit.archive.buffers import ByteBudget, Lease
 from bitforbit.archive.progress import LockedProgress, Progress
+from bitforbit.cpu import default_threads
 from bitforbit.format.checksum import Digests, FileHash
 from bitforbit.format.header import TensorEntry
 
@@ -33,11 +33,6 @@ MAX_FILES_AT_ONCE = 8
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-def default_threads() -> int:
-    """CPUs that this process may use."""
-    return max(1, len(os.sched_getaffinity(0)))
 
 
 def chunks(entries: Iterable[TensorEntry]) -> Iterator[list[TensorEntry]]:

@@ -30,3 +30,32 @@ def planes_decode(
     isa: str,
     threads: int,
 ) -> None: ...
+def df11_split_and_count(
+    words: npt.NDArray[np.uint16],
+    chunk_elements: int,
+    threads: int,
+    sign_mantissa: _Bytes,
+    histograms: npt.NDArray[np.uint32],
+) -> None: ...
+def df11_encode(
+    words: npt.NDArray[np.uint16],
+    chunk_elements: int,
+    chunk_bits: npt.NDArray[np.uint64],
+    first_element: int,
+    codes: npt.NDArray[np.uint32],
+    lengths: _Bytes,
+    threads: int,
+    windows: npt.NDArray[np.uint64],
+    gaps: _Bytes,
+    positions: npt.NDArray[np.uint32],
+) -> None: ...
+def df11_pack_gaps(gaps: _Bytes, packed: _Bytes) -> None: ...
+def df11_decode(
+    luts: _Bytes,
+    encoded: _Bytes,
+    sign_mantissa: _Bytes,
+    positions: npt.NDArray[np.uint32],
+    gaps: _Bytes,
+    threads: int,
+    words: npt.NDArray[np.uint16],
+) -> None: ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from bitforbit.cpu import _native  # type: ignore[attr-defined, unused-ignore]
+from bitforbit.cpu import _native
 from bitforbit.errors import Df11FormatError
 
 U8 = npt.NDArray[np.uint8]

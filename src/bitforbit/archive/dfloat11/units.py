@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bitforbit.archive.dfloat11.patterns import fullmatch
-from bitforbit.archive.dfloat11.stfile import TensorEntry
 from bitforbit.errors import SourceNotFoundError, UsageError
+from bitforbit.format.header import TensorEntry
 
 PatternDict = Mapping[str, Sequence[str]]
 
