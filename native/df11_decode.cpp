@@ -79,6 +79,10 @@ class Decoder {
     while (count < kMaxSymbolsPerEntry) {
       const Code code = walk(bits);
       if (code.length == 0 || used + code.length > kIndexBits) break;
+      // Bits past the index read as zeros here and may lead to an entry that belongs to no code and repeats another
+      // one. A code's own bits lead to it whatever follows.
+      const Code same = walk(bits | (~std::uint64_t{0} >> code.length));
+      if (same.value != code.value || same.length != code.length) break;
       symbols |= Entry{code.value} << (8 * count++);
       used += code.length;
       bits <<= code.length;
