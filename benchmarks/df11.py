@@ -11,13 +11,13 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from bitforbit.codecs.df11.decode import decode_unit
-from bitforbit.codecs.df11.encode import encode_unit
-from bitforbit.codecs.df11.unit import Df11Unit
 
 from benchmarks.codec import sources
 from benchmarks.common import paired, save, table
 from bitforbit import cpu
+from bitforbit.codecs.df11.decode import decode_unit
+from bitforbit.codecs.df11.encode import encode_unit
+from bitforbit.codecs.df11.unit import Df11Unit
 from bitforbit.codecs.planes import PlanesCodec
 
 OFFICIAL_GB_PER_S = 0.005

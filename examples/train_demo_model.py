@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import platform
 import random
 import sysconfig
@@ -35,7 +34,7 @@ from typing import Any
 
 import tokenizers
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812  (its usual name)
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -233,7 +232,7 @@ def train(
                 state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                 checkpoint.parent.mkdir(parents=True, exist_ok=True)
                 torch.save(state | {"step": done, "seconds": seconds}, checkpoint.with_suffix(".tmp"))
-                os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+                checkpoint.with_suffix(".tmp").replace(checkpoint)
     return model, time.perf_counter() - begin
 
 

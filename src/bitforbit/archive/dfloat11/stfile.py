@@ -40,7 +40,7 @@ class StoredTensor:
 def open_directory(directory: Path) -> dict[str, StoredTensor]:
     """All tensors of the safetensors files in a directory, file by file, each in the order of its bytes.
 
-    Raises DuplicateKeyError for a tensor that is in two files, and what :func:`bitforbit.format.header.read_header` raises.
+    Raises DuplicateKeyError for a tensor that is in two files, and what ``read_header`` raises.
     """
     tensors: dict[str, StoredTensor] = {}
     for path in sorted(directory.glob("*.safetensors")):
