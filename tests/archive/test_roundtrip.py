@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors
-from helpers import assert_bitwise_equal, assert_same_tree, digest_tree
-from helpers.models import Tensor, build_model, gaussian, noise, safetensors_bytes, split_file, with_header
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bitforbit import archive, errors
 from bitforbit.dtypes import SAFETENSORS_BITS
 from bitforbit.format.layout import open_shard
+from helpers import assert_bitwise_equal, assert_same_tree, digest_tree
+from helpers.models import Tensor, build_model, gaussian, noise, safetensors_bytes, split_file, with_header
 
 
 def round_trip(src: Path, tmp_path: Path, **options: Any) -> Path:
