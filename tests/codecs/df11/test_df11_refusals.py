@@ -19,7 +19,8 @@ U8 = npt.NDArray[np.uint8]
 def unit() -> Df11Unit:
     """Four blocks, more than two tables."""
     rng = np.random.default_rng(0)
-    words = (rng.standard_normal(30000) * 10.0 ** rng.uniform(-6, 0, 30000)).astype(np.float32).view(np.uint32) >> 16
+    scales = np.where(rng.random(40000) < 0.02, 10.0 ** rng.uniform(-20, 10, 40000), 1)
+    words = (rng.standard_normal(40000) * scales).astype(np.float32).view(np.uint32) >> 16
     unit = encode_unit([words.astype(np.uint16)[:20000], words.astype(np.uint16)[20000:]])
     assert unit.num_blocks == 4
     assert unit.luts.shape[0] > 3
@@ -117,7 +118,7 @@ def test_positions_against_the_stream(unit: Df11Unit) -> None:
                 decode_unit(replace(unit, output_positions=positions(values)))
 
 
-@pytest.mark.parametrize("splits", [[0], [5, 5], [9, 3], [-1], [30000], [30001], [1 << 62]])
+@pytest.mark.parametrize("splits", [[0], [5, 5], [9, 3], [-1], [40000], [40001], [1 << 62]])
 def test_splits(unit: Df11Unit, splits: list[int]) -> None:
     with pytest.raises(Df11PositionsError):
         decode_unit(replace(unit, split_positions=np.array(splits, np.int64)))

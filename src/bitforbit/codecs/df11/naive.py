@@ -55,14 +55,14 @@ def encode_unit(matrices: Sequence[npt.NDArray[np.uint16]]) -> Df11Unit:
 def decode_unit(unit: Df11Unit) -> npt.NDArray[np.uint16]:
     """Decode a well-formed unit from its first bit to its last, without its index."""
     stream = "".join(f"{byte:08b}" for byte in unit.encoded_exponent) + "0" * 32
-    lengths = unit.luts[-1]
+    *tables, lengths = unit.luts.tolist()
     words = np.empty(unit.num_weights, np.uint16)
     bit = 0
     for element, sign_mantissa in enumerate(unit.sign_mantissa.tolist()):
         table, level = 0, 0
-        while (value := int(unit.luts[table, int(stream[bit + 8 * level :][:8], 2)])) >= 240:
+        while (value := tables[table][int(stream[bit + 8 * level : bit + 8 * level + 8], 2)]) >= 240:
             table, level = 256 - value, level + 1
-        bit += int(lengths[value])
+        bit += lengths[value]
         words[element] = (sign_mantissa & 0x80) << 8 | value << 7 | sign_mantissa & 0x7F
     return words
 
