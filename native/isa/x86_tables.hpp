@@ -57,7 +57,7 @@ inline __m128i expand16(std::uint32_t mask, const std::uint8_t* src) {
   const std::uint32_t m0 = mask & 0xff, m1 = mask >> 8 & 0xff;
   const std::uint8_t* src1 = src + __builtin_popcount(m0);
   const auto pair = [](const void* a, const void* b) {
-    const __m128d low = _mm_load_sd(static_cast<const double*>(a));
+    const __m128d low = _mm_castsi128_pd(_mm_loadl_epi64(static_cast<const __m128i*>(a)));
     return _mm_castpd_si128(_mm_loadh_pd(low, static_cast<const double*>(b)));
   };
   const __m128i bytes = pair(src, src1);

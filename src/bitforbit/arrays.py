@@ -14,10 +14,9 @@ import numpy as np
 from bitforbit import dtypes, tensors
 from bitforbit.codecs import registry
 from bitforbit.codecs.base import Bytes, EncodedTensor
-from bitforbit.codecs.planes.layout import Layout, pad
 from bitforbit.cpu import default_threads
 from bitforbit.cpu import planes as kernels
-from bitforbit.errors import CorruptTensorError, TensorSizeError, UnknownDtypeError, UsageError
+from bitforbit.errors import TensorSizeError, UnknownDtypeError, UsageError
 from bitforbit.format.serialized import SerializedArray
 
 RAW = "raw"
@@ -214,15 +213,4 @@ def _check(tensor: EncodedTensor) -> None:
         if sizes != {_RAW_PART: nbytes}:
             raise TensorSizeError(f"serialized array: expected {nbytes} bytes of raw data, got parts {sizes}")
         return
-    codec = registry.get(tensor.codec, tensor.codec_version)
-    if tensor.codec != _CODEC or set(sizes) != set(codec.part_names):
-        raise CorruptTensorError(f"serialized array: expected parts {codec.part_names} of {_CODEC!r}, got {sizes}")
-    layout = Layout.from_config(tensor.config, tensor.dtype, tensor.shape)
-    expected = {
-        "code": layout.code_bytes,
-        "digits": layout.digits_bytes,
-        "sign_mantissa": sum(layout.plane_bytes),
-        "tails": pad(sizes["tails"]),
-    }
-    if sizes != expected:
-        raise CorruptTensorError(f"serialized array: expected parts of {expected} bytes, got {sizes}")
+    registry.get(tensor.codec, tensor.codec_version).check(tensor.dtype, tensor.shape, tensor.config, sizes)

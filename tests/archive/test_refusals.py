@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 
 from bitforbit import archive, errors
 from bitforbit.format import checksum
+from bitforbit.format.header import build_header, read_header
 from bitforbit.format.layout import open_shard
 from bitforbit.format.spec import part_name
 from helpers import digest_tree
@@ -267,3 +270,28 @@ def test_part_names_are_those_of_the_format(tmp_path: Path) -> None:
     archive.compress(tmp_path / "m", tmp_path / "c")
     shard = open_shard(first(tmp_path / "c"))
     assert shard.stored_names(NAME) == [part_name(NAME, p) for p in shard.record.tensors[NAME].parts]
+
+
+@pytest.mark.parametrize(("rows", "error"), [(1 << 36, errors.ManifestError), (128, errors.CorruptTensorError)])
+def test_a_record_that_claims_too_much(tmp_path: Path, rows: int, error: type[errors.FormatError]) -> None:
+    """A shard whose record describes more than its parts can hold is refused before anything is allocated."""
+    source, shard = tmp_path / "model.safetensors", tmp_path / "packed.safetensors"
+    source.write_bytes(safetensors_bytes({"w": gaussian((64, 64))}))
+    archive.compress(source, shard)
+    header = read_header(shard)
+    record = json.loads(header.metadata["bitforbit"])
+    text = json.dumps({"w": {"dtype": "BF16", "shape": [rows, 64], "data_offsets": [0, rows * 128]}}).encode()
+    record["file"] |= {
+        "size": 8 + len(text) + rows * 128,
+        "header_size": len(text),
+        "header": base64.b64encode(zlib.compress(text)).decode(),
+    }
+    record["tensors"]["w"] |= {"shape": [rows, 64]}
+    record["tensors"]["w"]["config"] |= {"rows": rows}
+    metadata = {"bitforbit": json.dumps(record)}
+    metadata["bitforbit_xxh3"] = checksum.xxh3_64([metadata["bitforbit"].encode()])
+    hostile = tmp_path / "hostile.safetensors"
+    hostile.write_bytes(build_header(header.tensors, metadata) + shard.read_bytes()[header.data_start :])
+    with pytest.raises(error, match="expected|cannot"):
+        archive.decompress(hostile, tmp_path / "restored.safetensors")
+    assert not (tmp_path / "restored.safetensors").exists()

@@ -9,6 +9,7 @@ from pathlib import Path
 from bitforbit.archive import foreign
 from bitforbit.archive.compressed import CompressedModel, open_compressed
 from bitforbit.archive.files import copy_file, write_small
+from bitforbit.archive.filesystem import tree_bytes
 from bitforbit.archive.pipeline import Pipeline
 from bitforbit.archive.progress import Progress
 from bitforbit.archive.report import DecompressReport
@@ -69,7 +70,7 @@ def decompress(
         source=str(src),
         destination=str(dst),
         format="planes",
-        compressed_bytes=sum(file.size for file in sources),
+        compressed_bytes=src.stat().st_size if model.single else tree_bytes(src),
         restored_bytes=restored_bytes,
         files=len(model.files),
         shards=len(shards),

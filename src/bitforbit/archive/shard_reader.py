@@ -31,12 +31,19 @@ class ShardReader:
     """Decodes the tensors of one shard. Use it as a context manager."""
 
     def __init__(self, shard: Shard, pipe: Pipeline) -> None:
-        """Raises UnsupportedVersionError if a codec is unknown."""
+        """Raises UnsupportedVersionError for an unknown codec, CorruptTensorError for parts too small for a tensor.
+
+        From here on no more memory is allocated than the shard's size warrants, whatever its record claims.
+        """
         self.shard = shard
         self._pipe = pipe
-        for record in shard.record.tensors.values():
+        for name, record in shard.record.tensors.items():
             if not record.is_raw:
-                registry.get(record.codec, record.codec_version)
+                codec = registry.get(record.codec, record.codec_version)
+                try:
+                    codec.check(record.dtype, record.shape, record.config, record.parts)
+                except BitforbitError as e:
+                    raise type(e)(f"{shard.path}, tensor {name!r}: {e}") from e
 
     @contextmanager
     def opened(self) -> Iterator[int]:

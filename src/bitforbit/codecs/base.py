@@ -55,6 +55,15 @@ class Codec(Protocol):
         """
         ...
 
+    def check(
+        self, dtype: str, shape: tuple[int, ...], config: Mapping[str, int | str], sizes: Mapping[str, int]
+    ) -> None:
+        """Check that parts of these sizes in bytes can hold such a tensor, before memory for it is allocated.
+
+        Raises CorruptTensorError.
+        """
+        ...
+
     def decode(self, tensor: EncodedTensor, out: Bytes, rows: tuple[int, int] | None, threads: int) -> None:
         """Decode the whole tensor, or the rows [begin, end) of its matrix view, into ``out``.
 

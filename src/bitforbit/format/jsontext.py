@@ -40,6 +40,8 @@ def parse(data: bytes | str, *, where: str, error: type[FormatError], duplicate:
         raise error(f"{where}: expected a flat JSON object, got one nested too deeply") from None
     except ValueError as e:  # UnicodeDecodeError, JSONDecodeError, integers of thousands of digits
         raise error(f"{where}: expected UTF-8 JSON, got {e}; the file is damaged or of another kind") from None
+    if "\\u" in text and not is_unicode(json.dumps(value, ensure_ascii=False)):
+        raise error(f"{where}: expected text that is valid Unicode, got an unpaired surrogate; the file is damaged")
     return value
 
 

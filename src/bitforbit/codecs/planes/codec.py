@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from bitforbit import dtypes
 from bitforbit.codecs.base import Bytes, EncodedTensor
-from bitforbit.codecs.planes.layout import PLANE_WIDTHS, Layout, matrix_view
+from bitforbit.codecs.planes.layout import BLOCK_ROWS, GROUP, PLANE_WIDTHS, Layout, matrix_view
 from bitforbit.cpu import planes as kernels
 from bitforbit.errors import CorruptTensorError, UsageError
 
@@ -26,6 +28,9 @@ class PlanesCodec:
         """
         if dtype not in PLANE_WIDTHS or data.nbytes <= RECORD_BYTES:
             return None
+        rows, cols = matrix_view(shape)
+        if min(rows, BLOCK_ROWS) * (cols + GROUP) >= 1 << 32:
+            return None  # more positions in a block than its counts can state
         wide = dtype == "F32" and kernels.is_widened_bf16(data)
         encoded = self.encode_always(data, dtype, shape, "BF16" if wide else dtype, threads)
         return encoded if encoded.nbytes + RECORD_BYTES < data.nbytes else None
@@ -40,11 +45,21 @@ class PlanesCodec:
         config: dict[str, int | str] = {"kind": kind, "rows": rows, "cols": cols, "rows_per_table": rows_per_table}
         return EncodedTensor(self.name, self.version, dtype, shape, config, parts)
 
+    def check(
+        self, dtype: str, shape: tuple[int, ...], config: Mapping[str, int | str], sizes: Mapping[str, int]
+    ) -> None:
+        """See :class:`bitforbit.codecs.base.Codec`."""
+        if set(sizes) != set(self.part_names):
+            raise CorruptTensorError(f"expected parts {', '.join(self.part_names)}, got {', '.join(sizes) or 'none'}")
+        expected = Layout.from_config(config, dtype, shape).part_bytes(sizes["tails"])
+        if dict(sizes) != expected:
+            raise CorruptTensorError(f"expected parts of {expected} bytes, got {dict(sizes)}")
+
     def decode(self, tensor: EncodedTensor, out: Bytes, rows: tuple[int, int] | None, threads: int) -> None:
         """See :class:`bitforbit.codecs.base.Codec`."""
+        sizes = {name: part.nbytes for name, part in tensor.parts.items()}
+        self.check(tensor.dtype, tensor.shape, tensor.config, sizes)
         layout = Layout.from_config(tensor.config, tensor.dtype, tensor.shape)
-        if set(tensor.parts) != set(self.part_names):
-            raise CorruptTensorError(f"expected parts {self.part_names}, got {tuple(tensor.parts)}")
         begin, end = rows or (0, layout.rows)
         if not 0 <= begin <= end <= layout.rows:
             raise UsageError(f"expected a range of rows within 0 to {layout.rows}, got {begin} to {end}")

@@ -129,6 +129,15 @@ class Layout:
         """Length of the part ``digits``."""
         return pad(self.groups * GROUP // 4)
 
+    def part_bytes(self, tails: int) -> dict[str, int]:
+        """Length of every part; that of the tails, which depends on the data, is rounded up to the alignment."""
+        return {
+            "code": self.code_bytes,
+            "digits": self.digits_bytes,
+            "sign_mantissa": sum(self.plane_bytes),
+            "tails": pad(tails),
+        }
+
     @property
     def plane_bytes(self) -> tuple[int, ...]:
         """Length of each plane of the part ``sign_mantissa``."""
