@@ -119,7 +119,7 @@ def run(
                 raise DestinationExistsError(f"{work}: exists already; choose a new directory for --keep")
             work.mkdir(parents=True, exist_ok=True)
         original = work / "original"
-        decompress(source, original, threads=count, progress=progress)
+        decompress(source, original, threads=count, sha256=True, progress=progress)
         reference = _Fingerprint.of(original)
         results = [_measure(name, original, reference, work, count, progress) for name in formats or FORMATS]
         report = original / "training_report.json"

@@ -24,6 +24,9 @@ def command(
             help='JSON object {"name": [rows, columns]}, for DFloat11 models that lack them.',
         ),
     ] = None,
+    sha256: Annotated[
+        bool, typer.Option("--sha256", help="Check every file's SHA-256 too, not only its XXH3-128 (slower).")
+    ] = False,
     overwrite: options.Overwrite = False,
     resume: options.Resume = False,
     quiet: options.Quiet = False,
@@ -40,6 +43,7 @@ def command(
             destination,
             threads=options.thread_count(threads),
             shapes=None if shapes is None else _shapes(shapes),
+            sha256=sha256,
             overwrite=overwrite,
             resume=resume,
             progress=progress,
@@ -50,12 +54,14 @@ def command(
         rate = bits_per_weight(path, destination)
         output.print_json({"original_bytes": report.restored_bytes, "bits_per_weight": rate, **report.to_json()})
         return
-    checked = "SHA-256 of every file is that of the original" if report.sha256 else "plain weights"
+    checks = "plain weights" if report.format == "df11" else "every file has the XXH3-128 of the original"
+    if report.sha256:
+        checks = "every file has the SHA-256 of the original"
     output.print_facts(
         f"{source} -> {destination}",
         [
             ("compressed", output.size(report.compressed_bytes)),
-            ("restored", f"{output.size(report.restored_bytes)} in {report.files} file(s): {checked}"),
+            ("restored", f"{output.size(report.restored_bytes)} in {report.files} file(s): {checks}"),
             ("tensors", str(report.tensors)),
             (
                 "time",
