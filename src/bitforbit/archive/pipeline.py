@@ -137,7 +137,7 @@ class Pipeline:
                 with self._lock:
                     self._active -= 1
 
-        with ThreadPoolExecutor(max(1, min(self.threads, len(items), MAX_FILES_AT_ONCE))) as pool:
+        with ThreadPoolExecutor(max(1, min(2 * self.threads, len(items), MAX_FILES_AT_ONCE))) as pool:
             futures = [pool.submit(job, item) for item in items]
             try:
                 for future in as_completed(futures):
