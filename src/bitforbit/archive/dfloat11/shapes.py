@@ -144,7 +144,8 @@ def _integers(config: object, keys: Sequence[str], depth: int = 0) -> Iterator[i
 
 
 def _state(name: str) -> str:
-    return f'state it, for example shapes={{"{name}": [4096, 1024]}} (out_features, in_features)'
+    example = f'{{"{name}": [4096, 1024]}}'
+    return f"state it as (out_features, in_features) with --shapes FILE, or shapes= in Python, for example {example}"
 
 
 def _differ(name: str, one: str, other: str) -> Df11ShapeError:

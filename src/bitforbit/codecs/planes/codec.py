@@ -49,17 +49,23 @@ class PlanesCodec:
         self, dtype: str, shape: tuple[int, ...], config: Mapping[str, int | str], sizes: Mapping[str, int]
     ) -> None:
         """See :class:`bitforbit.codecs.base.Codec`."""
+        self._layout(dtype, shape, config, sizes)
+
+    def _layout(
+        self, dtype: str, shape: tuple[int, ...], config: Mapping[str, int | str], sizes: Mapping[str, int]
+    ) -> Layout:
         if set(sizes) != set(self.part_names):
             raise CorruptTensorError(f"expected parts {', '.join(self.part_names)}, got {', '.join(sizes) or 'none'}")
-        expected = Layout.from_config(config, dtype, shape).part_bytes(sizes["tails"])
-        if dict(sizes) != expected:
+        layout = Layout.from_config(config, dtype, shape)
+        expected = layout.part_bytes(sizes["tails"])
+        if sizes != expected:
             raise CorruptTensorError(f"expected parts of {expected} bytes, got {dict(sizes)}")
+        return layout
 
     def decode(self, tensor: EncodedTensor, out: Bytes, rows: tuple[int, int] | None, threads: int) -> None:
         """See :class:`bitforbit.codecs.base.Codec`."""
         sizes = {name: part.nbytes for name, part in tensor.parts.items()}
-        self.check(tensor.dtype, tensor.shape, tensor.config, sizes)
-        layout = Layout.from_config(tensor.config, tensor.dtype, tensor.shape)
+        layout = self._layout(tensor.dtype, tensor.shape, tensor.config, sizes)
         begin, end = rows or (0, layout.rows)
         if not 0 <= begin <= end <= layout.rows:
             raise UsageError(f"expected a range of rows within 0 to {layout.rows}, got {begin} to {end}")
