@@ -8,7 +8,7 @@ from bitforbit import __version__
 from bitforbit.cli import options, output
 
 _PACKAGES = {
-    "required": ("numpy", "safetensors", "ml_dtypes", "xxhash", "typer", "rich"),
+    "required": ("numpy", "ml_dtypes", "xxhash", "typer", "rich"),
     "optional": ("huggingface_hub", "matplotlib", "torch", "transformers"),
 }
 _VARIABLES = ("BITFORBIT_ISA", "BITFORBIT_THREADS")
