@@ -18,6 +18,8 @@ import numpy.typing as npt
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+NOT_MEASURED = (":!README.md", ":!benchmarks/results")
+"""Files that the benchmarks write themselves: their changes do not count as changes of the commit."""
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -62,7 +64,11 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
         "commit": _git("rev-parse", "--short=12", "HEAD")
-        + ("+changes" if _git("status", "--porcelain", "-uno") else ""),
+        + (
+            "+changes"
+            if _git("status", "--porcelain", "-uno", "--", ".", ":!README.md", ":!benchmarks/results")
+            else ""
+        ),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
 

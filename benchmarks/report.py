@@ -23,7 +23,7 @@ def where(result: Result) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items() if name != "bitforbit")
     return (
         f"{m['cpu']}, {m['cpus']} CPUs, {' / '.join(m['instruction_sets'])}; Python {m['python']}, {versions}; "
-        f"commit {m['commit']}, {m['date']}"
+        f"commit {m['commit']}, {m['date']} (`benchmarks/results/{result['benchmark']}.json`)"
     )
 
 

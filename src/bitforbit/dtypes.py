@@ -43,7 +43,8 @@ FLOAT_LAYOUTS: dict[str, FloatLayout] = {
     "F8_E5M2": FloatLayout(5, 2),
 }
 
-_NUMPY_NAMES: dict[str, str] = {
+# Safetensors name of every array dtype; numpy with ml_dtypes and torch call them the same.
+ARRAY_NAMES: dict[str, str] = {
     "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "uint32": "U32", "int32": "I32",
     "uint64": "U64", "int64": "I64", "float16": "F16", "float32": "F32", "float64": "F64", "complex64": "C64",
     "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
@@ -72,19 +73,19 @@ def bits(dtype: str) -> int:
 def from_numpy(dtype: npt.DTypeLike) -> str:
     """Safetensors name of a numpy (or ml_dtypes) dtype."""
     name = np.dtype(dtype).name
-    if name not in _NUMPY_NAMES or not np.dtype(dtype).isnative:
+    if name not in ARRAY_NAMES or not np.dtype(dtype).isnative:
         raise UnsupportedDtypeError(
             f"expected a native-endian numpy or ml_dtypes dtype that safetensors can hold, got {np.dtype(dtype)!r}; "
             "convert the array first"
         )
-    return _NUMPY_NAMES[name]
+    return ARRAY_NAMES[name]
 
 
 def to_numpy(dtype: str) -> np.dtype[np.generic]:
     """Numpy (or ml_dtypes) dtype of a safetensors name."""
     if dtype in _ML_DTYPES:
         return np.dtype(_ML_DTYPES[dtype])
-    for numpy_name, name in _NUMPY_NAMES.items():
+    for numpy_name, name in ARRAY_NAMES.items():
         if name == dtype:
             return np.dtype(numpy_name)
     raise UnsupportedDtypeError(f"numpy has no array type for safetensors dtype {dtype!r}")

@@ -17,14 +17,6 @@ from bitforbit.errors import MissingDependencyError, UnsupportedDtypeError, Usag
 
 Bytes = npt.NDArray[np.uint8]
 
-# The names of torch's dtypes; those of numpy are in bitforbit.dtypes.
-_TORCH_NAMES: dict[str, str] = {
-    "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "uint32": "U32", "int32": "I32",
-    "uint64": "U64", "int64": "I64", "float16": "F16", "float32": "F32", "float64": "F64", "complex64": "C64",
-    "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
-    "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ",
-}  # fmt: skip
-
 
 def library_of(array: object) -> str:
     """``"numpy"`` (its scalars included) or ``"torch"``. Raises UsageError for anything else, also masked arrays."""
@@ -60,7 +52,7 @@ def empty(library: str, dtype: str, shape: tuple[int, ...]) -> Any:
             "this array was a torch tensor, and torch is not imported: import torch, or decode into a numpy array "
             "given as out"
         )
-    name = next(name for name, ours in _TORCH_NAMES.items() if ours == dtype)
+    name = next(name for name, ours in dtypes.ARRAY_NAMES.items() if ours == dtype)
     return torch.empty(shape, dtype=getattr(torch, name))
 
 
@@ -99,8 +91,8 @@ def _checked_tensor(tensor: Any) -> Any:
 
 def _torch_dtype(tensor: Any) -> str:
     name = str(tensor.dtype).removeprefix("torch.")
-    if name not in _TORCH_NAMES:
+    if name not in dtypes.ARRAY_NAMES:
         raise UnsupportedDtypeError(
-            f"expected a dtype among {', '.join(_TORCH_NAMES)}, got {tensor.dtype}; convert the tensor first"
+            f"expected a dtype among {', '.join(dtypes.ARRAY_NAMES)}, got {tensor.dtype}; convert the tensor first"
         )
-    return _TORCH_NAMES[name]
+    return dtypes.ARRAY_NAMES[name]

@@ -37,7 +37,9 @@ def test_there_and_back(tmp_path: Path) -> None:
     assert progress.finished == 1
     for path in (GOLDEN / "df11").iterdir():
         assert (tmp_path / "c" / path.name).read_bytes() == path.read_bytes(), path.name
-    back = archive.decompress(tmp_path / "c", tmp_path / "r", threads=2)
+    progress = Recorder()
+    back = archive.decompress(tmp_path / "c", tmp_path / "r", threads=2, progress=progress)
+    assert progress.done == progress.total > 0
     assert (back.format, back.tensors) == ("df11", 21)
     for path in (GOLDEN / "bf16").iterdir():
         assert (tmp_path / "r" / path.name).read_bytes() == path.read_bytes(), path.name

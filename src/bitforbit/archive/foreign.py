@@ -13,8 +13,9 @@ from bitforbit.archive.progress import NoProgress, Progress
 from bitforbit.archive.report import CompressReport, DecompressReport
 from bitforbit.archive.source import SourceTree, check_plain, scan
 from bitforbit.archive.staging import HOPELESS_RATIO, Plan, staged
+from bitforbit.codecs.df11.unit import TENSOR_NAMES
 from bitforbit.cpu import default_threads
-from bitforbit.format.header import Header, read_header
+from bitforbit.format.header import Header, TensorEntry, read_header
 from bitforbit.format.spec import SHARD_SUFFIX
 
 
@@ -32,6 +33,14 @@ def _advancing(progress: Progress | None, total_bytes: int, description: str) ->
 def _headers(tree: Path) -> list[Header]:
     """Headers of all safetensors files below a directory."""
     return [read_header(path) for path in sorted(tree.rglob("*" + SHARD_SUFFIX))]
+
+
+def _restored_bytes(entry: TensorEntry) -> int:
+    """What a stored tensor adds to the plain model: two bytes per byte of sign and mantissa, itself if it is plain."""
+    part = entry.name.rpartition(".")[2]
+    if part == "sign_mantissa":
+        return 2 * entry.nbytes
+    return 0 if part in TENSOR_NAMES else entry.nbytes
 
 
 def compress_df11(
@@ -90,8 +99,8 @@ def decompress_df11(
     tree = scan(src)
     plan = Plan("decompress-df11", src, {}, tree.stamps, 2 * tree.total_bytes, tree.total_bytes)
     with staged(dst, plan, overwrite=overwrite, resume=False) as staging:
-        weights = sum(e.nbytes for header in _headers(src) for e in header.tensors if e.name.endswith("sign_mantissa"))
-        with _advancing(progress, 2 * weights, "Restoring") as advance:
+        weights = sum(_restored_bytes(entry) for header in _headers(src) for entry in header.tensors)
+        with _advancing(progress, weights, "Restoring") as advance:
             dfloat11.write_plain(
                 src, staging.tree, threads=threads or default_threads(), shapes=shapes, progress=advance
             )

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-from bitforbit.errors import GgufRefusedError, PickleRefusedError, SourceNotFoundError, UsageError
+from bitforbit.archive.source import refuse_kind, scan
+from bitforbit.errors import SourceNotFoundError, UsageError
 
 CONFIG_NAME = "config.json"
 CONFIG_KEY = "dfloat11_config"
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json")
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_SKIPPED_DIRECTORIES = (".git", ".cache")
 
 
 def require_directory(path: Path) -> None:
@@ -26,15 +25,7 @@ def require_directory(path: Path) -> None:
 
 def refuse_without_safetensors(directory: Path) -> None:
     """Raise the error that says why a directory without safetensors files cannot be read."""
-    suffixes = {path.suffix for path in directory.iterdir()}
-    pickles = sorted(suffixes & set(_PICKLE_SUFFIXES))
-    if pickles:
-        raise PickleRefusedError(
-            f"{directory}: expected .safetensors files, got Python pickles ({', '.join(pickles)}), which run code when "
-            "they are read (DFloat11 0.1.0 wrote such files); convert or download a safetensors version"
-        )
-    if ".gguf" in suffixes:
-        raise GgufRefusedError(f"{directory}: expected BF16 .safetensors files, got GGUF, which is already quantized")
+    refuse_kind(directory, [path.name for path in sorted(directory.iterdir())])
     raise SourceNotFoundError(f"{directory}: expected a directory with .safetensors files, got none")
 
 
@@ -64,19 +55,8 @@ def weights_stem(directory: Path) -> str:
 
 def copy_other_files(src: Path, dst: Path) -> None:
     """Copy everything but the weights and ``config.json`` of the top directory; sub-directories as they are."""
-    for relative in _other_files(src, Path()):
-        target = dst / relative
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(src / relative, target)
-
-
-def _other_files(root: Path, relative: Path) -> Iterator[Path]:
-    for path in sorted((root / relative).iterdir()):
-        inner = relative / path.name
-        if path.is_dir():
-            if path.name not in _SKIPPED_DIRECTORIES and not path.is_symlink():
-                yield from _other_files(root, inner)
-        elif path.is_file():
-            top = len(inner.parts) == 1
-            if not (top and (path.name == CONFIG_NAME or path.name.endswith(_WEIGHT_SUFFIXES))):
-                yield inner
+    for file in scan(src).files:
+        if "/" in file.path or not (file.path == CONFIG_NAME or file.path.endswith(_WEIGHT_SUFFIXES)):
+            target = dst / file.path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file.location, target)
