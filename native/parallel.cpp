@@ -8,6 +8,13 @@
 #include <vector>
 
 namespace bitforbit {
+namespace {
+
+std::atomic<ParallelRegion> region{nullptr};
+
+}  // namespace
+
+void use_parallel_region(ParallelRegion replacement) { region = replacement; }
 
 void parallel_for(std::size_t count, std::size_t grain, int threads, const std::function<void(std::size_t)>& body) {
   grain = std::max<std::size_t>(grain, 1);
@@ -34,6 +41,11 @@ void parallel_for(std::size_t count, std::size_t grain, int threads, const std::
       if (!error) error = std::current_exception();
     }
   };
+  if (const ParallelRegion run = region) {
+    run([](void* data) { (*static_cast<decltype(work)*>(data))(); }, &work, static_cast<unsigned>(workers), 0);
+    if (error) std::rethrow_exception(error);
+    return;
+  }
   std::vector<std::thread> pool;
   pool.reserve(workers - 1);
   for (std::size_t i = 1; i < workers; ++i) {
