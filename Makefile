@@ -5,6 +5,9 @@ FUZZ_CXX ?= $(firstword $(shell command -v clang++ clang++-21 clang++-20 clang++
 
 VENV := .venv
 BIN := $(VENV)/bin
+FLOOR := .venv-floor
+$(FLOOR)/stamp test-floor: export PIP_CONSTRAINT := $(CURDIR)/$(FLOOR)/constraints.txt
+$(FLOOR)/stamp test-floor: export PIP_BUILD_CONSTRAINT := $(CURDIR)/$(FLOOR)/constraints.txt
 # The second and third line hold the build's own requirements to the same versions: older pips read PIP_CONSTRAINT
 # inside the isolated build, newer ones PIP_BUILD_CONSTRAINT.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -21,11 +24,12 @@ PY_DIRS := $(wildcard src tests benchmarks examples fuzz)
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test check format native-test fuzz bench gpu clean
+.PHONY: help demo test test-floor check format native-test fuzz bench gpu clean
 
 help:
 	@echo 'make demo         compress a small model, restore it, compare every byte'
 	@echo 'make test         run the Python tests'
+	@echo 'make test-floor   run the tests of the transformers plug-in with the oldest transformers supported'
 	@echo 'make check        formatting, linting, types, import direction'
 	@echo 'make format       format C++ and Python files in place'
 	@echo 'make native-test  run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer'
@@ -45,10 +49,14 @@ $(VENV)/stamp-base: $(VENV)/stamp-venv constraints.txt $(SOURCES)
 	$(PIP_INSTALL) .
 	@touch $@
 
-# By itself and pinned: the tests cover torch tensors, the package does not need torch.
+# By itself and pinned: a looser range would fetch gigabytes of CUDA. Compressing needs no torch, running models does.
 $(VENV)/stamp-torch: $(VENV)/stamp-venv
 	$(PIP_INSTALL) torch==2.13.0
 	@touch $@
+
+$(VENV)/stamp-run: $(VENV)/stamp-torch pyproject.toml constraints.txt
+	$(PIP_INSTALL) '.[torch]'
+	@touch $@ $(VENV)/stamp-base
 
 # The extras' stamps do not depend on the sources. They install the package too, hence stamp-base.
 $(VENV)/stamp-test: $(VENV)/stamp-torch pyproject.toml constraints.txt
@@ -71,13 +79,26 @@ $(VENV)/stamp-fuzz: $(VENV)/stamp-cmake
 	$(PIP_INSTALL) atheris
 	@touch $@
 
+$(FLOOR)/stamp: constraints.txt constraints-floor.txt pyproject.toml
+	$(PYTHON) -m venv $(FLOOR)
+	grep -vE '^(huggingface_hub|httpx2|httpcore2|transformers|truststore)==' constraints.txt > $(FLOOR)/constraints.txt
+	cat constraints-floor.txt >> $(FLOOR)/constraints.txt
+	$(FLOOR)/bin/python -m pip install torch==2.13.0
+	$(FLOOR)/bin/python -m pip install -c $(FLOOR)/constraints.txt '.[test]'
+	@touch $@
+
 # --- what people call ------------------------------------------------------------------------------------------
 
-demo: $(VENV)/stamp-base
+demo: $(VENV)/stamp-run $(VENV)/stamp-base
 	$(BIN)/bitforbit demo
 
 test: $(VENV)/stamp-test $(VENV)/stamp-base
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# What touches transformers, on the oldest version that is supported.
+test-floor: $(FLOOR)/stamp $(SOURCES)
+	$(FLOOR)/bin/python -m pip install -q -c $(FLOOR)/constraints.txt .
+	$(FLOOR)/bin/python -m pytest tests/integrations tests/nn $(PYTEST_ARGS)
 
 check: $(VENV)/stamp-dev
 	$(BIN)/ruff check $(PY_DIRS)
@@ -114,5 +135,5 @@ gpu:
 	@echo 'bitforbit has no GPU code yet: there is nothing to build or to test on a GPU.'
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(FLOOR) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests benchmarks examples fuzz -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
