@@ -1,5 +1,7 @@
 #include "parallel.hpp"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <exception>
@@ -11,10 +13,20 @@ namespace bitforbit {
 namespace {
 
 std::atomic<ParallelRegion> region{nullptr};
+std::atomic<pid_t> region_owner{0};
+
+// GCC's OpenMP does not survive a fork: a child starts threads of its own.
+ParallelRegion usable_region() {
+  const ParallelRegion run = region;
+  return run && region_owner == getpid() ? run : nullptr;
+}
 
 }  // namespace
 
-void use_parallel_region(ParallelRegion replacement) { region = replacement; }
+void use_parallel_region(ParallelRegion replacement) {
+  region_owner = getpid();
+  region = replacement;
+}
 
 void parallel_for(std::size_t count, std::size_t grain, int threads, const std::function<void(std::size_t)>& body) {
   grain = std::max<std::size_t>(grain, 1);
@@ -41,7 +53,7 @@ void parallel_for(std::size_t count, std::size_t grain, int threads, const std::
       if (!error) error = std::current_exception();
     }
   };
-  if (const ParallelRegion run = region) {
+  if (const ParallelRegion run = usable_region()) {
     run([](void* data) { (*static_cast<decltype(work)*>(data))(); }, &work, static_cast<unsigned>(workers), 0);
     if (error) std::rethrow_exception(error);
     return;

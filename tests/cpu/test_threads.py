@@ -56,3 +56,21 @@ except CorruptTensorError:
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "refused"
+
+
+def test_a_forked_child_uses_threads_of_its_own() -> None:
+    pytest.importorskip("torch")
+    script = """
+import os, torch, numpy as np, bitforbit
+from bitforbit.cpu import threads
+torch.ones(1 << 20).sum()
+assert threads.share_openmp_threads()
+weights = (np.random.default_rng(0).standard_normal((1000, 700)) * 0.02).astype(np.float32)
+encoded = bitforbit.encode(weights, threads=2)
+child = os.fork()
+if child == 0:
+    same = np.array_equal(encoded.decode(threads=2), weights)
+    os._exit(0 if same else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=60)
