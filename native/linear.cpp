@@ -136,6 +136,9 @@ void over_blocks(std::size_t rows, std::size_t cols, const LinearArguments& a, c
 std::span<const LinearOps* const> linear_implementations() {
   static constexpr const LinearOps* kAll[] = {
       &kLanesScalar,
+#if BITFORBIT_X86
+      &kLanesAvx2,       &kLanesAvx512, &kLanesAvx512Vbmi2, &kLanesAvx512Bf16,
+#endif
   };
   return kAll;
 }

@@ -51,5 +51,11 @@ struct LinearOps {
 };
 
 extern const LinearOps kLanesScalar;
+#if BITFORBIT_X86
+extern const LinearOps kLanesAvx2;
+extern const LinearOps kLanesAvx512;
+extern const LinearOps kLanesAvx512Vbmi2;
+extern const LinearOps kLanesAvx512Bf16;
+#endif
 
 }  // namespace bitforbit
