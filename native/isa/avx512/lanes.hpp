@@ -68,6 +68,7 @@ struct Lanes512 : S {
 #pragma GCC unroll 16
     for (std::size_t row = 0; row < kBlockRows; ++row) sum[row] = _mm512_setzero_ps();
     for (std::size_t tile = 0; tile < tiles && used <= b.n2; ++tile, x += 2 * S::kInputBytes) {
+      prefetch_next_tail(b, tile);
       multiply_rows<0>(table, b, tile * kBlockRows, used, S::load_inputs(x, 0), S::load_inputs(x + S::kInputBytes, 0),
                        sum);
     }
