@@ -137,7 +137,7 @@ std::span<const LinearOps* const> linear_implementations() {
   static constexpr const LinearOps* kAll[] = {
       &kLanesScalar,
 #if BITFORBIT_X86
-      &kLanesAvx2,       &kLanesAvx512, &kLanesAvx512Vbmi2, &kLanesAvx512Bf16,
+      &kLanesAvx2,   &kLanesAvx512, &kLanesAvx512Vbmi2, &kLanesAvx512Bf16,
 #endif
   };
   return kAll;
