@@ -171,7 +171,7 @@ def measure(
     orders: Sequence[Order] = (LANES,),
     seconds: float = 3.0,
 ) -> list[dict[str, Any]]:
-    """GB/s of BF16 weights for every column, shape, number of tokens and of threads, once the orders passed the gate."""
+    """GB/s of BF16 weights for every column, shape, number of tokens and of threads; the orders are gated first."""
     results = []
     for name, (rows, cols) in shapes.items():
         matrix = make_matrix(rows, cols)
