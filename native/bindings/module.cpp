@@ -9,6 +9,7 @@ NB_MODULE(_native, m) {
   nb::exception<bitforbit::CorruptData>(m, "CorruptData", PyExc_ValueError);
   bind_planes(m);
   bind_df11(m);
+  bind_linear(m);
   m.def(
       "use_parallel_region",
       [](std::uintptr_t address) {
