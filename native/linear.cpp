@@ -64,15 +64,16 @@ float load_float(const std::uint8_t* p, bool f32, std::size_t i) {
   return value;
 }
 
-// Words of FP32 to BF16, to nearest even. Written for the compiler to vectorize: no branches.
-template <bool Flush>
+// FP32 to BF16, to nearest even. Like VCVTNEPS2BF16: denormals become zeros and a NaN keeps its upper bits; else all
+// NaNs become one. Written for the compiler to vectorize: no branches.
+template <bool Instruction>
 void to_bf16(const float* from, std::size_t count, std::uint8_t* to) {
   for (std::size_t i = 0; i < count; ++i) {
     const std::uint32_t word = std::bit_cast<std::uint32_t>(from[i]);
     const auto magnitude = static_cast<std::int32_t>(word & 0x7fffffff);
     std::uint32_t rounded = (word + 0x7fff + (word >> 16 & 1)) >> 16;
-    if (Flush) rounded = magnitude < 0x00800000 ? word >> 31 << 15 : rounded;
-    rounded = magnitude > 0x7f800000 ? 0x7fc0 : rounded;
+    if (Instruction) rounded = magnitude < 0x00800000 ? word >> 31 << 15 : rounded;
+    rounded = magnitude > 0x7f800000 ? (Instruction ? word >> 16 | 0x40 : 0x7fc0) : rounded;
     const auto out = static_cast<std::uint16_t>(rounded);
     std::memcpy(to + 2 * i, &out, 2);
   }
@@ -91,7 +92,7 @@ void finish(const LinearArguments& a, const LinearOps& ops, std::size_t rows, st
       std::memcpy(out, s, 4 * count);
       continue;
     }
-    if (ops.flushes_outputs) {
+    if (ops.vcvtneps2bf16) {
       to_bf16<true>(s, count, out);
     } else {
       to_bf16<false>(s, count, out);

@@ -175,7 +175,7 @@ const LinearOps kTdpbf16Amx{
     .usable = has_amx,
     .bf16 = true,
     .f32 = false,
-    .flushes_outputs = true,
+    .vcvtneps2bf16 = true,
     .blocks_at_once = 1,
     .packed_bytes = packed_bytes,
     .pack = pack,
