@@ -116,7 +116,7 @@ void over_blocks(std::size_t rows, std::size_t cols, const LinearArguments& a, c
   std::size_t per_task = std::min(share, 1 + kWeightsPerTask / per_block);
   per_task = (per_task + ops.blocks_at_once - 1) / ops.blocks_at_once * ops.blocks_at_once;
   parallel_for((blocks + per_task - 1) / per_task, 1, a.threads, [&](std::size_t task) {
-    const DefaultFloats floats;
+    [[maybe_unused]] const DefaultFloats floats{};
     const std::size_t task_end = std::min(blocks, (task + 1) * per_task);
     for (std::size_t first = task * per_task; first < task_end; first += ops.blocks_at_once) {
       const std::size_t count = std::min(ops.blocks_at_once, task_end - first);

@@ -89,40 +89,42 @@ inline void multiply_chunks(const std::uint8_t* weight, std::size_t w_stride, co
   }
 }
 
-template <class L, bool kStream, int R>
-inline void multiply_tokens(const std::uint8_t* weight, std::size_t w_stride, const std::uint8_t* x,
-                            std::size_t x_stride, std::size_t tokens, std::size_t chunks, float* lanes) {
-  while (tokens) {
-    // As equal as possible: 7 tokens are 4 + 3, not 6 + 1.
-    const std::size_t parts = (tokens + L::kMostTokens - 1) / L::kMostTokens, n = (tokens + parts - 1) / parts;
-    switch (n) {
-      case 1: multiply_chunks<L, kStream, R, 1>(weight, w_stride, x, x_stride, chunks, lanes); break;
-      case 2: multiply_chunks<L, kStream, R, 2>(weight, w_stride, x, x_stride, chunks, lanes); break;
-      case 3: multiply_chunks<L, kStream, R, 3>(weight, w_stride, x, x_stride, chunks, lanes); break;
-      case 4: multiply_chunks<L, kStream, R, 4>(weight, w_stride, x, x_stride, chunks, lanes); break;
-      case 5:
-        if constexpr (L::kMostTokens >= 5)
-          multiply_chunks<L, kStream, R, 5>(weight, w_stride, x, x_stride, chunks, lanes);
-        break;
-      case 6:
-        if constexpr (L::kMostTokens >= 6)
-          multiply_chunks<L, kStream, R, 6>(weight, w_stride, x, x_stride, chunks, lanes);
-        break;
-    }
-    tokens -= n, x += n * x_stride, lanes += n * kBlockRows * kLanes;
+template <class L, bool kStream, int T>
+inline void multiply_rows(const std::uint8_t* weight, std::size_t w_stride, std::size_t rows, const std::uint8_t* x,
+                          std::size_t x_stride, std::size_t chunks, float* lanes) {
+  std::size_t r = 0;
+  for (; r + L::kRows <= rows; r += L::kRows) {
+    multiply_chunks<L, kStream, L::kRows, T>(weight + r * w_stride, w_stride, x, x_stride, chunks, lanes + r * kLanes);
+  }
+  for (; r < rows; ++r) {
+    multiply_chunks<L, kStream, 1, T>(weight + r * w_stride, w_stride, x, x_stride, chunks, lanes + r * kLanes);
   }
 }
 
+// Tokens outermost: a panel and the activations of a few tokens fit L1 together.
 template <class L, bool kStream>
 inline void multiply_panel(const std::uint8_t* weight, std::size_t w_stride, std::size_t rows, Inputs<L> x,
                            std::size_t tokens, std::size_t chunks, float* lanes) {
-  std::size_t r = 0;
-  for (; r + L::kRows <= rows; r += L::kRows) {
-    multiply_tokens<L, kStream, L::kRows>(weight + r * w_stride, w_stride, x.at, x.stride, tokens, chunks,
-                                          lanes + r * kLanes);
-  }
-  for (; r < rows; ++r) {
-    multiply_tokens<L, kStream, 1>(weight + r * w_stride, w_stride, x.at, x.stride, tokens, chunks, lanes + r * kLanes);
+  const auto multiply = [&]<int T>() {
+    multiply_rows<L, kStream, T>(weight, w_stride, rows, x.at, x.stride, chunks, lanes);
+  };
+  while (tokens) {
+    // As equal as possible: 7 tokens are 4 + 3, not 6 + 1.
+    const std::size_t parts = (tokens + L::kMostTokens - 1) / L::kMostTokens, n = (tokens + parts - 1) / parts;
+    if (n == 1) {
+      multiply.template operator()<1>();
+    } else if (n == 2) {
+      multiply.template operator()<2>();
+    } else if (n == 3) {
+      multiply.template operator()<3>();
+    } else if (n == 4) {
+      multiply.template operator()<4>();
+    } else if (n == 5) {
+      if constexpr (L::kMostTokens >= 5) multiply.template operator()<5>();
+    } else {
+      if constexpr (L::kMostTokens >= 6) multiply.template operator()<6>();
+    }
+    tokens -= n, x.at += n * x.stride, lanes += n * kBlockRows * kLanes;
   }
 }
 
