@@ -68,7 +68,7 @@ def test_a_new_process_reads_the_verdicts(probed: list[object]) -> None:
 def test_limits(probed: list[object]) -> None:
     assert proven.lookup(64, 256, 2, 1, False, torch.float32) is None
     assert proven.lookup(64, 256, 2, 1, False, torch.float16) is None
-    assert lookup(tokens=17) is None
+    assert lookup(tokens=49) is None
     assert lookup(tokens=0) is None
     assert lookup(rows=8) is None
     assert lookup(cols=32) is None
