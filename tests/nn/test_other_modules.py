@@ -140,25 +140,30 @@ def test_several_parameters_of_one_module():
     assert type(model) is nn.Linear
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compile_without_breaks(backend):
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(300, 64)
+        self.stack = nn.Parameter(torch.randn(3, 64, 64) / 8)
+        self.head = nn.Linear(64, 300)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        h = self.embed(ids)
+        h = h + functional.linear(h, self.stack[1]) + functional.linear(h, self.head.weight[:64])
+        return self.head(h)
+
+
+@pytest.mark.parametrize("mode", ["exact", "fused"])
+def test_compile_without_breaks(mode):
     torch.manual_seed(0)
+    model = bitforbit.compress_model(Net().bfloat16().requires_grad_(False), mode=mode)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_same_bits(compiled(IDS), model(IDS))
 
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed = nn.Embedding(300, 64)
-            self.stack = nn.Parameter(torch.randn(3, 64, 64) / 8)
-            self.head = nn.Linear(64, 300)
 
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            h = self.embed(ids)
-            h = h + functional.linear(h, self.stack[1]) + functional.linear(h, self.head.weight[:64])
-            return self.head(h)
-
-    plain = Net().bfloat16().requires_grad_(False)
-    model = bitforbit.compress_model(copy.deepcopy(plain))
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
-    torch.testing.assert_close(compiled(IDS), plain(IDS), atol=0.05, rtol=0.05)
-    if backend == "aot_eager":
-        assert_same_bits(compiled(IDS), model(IDS))
+def test_compile_with_inductor():
+    torch.manual_seed(0)
+    model = bitforbit.compress_model(nn.Linear(64, 96).bfloat16())
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.no_grad():
+        assert_same_bits(compiled(x(3, 64)), model(x(3, 64)))
