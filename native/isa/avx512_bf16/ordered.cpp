@@ -8,7 +8,7 @@ namespace bitforbit {
 namespace {
 
 // Tokens from which the products take long enough to hide the decoding of a tile in them.
-constexpr int kInterleaveFrom = 5;
+constexpr int kInterleaveFrom = 7;
 // Bytes of sign+mantissa to fetch ahead; digits: a quarter of that.
 constexpr std::size_t kAhead = 6144;
 
@@ -45,16 +45,19 @@ inline void gather_registers(const __m512i row[16], std::size_t i, __m512i by_la
   by_lane[3] = _mm512_shuffle_i32x4(b, d, 0xdd);
 }
 
-// The pairs of 16-byte run c: 4c to 4c + 3 (the lower words of a run) and 16 + 4c to 16 + 4c + 3.
-inline void store_run(const __m512i exponents[4], const std::uint8_t* top, std::size_t c, std::uint8_t* pairs) {
-  __m512i a[4], e[4], s[4];
-  for (std::size_t i = 0; i < 4; ++i) a[i] = gather_lanes(top + 64 * i + 16 * c, 64);
-  unpack_words(exponents, e);
-  unpack_words(a, s);
-  for (std::size_t i = 0; i < 4; ++i) {
+// Bytes [16c, 16c + 16) of 16 rows of 64 bytes, as words of all rows.
+inline void gather_words(const std::uint8_t* rows, std::size_t c, __m512i words[4]) {
+  __m512i a[4];
+  for (std::size_t i = 0; i < 4; ++i) a[i] = gather_lanes(rows + 64 * i + 16 * c, 64);
+  unpack_words(a, words);
+}
+
+// Half of the pairs of run c: 4c + 2i and the next (the lower words of the run), and those 16 behind them.
+inline void store_pairs(const __m512i e[4], const __m512i top[4], std::size_t c, std::size_t i, std::uint8_t* pairs) {
+  for (std::size_t half = 0; half < 2; ++half) {
     __m512i low, high;
-    join_words(e[i], s[i], low, high);
-    std::uint8_t* to = pairs + 64 * (16 * (i / 2) + 4 * c + 2 * (i % 2));
+    join_words(e[i + 2 * half], top[i + 2 * half], low, high);
+    std::uint8_t* to = pairs + 64 * (16 * half + 4 * c + 2 * i);
     Avx512::store(to, low);
     Avx512::store(to + 64, high);
   }
@@ -81,9 +84,11 @@ struct Tiles {
   }
 
   void decode(std::uint8_t* pairs) {
+    Exponents next = exponents;  // a copy that stays in registers
     __m512i row[16], run[4][4];
 #pragma GCC unroll 16
-    for (std::size_t r = 0; r < 16; ++r) row[r] = exponents(digits + 16 * r);
+    for (std::size_t r = 0; r < 16; ++r) row[r] = next(digits + 16 * r);
+    exponents = next;
 #pragma GCC unroll 4
     for (std::size_t i = 0; i < 4; ++i) {
       __m512i by_lane[4];
@@ -91,26 +96,39 @@ struct Tiles {
       for (std::size_t c = 0; c < 4; ++c) run[c][i] = by_lane[c];
     }
 #pragma GCC unroll 4
-    for (std::size_t c = 0; c < 4; ++c) store_run(run[c], top, c, pairs);
+    for (std::size_t c = 0; c < 4; ++c) {
+      __m512i e[4], s[4];
+      unpack_words(run[c], e);
+      gather_words(top, c, s);
+      store_pairs(e, s, c, 0, pairs);
+      store_pairs(e, s, c, 1, pairs);
+    }
     advance();
   }
 
   // The same with step(pair) called 32 times in between, pairs in order.
   template <class Step>
   void decode_between(std::uint8_t* pairs, Step step) {
+    Exponents next = exponents;
 #pragma GCC unroll 1
-    for (std::size_t r = 0; r < 16; ++r) {
-      Avx512::store(rows + 64 * r, exponents(digits + 16 * r));
+    for (std::size_t r = 0; r < 16; r += 2) {
+      Avx512::store(rows + 64 * r, next(digits + 16 * r));
       step(r);
+      Avx512::store(rows + 64 * r + 64, next(digits + 16 * r + 16));
+      step(r + 1);
+      asm volatile("");  // or GCC splits this into a loop that decodes and one that multiplies
     }
+    exponents = next;
 #pragma GCC unroll 1
     for (std::size_t c = 0; c < 4; ++c) {
-      __m512i a[4];
-      for (std::size_t i = 0; i < 4; ++i) a[i] = gather_lanes(rows + 64 * i + 16 * c, 64);
+      __m512i e[4], s[4];
+      gather_words(rows, c, e);
       step(16 + 4 * c);
+      gather_words(top, c, s);
       step(17 + 4 * c);
-      store_run(a, top, c, pairs);
+      store_pairs(e, s, c, 0, pairs);
       step(18 + 4 * c);
+      store_pairs(e, s, c, 1, pairs);
       step(19 + 4 * c);
     }
     advance();
@@ -120,33 +138,43 @@ struct Tiles {
 // One block of whole tiles times T tokens. False: more threes than the tail has exponents.
 template <int T>
 bool multiply_tiles(const LinearProduct& p, const DecodeBlock& b, const std::uint8_t* x, float* out) {
-  alignas(64) std::uint8_t pairs[2][kPairs * 64];
+  constexpr std::size_t kTileBytes = kPairs * 64, kInputBytes = 2 * kGroup * T;
+  alignas(64) std::uint8_t pairs[2][kTileBytes];
   const std::size_t tiles = b.cols / kGroup;
   const std::uint8_t* end = b.exponents2 + b.n2;
   Sums<Bf16, T> sums(pairs_per_sum(p));
   Tiles decoder(b);
   decoder.fetch_ahead();
   decoder.decode(pairs[0]);
-  for (std::size_t i = 0; i < tiles; ++i, x += 2 * kGroup * T) {
-    if (decoder.exponents.next > end) return false;  // bounds the reads of exponents2: a tile past the end
-    const std::uint8_t* now = pairs[i % 2];
-    std::uint8_t* next = pairs[(i + 1) % 2];
-    const bool last = i + 1 == tiles;
-    if (!last) decoder.fetch_ahead();
-    if (last || T < kInterleaveFrom || sums.pairs_left < kPairs) {
-      sums.tile(now, x, kPairs);
-      if (!last) decoder.decode(next);
+  std::size_t tile = 0;
+  while (tile < tiles) {
+    // Tiles that end neither the matrix nor inside a K block, so that the sums can stay in registers.
+    const std::size_t left = tiles - 1 - tile, whole = sums.pairs_left / kPairs;
+    const std::size_t run = T < kInterleaveFrom ? 0 : left < whole ? left : whole;
+    if (run) {
+      Bf16::Lanes sum[T];
+      for (int t = 0; t < T; ++t) sum[t] = sums.now[t];
+      for (std::size_t i = 0; i < run; ++i, ++tile, x += kInputBytes) {
+        if (decoder.exponents.next > end) return false;  // bounds the reads of exponents2: a tile past the end
+        decoder.fetch_ahead();
+        const std::uint8_t* now = pairs[tile % 2];
+        decoder.decode_between(pairs[(tile + 1) % 2], [&](std::size_t pair) {
+#pragma GCC unroll 16
+          for (int t = 0; t < T; ++t) Bf16::step(sum[t], now + 64 * pair, x + 2 * kGroup * t + 4 * pair);
+        });
+      }
+      for (int t = 0; t < T; ++t) sums.now[t] = sum[t];
+      sums.pairs_left -= run * kPairs;
+      if (!sums.pairs_left) sums.end_block();
       continue;
     }
-    Bf16::Lanes sum[T];
-    for (int t = 0; t < T; ++t) sum[t] = sums.now[t];
-    decoder.decode_between(next, [&](std::size_t pair) {
-#pragma GCC unroll 16
-      for (int t = 0; t < T; ++t) Bf16::step(sum[t], now + 64 * pair, x + 2 * kGroup * t + 4 * pair);
-    });
-    for (int t = 0; t < T; ++t) sums.now[t] = sum[t];
-    sums.pairs_left -= kPairs;
-    if (!sums.pairs_left) sums.end_block();
+    if (decoder.exponents.next > end) return false;
+    sums.tile(pairs[tile % 2], x, kPairs);
+    ++tile, x += kInputBytes;
+    if (tile < tiles) {
+      decoder.fetch_ahead();
+      decoder.decode(pairs[tile % 2]);
+    }
   }
   sums.finish(out, p.sums_stride, kBlockRows);
   return decoder.exponents.next == end;
