@@ -10,7 +10,7 @@ from bitforbit.codecs.planes.layout import BLOCK_ROWS
 from bitforbit.cpu import linear as products
 from bitforbit.cpu import planes
 from bitforbit.errors import UsageError
-from bitforbit.ops import checks, stats
+from bitforbit.ops import checks, exact, stats
 from bitforbit.ops.schema import LIBRARY, MODES
 from bitforbit.ops.scratch import SCRATCH
 
@@ -125,7 +125,7 @@ def linear(
         )
     parts = (code, digits, sign_mantissa, tails)
     if kind == "BF16":
-        order = products.LANES if mode == "fused" else None
+        order = products.LANES if mode == "fused" else exact.order_for(x, bias, rows)
         if order is not None:
             stats.count("fused" if mode == "fused" else "fused_exact", rows * cols * dtype.itemsize)
             return _product(x, parts, bias, (rows, cols, rows_per_table), order)
