@@ -22,7 +22,8 @@ from bitforbit import ops
 from bitforbit.errors import CompressedParameterError
 from bitforbit.nn import state
 from bitforbit.nn.spec import PARTS, CompressedSpec, part_name
-from bitforbit.nn.weight import CompressedWeight, decode
+from bitforbit.nn.values import Values, decode
+from bitforbit.nn.weight import CompressedWeight
 
 _reading = threading.local()
 """Weights decoded for the forwards under way in this thread: ``by_module: {id(module): {name: tensor}}``."""
@@ -51,11 +52,11 @@ class Compressed(nn.Module):
             return decode(spec, parts)
         known = getattr(_reading, "by_module", {}).get(id(self))
         if known is None:
-            return CompressedWeight(spec, parts)
+            return CompressedWeight(Values(spec, parts))
         if name not in known:
             # Stacks of experts and tables to look up rarely need decoding as a whole.
             lazy = len(spec.shape) > 2 or isinstance(self, nn.Embedding)
-            known[name] = CompressedWeight(spec, parts) if lazy else decode(spec, parts)
+            known[name] = CompressedWeight(Values(spec, parts)) if lazy else decode(spec, parts)
         weight: torch.Tensor = known[name]
         return weight
 
