@@ -137,8 +137,12 @@ std::span<const LinearOps* const> linear_implementations() {
   static constexpr const LinearOps* kAll[] = {
       &kLanesScalar, &kVdpbf16Scalar, &kTdpbf16Scalar,
 #if BITFORBIT_X86
+<<<<<<< HEAD
       &kLanesAvx2,   &kLanesAvx512,   &kLanesAvx512Vbmi2,  &kLanesAvx512Bf16,
       &kVdpbf16Avx2, &kVdpbf16Avx512, &kVdpbf16Avx512Bf16, &kTdpbf16Amx,
+=======
+      &kLanesAvx2,   &kLanesAvx512, &kLanesAvx512Vbmi2, &kLanesAvx512Bf16,
+>>>>>>> kernels
 #endif
   };
   return kAll;
