@@ -109,7 +109,7 @@ void over_blocks(std::size_t rows, std::size_t cols, const LinearArguments& a, c
   std::size_t per_task = std::min(share, 1 + kWeightsPerTask / per_block);
   per_task = (per_task + ops.blocks_at_once - 1) / ops.blocks_at_once * ops.blocks_at_once;
   parallel_for((blocks + per_task - 1) / per_task, 1, a.threads, [&](std::size_t task) {
-    const DefaultFloats floats;
+    [[maybe_unused]] const DefaultFloats floats{};
     const std::size_t task_end = std::min(blocks, (task + 1) * per_task);
     for (std::size_t first = task * per_task; first < task_end; first += ops.blocks_at_once) {
       const std::size_t count = std::min(ops.blocks_at_once, task_end - first);
@@ -135,14 +135,9 @@ void over_blocks(std::size_t rows, std::size_t cols, const LinearArguments& a, c
 
 std::span<const LinearOps* const> linear_implementations() {
   static constexpr const LinearOps* kAll[] = {
-      &kLanesScalar, &kVdpbf16Scalar, &kTdpbf16Scalar,
+      &kLanesScalar,
 #if BITFORBIT_X86
-<<<<<<< HEAD
-      &kLanesAvx2,   &kLanesAvx512,   &kLanesAvx512Vbmi2,  &kLanesAvx512Bf16,
-      &kVdpbf16Avx2, &kVdpbf16Avx512, &kVdpbf16Avx512Bf16, &kTdpbf16Amx,
-=======
       &kLanesAvx2,   &kLanesAvx512, &kLanesAvx512Vbmi2, &kLanesAvx512Bf16,
->>>>>>> kernels
 #endif
   };
   return kAll;
