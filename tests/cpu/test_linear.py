@@ -238,7 +238,7 @@ def check_threads(threads: int) -> None:
 
 
 def test_every_family_has_a_reference() -> None:
-    assert set(native.families()) == set(REFERENCES) == {order.family for order in ORDERS}
+    assert set(native.families()) == set(REFERENCES)
 
 
 def test_implementations_are_dispatched() -> None:
