@@ -1,0 +1,190 @@
+"""The operators on a CPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from bitforbit.codecs.planes.layout import BLOCK_ROWS
+from bitforbit.cpu import linear as products
+from bitforbit.cpu import planes
+from bitforbit.errors import UsageError
+from bitforbit.ops import checks, stats
+from bitforbit.ops.schema import LIBRARY, MODES
+from bitforbit.ops.scratch import SCRATCH
+
+Weight = tuple[str, int, int, int, torch.dtype]
+"""Kind, rows, cols, rows per table and dtype."""
+
+_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
+
+
+def register() -> None:
+    """Register the kernels; once per process."""
+    LIBRARY.impl("decode", decode, "CPU")
+    LIBRARY.impl("embedding", embedding, "CPU")
+    LIBRARY.impl("linear", linear, "CPU")
+
+
+def decode(
+    code: torch.Tensor,
+    digits: torch.Tensor,
+    sign_mantissa: torch.Tensor,
+    tails: torch.Tensor,
+    kind: str,
+    rows: int,
+    cols: int,
+    rows_per_table: int,
+    dtype: torch.dtype,
+    begin: int,
+    end: int,
+) -> torch.Tensor:
+    """Rows [begin, end) of a weight, ``[end - begin, cols]``. Raises UsageError, CorruptTensorError."""
+    checks.layout(kind, rows, cols, rows_per_table, dtype)
+    if not 0 <= begin <= end <= rows:
+        raise UsageError(f"expected a range of rows within 0 to {rows}, got {begin} to {end}")
+    out = torch.empty((end - begin, cols), dtype=dtype)
+    parts = (code, digits, sign_mantissa, tails)
+    _decode(parts, (kind, rows, cols, rows_per_table, dtype), begin, end, checks.flat_bytes(out))
+    return out
+
+
+def embedding(
+    ids: torch.Tensor,
+    code: torch.Tensor,
+    digits: torch.Tensor,
+    sign_mantissa: torch.Tensor,
+    tails: torch.Tensor,
+    kind: str,
+    rows: int,
+    cols: int,
+    rows_per_table: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Rows of a weight by number, ``[*ids.shape, cols]``; only blocks that hold these rows are decoded.
+
+    Raises IndexError for an id outside 0 to rows - 1, UsageError, CorruptTensorError.
+    """
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise UsageError(f"expected ids of dtype int64 or int32, got {ids.dtype}")
+    checks.layout(kind, rows, cols, rows_per_table, dtype)
+    parts, weight = (code, digits, sign_mantissa, tails), (kind, rows, cols, rows_per_table, dtype)
+    out = torch.empty((*ids.shape, cols), dtype=dtype)
+    flat = ids.reshape(-1).numpy()
+    if flat.size == 0:
+        return out
+    least, most = int(flat.min()), int(flat.max())
+    if least < 0 or most >= rows:
+        raise IndexError(f"index out of range: expected ids from 0 to {rows - 1}, got {least} to {most}")
+    if flat.size == 1:
+        _decode(parts, weight, least, least + 1, checks.flat_bytes(out))
+        return out
+    wanted, where = np.unique(flat, return_inverse=True)
+    # One run of rows per stretch of neighbouring blocks: blocks are decoded whole, so rows in between cost nothing.
+    begins = np.flatnonzero(np.diff(wanted // BLOCK_ROWS, prepend=-2) > 1)
+    first = wanted[begins]
+    length = np.append(wanted[begins[1:] - 1], wanted[-1]) + 1 - first
+    offset = np.cumsum(length) - length
+    table = torch.empty((int(length.sum()), cols), dtype=dtype)
+    memory, row_bytes = checks.flat_bytes(table), cols * dtype.itemsize
+    for row, count, at in zip(first.tolist(), length.tolist(), offset.tolist(), strict=True):
+        _decode(parts, weight, row, row + count, memory[at * row_bytes : (at + count) * row_bytes])
+    run = np.searchsorted(first, wanted, side="right") - 1
+    position = wanted - first[run] + offset[run]
+    torch.index_select(table, 0, torch.from_numpy(position[where]), out=out.view(-1, cols))
+    return out
+
+
+def linear(
+    x: torch.Tensor,
+    code: torch.Tensor,
+    digits: torch.Tensor,
+    sign_mantissa: torch.Tensor,
+    tails: torch.Tensor,
+    bias: torch.Tensor | None,
+    kind: str,
+    rows: int,
+    cols: int,
+    rows_per_table: int,
+    dtype: torch.dtype,
+    mode: str,
+) -> torch.Tensor:
+    """``x @ weight.T + bias``, ``[..., rows]``, for x ``[..., cols]`` of the weight's dtype.
+
+    Raises UsageError for a wrong dtype, shape or mode, CorruptTensorError.
+    """
+    checks.layout(kind, rows, cols, rows_per_table, dtype)
+    if mode not in MODES:
+        raise UsageError(f"expected a mode among {', '.join(MODES)}, got {mode!r}")
+    shape = x.shape
+    if x.dtype != dtype or not shape or shape[-1] != cols:
+        raise UsageError(
+            f"expected x of dtype {dtype} and shape [..., {cols}], got {x.dtype} and {tuple(shape)}; "
+            "cast x, or decompress the model and cast that"
+        )
+    parts = (code, digits, sign_mantissa, tails)
+    if kind == "BF16":
+        order = products.LANES if mode == "fused" else None
+        if order is not None:
+            stats.count("fused" if mode == "fused" else "fused_exact", rows * cols * dtype.itemsize)
+            return _product(x, parts, bias, (rows, cols, rows_per_table), order)
+    nbytes = rows * cols * dtype.itemsize
+    stats.count("decoded", nbytes)
+    buffer = SCRATCH.borrow(nbytes)
+    try:
+        _decode(parts, (kind, rows, cols, rows_per_table, dtype), 0, rows, buffer.bytes(nbytes))
+        return functional.linear(x, buffer.matrix(rows, cols, dtype), bias)
+    finally:
+        SCRATCH.give_back(buffer)
+
+
+def _decode(parts: checks.Parts, weight: Weight, begin: int, end: int, out: checks.Bytes) -> None:
+    kind, rows, cols, rows_per_table, dtype = weight
+    code, digits, sign_mantissa, tails = parts
+    try:
+        planes.decode(
+            {
+                "code": code.numpy(),
+                "digits": digits.numpy(),
+                "sign_mantissa": sign_mantissa.numpy(),
+                "tails": tails.numpy(),
+            },
+            kind, kind == "BF16" and dtype == torch.float32, (rows, cols, rows_per_table), (begin, end), out,
+            torch.get_num_threads(),
+        )  # fmt: skip
+    except TypeError:
+        checks.check_parts(parts)
+        raise
+
+
+def _product(
+    x: torch.Tensor,
+    parts: checks.Parts,
+    bias: torch.Tensor | None,
+    geometry: tuple[int, int, int],
+    order: products.Order,
+) -> torch.Tensor:
+    """``x @ weight.T + bias`` straight from a weight coded as BF16, for x in BF16 or FP32."""
+    rows = geometry[0]
+    code, digits, sign_mantissa, tails = parts
+    x = x.contiguous()
+    out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)
+    if bias is not None and bias.dtype not in _NAMES:
+        bias = bias.float()
+    try:
+        products.linear(
+            {
+                "code": code.numpy(),
+                "digits": digits.numpy(),
+                "sign_mantissa": sign_mantissa.numpy(),
+                "tails": tails.numpy(),
+            },
+            geometry, checks.flat_bytes(x), _NAMES[x.dtype], checks.flat_bytes(out),
+            None if bias is None else checks.flat_bytes(bias.contiguous()),
+            "BF16" if bias is None else _NAMES[bias.dtype], order, torch.get_num_threads(),
+        )  # fmt: skip
+    except TypeError:
+        checks.check_parts(parts)
+        raise
+    return out
