@@ -48,9 +48,7 @@ class Installer:
         self.ties.rewrite(self.model)
         return changed
 
-    def compress(
-        self, name: str, value: torch.Tensor, missing_keys: set[str] | None
-    ) -> dict[str, torch.Tensor]:
+    def compress(self, name: str, value: torch.Tensor, missing_keys: set[str] | None) -> dict[str, torch.Tensor]:
         """The parts of a tensor by full name, for a parameter that is made compressed; itself where that does not pay.
 
         ``missing_keys`` are names that the loader has no tensor for yet; it ties what is missing.

@@ -103,7 +103,7 @@ class Load:
             if isinstance(source, NativeSource) and self._stays(source, originals[0]):
                 names |= self._keep(source, originals[0], targets)
                 continue
-            names |= {stored: transforms.SWALLOWED for stored in source.consumed[anchor]}
+            names |= dict.fromkeys(source.consumed[anchor], transforms.SWALLOWED)
             if not any(destination.converted for destination in wanted.values()):
                 arrival = next(iter(wanted.values())).target
                 self.arrivals[arrival] = anchor

@@ -114,4 +114,3 @@ class Dtypes:
         """dtype of a parameter by full name."""
         match = self._pattern.search(target) if self._pattern else None
         return self._plan[self._keys[match.lastgroup]] if match else self._places[target]
-

@@ -117,7 +117,9 @@ class BitforbitQuantizer(HfQuantizer):  # type: ignore[misc]
         """Whether ``generate`` may compile the model on its own account."""
         return False
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
+    def get_state_dict_and_metadata(
+        self, model: PreTrainedModel
+    ) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
         """For saving adapters only. Raises UsageError for the model, whose files need more than these two."""
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}
