@@ -18,7 +18,7 @@ _MEMBERS = (
 )  # fmt: skip
 
 
-class BitforbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class BitforbitConfig(QuantizationConfigMixin):
     """Options of a compressed model in memory.
 
     mode: ``"exact"``, outputs bit-identical to the uncompressed model, or ``"fused"``, exact weights multiplied by our

@@ -127,7 +127,6 @@ class Load:
     def _stays(self, source: NativeSource, name: str) -> bool:
         """Whether a tensor is wanted just as it is stored."""
         destination, stored = self._found[name], source.tensors[name]
-        module, _ = split(destination.target)
         same = TORCH_DTYPES.get(stored.dtype) == self._dtypes.of(destination.target)
         return not destination.converted and same and self.installer.may_compress(destination.target)
 
@@ -187,6 +186,9 @@ class Load:
                 module_name, parameter_name = split(target)
                 parameters = self.model.get_submodule(module_name)._parameters
                 self._source.check(name, [parameters[stored_name(parameter_name, part)] for part in PARTS])
+        # What is kept for saving must not keep this load, and with it the files, open.
+        used = self.model._weight_conversions
+        self.model._weight_conversions = [t.stock if isinstance(t, transforms.Converting) else t for t in used]
         for target, wanted in self._plain_dtypes.items():
             tensor = self.model.get_parameter_or_buffer(target)
             if tensor.dtype != wanted:

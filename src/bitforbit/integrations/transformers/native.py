@@ -7,7 +7,6 @@ deterministic, faster than the hash, and also right for tensors whose layout in 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -165,5 +164,5 @@ def publish(staging: Path, directory: Path, entries: Sequence[FileEntry]) -> Non
     sync_files(staging)
     for name in [*(entry.path for entry in entries), MANIFEST_NAME]:
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(staging / name, directory / name)
+        (staging / name).replace(directory / name)
     sync_directory(directory)

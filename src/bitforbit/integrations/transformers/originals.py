@@ -42,7 +42,7 @@ class _Group:
 
 
 class Originals:
-    """The tensors of one model. ``shapes`` maps names in the checkpoint to dtype and shape, ``sources`` to parameters."""
+    """The tensors of one model. ``shapes`` maps their names to dtype and shape, ``sources`` to names of parameters."""
 
     def __init__(self, model: PreTrainedModel, as_in_checkpoint: bool) -> None:
         """``as_in_checkpoint``: undo the conversions that loading made. Raises UsageError for what is no tensor."""
@@ -104,11 +104,10 @@ def distinct_names(model: PreTrainedModel) -> list[str]:
     holders: dict[int, list[str]] = {}
     targets = {*(model.all_tied_weights_keys or ())}
     ignored = set(model._keys_to_ignore_on_save or ())
-    first, *others = PARTS
     parts = {stored_name(name, part): name for name in _compressed_names(model) for part in PARTS}
     for key, value in model.state_dict(keep_vars=True).items():
         name = parts.get(key, key)
-        if name == key or key == stored_name(name, first):
+        if name == key or key == stored_name(name, PARTS[0]):
             holders.setdefault(id(value), []).append(key)
     kept = []
     for keys in holders.values():

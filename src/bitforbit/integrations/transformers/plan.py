@@ -6,6 +6,7 @@ rules apply to the names of the original checkpoint, so they are asked with thos
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -58,8 +59,8 @@ def check_shapes(
         expected = tuple(places[destination.target].shape)
         if not destination.converted and stored[name].shape != expected:
             raise ShapeMismatchError(
-                f"{where}, tensor {name!r}: expected shape {list(expected)} for {destination.target}, as config.json says, "
-                f"got {list(stored[name].shape)}; weights and config are of different models"
+                f"{where}, tensor {name!r}: expected shape {list(expected)} for {destination.target}, as config.json "
+                f"says, got {list(stored[name].shape)}; weights and config are of different models"
             )
 
 
@@ -82,18 +83,19 @@ def check_complete(
         if destination.converted:
             there.update(_all_targets(destination.target, transforms))
     ignored = model._keys_to_ignore_on_load_missing or ()
-    pattern, _, _ = build_glob_alternation([str(i) for i in ignored]) if ignored else (None, None, None)
+    pattern = re.compile("|".join(f"({regex})" for regex in ignored)) if ignored else None
     for name, _ in model.named_parameters(remove_duplicate=False):
         tied = any(twin in there for twin in twins.get(name, ()))
         if name not in there and not tied and (pattern is None or not pattern.search(name)):
             raise MissingTensorError(
-                f"{where}: expected a tensor for {name}, got none; files are missing, or config.json is of another model"
+                f"{where}: expected a tensor for {name}, got none; files are missing, or config.json is of "
+                "another model"
             )
 
 
 def _all_targets(first: str, transforms: Sequence[WeightTransform]) -> Iterable[str]:
     for transform in transforms:
-        targets = transform.target_patterns if isinstance(transform, WeightConverter) else ()
+        targets = list(transform.target_patterns) if isinstance(transform, WeightConverter) else []
         if len(targets) > 1 and targets[0] in first:
             yield from (first.replace(targets[0], target) for target in targets)
 

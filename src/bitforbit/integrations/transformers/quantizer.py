@@ -25,11 +25,12 @@ if TYPE_CHECKING:
 # transformers.quantizers still is.
 
 
-class BitforbitQuantizer(HfQuantizer):  # type: ignore[misc]
+class BitforbitQuantizer(HfQuantizer):
     """Compressed models in transformers. One object serves one model, which refers to it as ``hf_quantizer``."""
 
     requires_calibration = False
     quantization_config: BitforbitConfig
+    pre_quantized: bool
 
     def __init__(self, quantization_config: BitforbitConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -45,8 +46,8 @@ class BitforbitQuantizer(HfQuantizer):  # type: ignore[misc]
         for device in devices:
             if device != "disk" and (not isinstance(device, str | torch.device) or torch.device(device).type != "cpu"):
                 raise UsageError(
-                    f"expected a device_map with 'cpu' and 'disk' only, got {device!r}; compressed models run on the CPU: "
-                    "pass device_map='cpu', or none"
+                    f"expected a device_map with 'cpu' and 'disk' only, got {device!r}; compressed models run on the "
+                    "CPU: pass device_map='cpu', or none"
                 )
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:

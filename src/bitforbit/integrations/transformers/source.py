@@ -54,14 +54,20 @@ class Source(Protocol):
     its *anchor*, the name of one of its stored tensors, a small one.
     """
 
-    tensors: Mapping[str, StoredTensor]
-    """Every tensor of the original checkpoint, by name."""
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """Every tensor of the original checkpoint, by name."""
+        ...
 
-    anchors: Mapping[str, Sequence[str]]
-    """Anchor of every unit -> names of the tensors restored from it, in order."""
+    @property
+    def anchors(self) -> Mapping[str, Sequence[str]]:
+        """Anchor of every unit -> names of the tensors restored from it, in order."""
+        ...
 
-    consumed: Mapping[str, Sequence[str]]
-    """Anchor of every unit -> names of the stored tensors that belong to it, the anchor among them."""
+    @property
+    def consumed(self) -> Mapping[str, Sequence[str]]:
+        """Anchor of every unit -> names of the stored tensors that belong to it, the anchor among them."""
+        ...
 
     def restore(self, anchor: str) -> dict[str, torch.Tensor]:
         """The tensors of a unit, by original name. Raises a FormatError that names file and tensor."""

@@ -1,7 +1,7 @@
 """Tied weights under their compressed names.
 
-transformers ties parameters by name (``lm_head.weight`` -> ``model.embed_tokens.weight``). A compressed parameter has four
-names instead of one, so the mappings in the model are rewritten whenever a tied parameter changes its form.
+transformers ties parameters by name (``lm_head.weight`` -> ``model.embed_tokens.weight``). A compressed parameter has
+four names instead of one, so the mappings in the model are rewritten whenever a tied parameter changes its form.
 """
 
 from __future__ import annotations

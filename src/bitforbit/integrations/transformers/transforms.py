@@ -9,7 +9,7 @@ results. The other stored tensors of such a unit are swallowed.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -28,8 +28,10 @@ class Work(Protocol):
     The loader copies converters for every parameter: the load must be its own deep copy.
     """
 
-    arrivals: Mapping[str, str]
-    """Parameter under whose name a unit's anchor arrives -> anchor, for units that need no conversion."""
+    @property
+    def arrivals(self) -> Collection[str]:
+        """Parameters under whose names the anchors of units arrive that need no conversion."""
+        ...
 
     def decoded(self, anchor: str) -> torch.Tensor | None:
         """The one tensor of a unit; None if this is no anchor but an ordinary stored tensor."""
@@ -48,13 +50,11 @@ class Work(Protocol):
         ...
 
 
-class Disguise(WeightRenaming):  # type: ignore[misc]
+class Disguise(WeightRenaming):
     """First of all renamings: gives stored names a form in which the model's own rules find what they are to find.
 
     names maps stored names to what comes next: an original name, or a token (see :func:`token`).
     """
-
-    __slots__ = ("_names",)
 
     def __init__(self, names: Mapping[str, str]) -> None:
         super().__init__("bitforbit-disguise", "bitforbit-disguise")
@@ -69,10 +69,8 @@ class Disguise(WeightRenaming):  # type: ignore[misc]
         return False
 
 
-class Reveal(WeightRenaming):  # type: ignore[misc]
+class Reveal(WeightRenaming):
     """Last of all renamings: tokens become names of parameters, whatever was put before or behind them."""
-
-    __slots__ = ("_targets",)
 
     def __init__(self, targets: Sequence[str]) -> None:
         super().__init__("bitforbit-reveal", "bitforbit-reveal")
@@ -93,7 +91,7 @@ def token(index: int) -> str:
     return f"⟨{index}⟩"
 
 
-class _Nothing(ConversionOps):  # type: ignore[misc]
+class _Nothing(ConversionOps):
     """A converter must have an operation."""
 
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
@@ -101,10 +99,8 @@ class _Nothing(ConversionOps):  # type: ignore[misc]
         return input_dict
 
 
-class Restore(WeightConverter):  # type: ignore[misc]
+class Restore(WeightConverter):
     """Units whose tensors are parameters of the model as they are."""
-
-    __slots__ = ("_anchor", "_work")
 
     def __init__(self, work: Work) -> None:
         super().__init__([_RESTORE], [_RESTORE], [_Nothing()])
@@ -132,10 +128,8 @@ class Restore(WeightConverter):  # type: ignore[misc]
         return False
 
 
-class Converting(WeightConverter):  # type: ignore[misc]
+class Converting(WeightConverter):
     """One of the model's own converters, with decoded tensors for anchors, and its results compressed."""
-
-    __slots__ = ("_dtype", "_keys", "_stock", "_work")
 
     def __init__(self, stock: WeightConverter, work: Work) -> None:
         sources, targets = list(stock._original_source_patterns), list(stock._original_target_patterns)
@@ -151,9 +145,10 @@ class Converting(WeightConverter):  # type: ignore[misc]
         renamed: tuple[str, str | None] = self._stock.rename_source_key(source_key)
         return renamed
 
-    def reverse_transform(self) -> Any:
-        """As the stock converter."""
-        return self._stock.reverse_transform()
+    @property
+    def stock(self) -> WeightConverter:
+        """The model's own."""
+        return self._stock
 
     def was_used(self) -> bool:
         """Whether the stock converter was."""
@@ -182,7 +177,7 @@ class Converting(WeightConverter):  # type: ignore[misc]
         return _finished(self._work, converted, loading_info)
 
 
-class Compress(ConversionOps):  # type: ignore[misc]
+class Compress(ConversionOps):
     """Last operation on a parameter of an ordinary checkpoint."""
 
     def __init__(self, work: Work) -> None:
