@@ -182,10 +182,16 @@ def _weight_property(name: str) -> property:
     def read(self: Compressed) -> torch.Tensor:
         return self._bitforbit_read(name)
 
-    def refuse(self: Compressed, value: object) -> None:
-        self._bitforbit_refuse(name, value)
+    def assign(self: Compressed, value: object) -> None:
+        if isinstance(value, CompressedWeight) and value.spec.shape == self._bitforbit_specs[name].shape:
+            # The weight of another compressed module: libraries tie weights by such an assignment.
+            self._bitforbit_specs[name] = value.spec
+            for part, shared in zip(PARTS, value.parts, strict=True):
+                self._parameters[part_name(part, name)] = shared
+        else:
+            self._bitforbit_refuse(name, value)
 
-    return property(read, refuse, doc=f"The decoded {name}, read only.")
+    return property(read, assign, doc=f"The decoded {name}, read only.")
 
 
 for _cls in (Linear, Embedding):
@@ -232,7 +238,7 @@ def _make(base: type[nn.Module], names: tuple[str, ...]) -> type[Compressed]:
         first = Embedding
     else:
         body["forward"] = _generic_forward(base)
-    bases = (first,) if base is first._bitforbit_base else (first, base)
+    bases = (first,) if base is first.__dict__.get("_bitforbit_base") else (first, base)
     made: type[Compressed] = types.new_class(base.__name__, bases, exec_body=lambda space: space.update(body))
     return made
 

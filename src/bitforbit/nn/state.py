@@ -56,11 +56,11 @@ def adapt(
             found, problem = _described(local_metadata, name, spec, parts)
             if problem:
                 error_msgs.append(f"{prefix}{name}: {problem}")
-                for key in keys.values():  # not copied: parts of two weights must not be mixed
-                    adapted[key] = parameters[key.removeprefix(prefix)]
+                _keep_own(adapted, keys, name, parameters)
                 continue
             specs[name] = found
         else:
+            _keep_own(adapted, keys, name, parameters)
             continue
         for part, value in parts.items():
             parameter = parameters[part_name(part, name)]
@@ -68,6 +68,15 @@ def adapt(
                 # In place, so that tied modules see the new length too.
                 parameter.data = torch.empty(value.shape, dtype=torch.uint8, device=parameter.device)
     return adapted, specs
+
+
+def _keep_own(
+    adapted: dict[str, Any], keys: Mapping[str, str], name: str, parameters: Mapping[str, torch.Tensor]
+) -> None:
+    """Let torch copy the module's own parts over themselves: parts of two weights must not be mixed."""
+    for part, key in keys.items():
+        if key in adapted:
+            adapted[key] = parameters[part_name(part, name)]
 
 
 def _described(

@@ -141,21 +141,10 @@ def linear(
 
 def _decode(parts: checks.Parts, weight: Weight, begin: int, end: int, out: checks.Bytes) -> None:
     kind, rows, cols, rows_per_table, dtype = weight
-    code, digits, sign_mantissa, tails = parts
-    try:
-        planes.decode(
-            {
-                "code": code.numpy(),
-                "digits": digits.numpy(),
-                "sign_mantissa": sign_mantissa.numpy(),
-                "tails": tails.numpy(),
-            },
-            kind, kind == "BF16" and dtype == torch.float32, (rows, cols, rows_per_table), (begin, end), out,
-            torch.get_num_threads(),
-        )  # fmt: skip
-    except TypeError:
-        checks.check_parts(parts)
-        raise
+    planes.decode(
+        checks.part_bytes(parts), kind, kind == "BF16" and dtype is torch.float32, (rows, cols, rows_per_table),
+        (begin, end), out, torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def _product(
@@ -167,24 +156,13 @@ def _product(
 ) -> torch.Tensor:
     """``x @ weight.T + bias`` straight from a weight coded as BF16, for x in BF16 or FP32."""
     rows = geometry[0]
-    code, digits, sign_mantissa, tails = parts
     x = x.contiguous()
     out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)
     if bias is not None and bias.dtype not in _NAMES:
         bias = bias.float()
-    try:
-        products.linear(
-            {
-                "code": code.numpy(),
-                "digits": digits.numpy(),
-                "sign_mantissa": sign_mantissa.numpy(),
-                "tails": tails.numpy(),
-            },
-            geometry, checks.flat_bytes(x), _NAMES[x.dtype], checks.flat_bytes(out),
-            None if bias is None else checks.flat_bytes(bias.contiguous()),
-            "BF16" if bias is None else _NAMES[bias.dtype], order, torch.get_num_threads(),
-        )  # fmt: skip
-    except TypeError:
-        checks.check_parts(parts)
-        raise
+    products.linear(
+        checks.part_bytes(parts), geometry, checks.flat_bytes(x), _NAMES[x.dtype], checks.flat_bytes(out),
+        None if bias is None else checks.flat_bytes(bias.contiguous()),
+        "BF16" if bias is None else _NAMES[bias.dtype], order, torch.get_num_threads(),
+    )  # fmt: skip
     return out
