@@ -10,7 +10,7 @@ from bitforbit.codecs.planes.layout import BLOCK_ROWS
 from bitforbit.cpu import linear as products
 from bitforbit.cpu import planes
 from bitforbit.errors import UsageError
-from bitforbit.ops import checks, stats
+from bitforbit.ops import checks, exact, proven, stats
 from bitforbit.ops.schema import LIBRARY, MODES
 from bitforbit.ops.scratch import SCRATCH
 
@@ -44,10 +44,25 @@ def decode(
     checks.layout(kind, rows, cols, rows_per_table, dtype)
     if not 0 <= begin <= end <= rows:
         raise UsageError(f"expected a range of rows within 0 to {rows}, got {begin} to {end}")
-    out = torch.empty((end - begin, cols), dtype=dtype)
+    out = checks.empty((end - begin, cols), dtype)
     parts = (code, digits, sign_mantissa, tails)
     _decode(parts, (kind, rows, cols, rows_per_table, dtype), begin, end, checks.flat_bytes(out))
     return out
+
+
+def decode_into(out: torch.Tensor, parts: checks.Parts, weight: Weight, begin: int) -> None:
+    """Decode rows from ``begin`` on into a contiguous tensor ``[rows, cols]``; no operator, so nothing can trace it.
+
+    Raises UsageError, CorruptTensorError.
+    """
+    _kind, rows, cols, _rows_per_table, dtype = weight
+    end = begin + len(out)
+    if out.dtype != dtype or out.shape[1:] != (cols,) or not out.is_contiguous() or not 0 <= begin <= end <= rows:
+        raise UsageError(
+            f"expected a contiguous {dtype} tensor for rows within 0 to {rows} of {cols} columns, got {out.dtype} of "
+            f"shape {tuple(out.shape)} for rows {begin} to {end}"
+        )
+    _decode(parts, weight, begin, end, checks.flat_bytes(out))
 
 
 def embedding(
@@ -70,7 +85,7 @@ def embedding(
         raise UsageError(f"expected ids of dtype int64 or int32, got {ids.dtype}")
     checks.layout(kind, rows, cols, rows_per_table, dtype)
     parts, weight = (code, digits, sign_mantissa, tails), (kind, rows, cols, rows_per_table, dtype)
-    out = torch.empty((*ids.shape, cols), dtype=dtype)
+    out = checks.empty((*ids.shape, cols), dtype)
     flat = ids.reshape(-1).numpy()
     if flat.size == 0:
         return out
@@ -86,7 +101,7 @@ def embedding(
     first = wanted[begins]
     length = np.append(wanted[begins[1:] - 1], wanted[-1]) + 1 - first
     offset = np.cumsum(length) - length
-    table = torch.empty((int(length.sum()), cols), dtype=dtype)
+    table = checks.empty((int(length.sum()), cols), dtype)
     memory, row_bytes = checks.flat_bytes(table), cols * dtype.itemsize
     for row, count, at in zip(first.tolist(), length.tolist(), offset.tolist(), strict=True):
         _decode(parts, weight, row, row + count, memory[at * row_bytes : (at + count) * row_bytes])
@@ -123,17 +138,33 @@ def linear(
             f"expected x of dtype {dtype} and shape [..., {cols}], got {x.dtype} and {tuple(shape)}; "
             "cast x, or decompress the model and cast that"
         )
-    parts = (code, digits, sign_mantissa, tails)
-    if kind == "BF16":
-        order = products.LANES if mode == "fused" else None
-        if order is not None:
-            stats.count("fused" if mode == "fused" else "fused_exact", rows * cols * dtype.itemsize)
-            return _product(x, parts, bias, (rows, cols, rows_per_table), order)
+    parts, weight = (code, digits, sign_mantissa, tails), (kind, rows, cols, rows_per_table, dtype)
     nbytes = rows * cols * dtype.itemsize
+    if kind == "BF16":
+        if mode == "fused":
+            stats.count("fused", nbytes)
+            return _product(x, parts, bias, (rows, cols, rows_per_table), products.LANES)
+        order = exact.order_for(x, bias, rows)
+        if order is not None:
+            out = _product(x, parts, bias, (rows, cols, rows_per_table), order)
+            if proven.settled(out):
+                has_bias = bias is not None
+                proven.recheck(
+                    rows, cols, torch.get_num_threads(), has_bias, out, lambda: _decoded(x, parts, bias, weight)
+                )
+                stats.count("fused_exact", nbytes)
+                return out
     stats.count("decoded", nbytes)
+    return _decoded(x, parts, bias, weight)
+
+
+def _decoded(x: torch.Tensor, parts: checks.Parts, bias: torch.Tensor | None, weight: Weight) -> torch.Tensor:
+    """Decode the weight, then torch's product."""
+    _kind, rows, cols, _rows_per_table, dtype = weight
+    nbytes = rows * cols * dtype.itemsize
     buffer = SCRATCH.borrow(nbytes)
     try:
-        _decode(parts, (kind, rows, cols, rows_per_table, dtype), 0, rows, buffer.bytes(nbytes))
+        _decode(parts, weight, 0, rows, buffer.bytes(nbytes))
         return functional.linear(x, buffer.matrix(rows, cols, dtype), bias)
     finally:
         SCRATCH.give_back(buffer)
@@ -157,7 +188,7 @@ def _product(
     """``x @ weight.T + bias`` straight from a weight coded as BF16, for x in BF16 or FP32."""
     rows = geometry[0]
     x = x.contiguous()
-    out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)
+    out = checks.empty((*x.shape[:-1], rows), x.dtype)
     if bias is not None and bias.dtype not in _NAMES:
         bias = bias.float()
     products.linear(
