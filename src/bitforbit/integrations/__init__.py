@@ -1,0 +1,1 @@
+"""bitforbit inside other libraries: transformers."""
