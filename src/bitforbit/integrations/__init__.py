@@ -1,0 +1,1 @@
+"""bitforbit inside other libraries. What needs torch or transformers beyond the ops and modules lives here."""
