@@ -95,7 +95,9 @@ def _answer(conversation: Conversation, text: str, as_json: bool) -> Generation 
         return None
     if not as_json:
         inference.write("" if answer.text.endswith("\n") else "\n")
-        if answer.stopped == "length":
+        if answer.stopped == "interrupted":
+            _note("(stopped)", False)
+        elif answer.stopped == "length":
             _note("(cut off: --max-new-tokens or the context's end)", False)
     return answer
 

@@ -31,7 +31,7 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="DIR",
-        help="Model directory (compressed by bitforbit, plain or DFloat11), or Hub model (org/name or org/name@commit).",
+        help="Model directory (of bitforbit, plain or DFloat11), or Hub model (org/name or org/name@commit).",
     ),
 ]
 ModeOption = Annotated[

@@ -48,4 +48,8 @@ def collect() -> Shares:
     """What ran since the last :func:`reset`."""
     from bitforbit.ops import stats
 
-    raise NotImplementedError(stats)
+    counts = stats.snapshot()
+    return Shares(
+        {way: counts[way].linears for way in WAYS},
+        {way: counts[way].weight_bytes for way in WAYS},
+    )

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bitforbit import errors
 from bitforbit.errors import BitforbitError, WorkerError
 
 if TYPE_CHECKING:
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
 
 
 def measure_in_process(path: Path, mode: Mode, workload: Workload, threads: int | None) -> Alone:
-    """:func:`measure.measure_alone` in a process of its own, whose memory is that variant's. Raises WorkerError."""
+    """:func:`measure.measure_alone` in a process of its own, whose memory is that variant's.
+
+    Raises WorkerError, or the error that ended it.
+    """
     from bitforbit.integrations.generation.measure import Alone
 
     task = {"path": str(path), "mode": mode, "workload": vars(workload), "threads": threads}
@@ -41,10 +45,12 @@ def measure_in_process(path: Path, mode: Mode, workload: Workload, threads: int 
         value = {}
     if "result" in value:
         return Alone.from_json(value["result"])
+    if "error" in value:
+        raise getattr(errors, value["type"], WorkerError)(value["error"])
     if done.returncode < 0:
         reason = f"signal {-done.returncode}; perhaps the memory does not suffice: bench a smaller model"
     else:
-        reason = value.get("error") or (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+        reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
     raise WorkerError(f"{path}, {mode}: expected figures from the measuring process, it ended with: {reason}")
 
 
@@ -56,7 +62,7 @@ def main() -> int:
     try:
         result = measure_alone(task["path"], task["mode"], Workload(**task["workload"]), task["threads"])
     except BitforbitError as e:
-        print(json.dumps({"error": str(e)}))
+        print(json.dumps({"type": type(e).__name__, "error": str(e)}))
         return 0
     print(json.dumps({"result": result.to_json()}))
     return 0
