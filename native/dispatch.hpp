@@ -9,10 +9,9 @@
 namespace bitforbit {
 
 struct Implementation {
-  const PlanesOps* planes;
-  bool supported;  // by this CPU and its operating system
-
-  std::string_view name() const { return planes->name; }
+  std::string_view name;
+  const PlanesOps* planes;  // several levels may share them
+  bool supported;           // by this CPU and its operating system
 };
 
 // All implementations compiled in, best last. CPUID is asked once.

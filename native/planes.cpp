@@ -135,30 +135,6 @@ EncodedPlanes encode_planes(const std::uint8_t* src, Layout layout, const Planes
 
 namespace {
 
-// Where each block's tail begins; the last entry is where all end. Throws unless the counts add up to the part.
-std::vector<std::uint64_t> tail_offsets(const PlanesParts& parts, const Layout& layout) {
-  std::vector<std::uint64_t> offsets(layout.blocks() + 1);
-  const std::uint8_t* index = parts.code.data() + layout.tables() * kTableBytes;
-  std::uint64_t at = 0;
-  for (std::size_t i = 0; i < layout.blocks(); ++i) {
-    const Index n = load_index(index + i * kIndexBytes);
-    const std::size_t positions = layout.groups_in(layout.block_rows(i)) * kGroup;
-    if (n.n2 > positions || n.n3 > n.n2 || n.n4 > n.n3) {
-      throw CorruptData("expected falling tail counts in block " + std::to_string(i) + " of at most " +
-                        std::to_string(positions) + ", got " + std::to_string(n.n2) + ", " + std::to_string(n.n3) +
-                        ", " + std::to_string(n.n4));
-    }
-    offsets[i] = at;
-    at += tail_digits_bytes(n.n2) + tail_digits_bytes(n.n3) + n.n4;
-  }
-  offsets.back() = at;
-  if (pad64(at) != parts.tails.size()) {
-    throw CorruptData("expected tails of " + std::to_string(pad64(at)) + " bytes by the block counts, got " +
-                      std::to_string(parts.tails.size()));
-  }
-  return offsets;
-}
-
 void expect_size(const char* part, std::size_t expected, std::size_t got) {
   if (expected != got) {
     throw CorruptData("expected part '" + std::string(part) + "' to have " + std::to_string(expected) + " bytes, got " +
@@ -168,58 +144,94 @@ void expect_size(const char* part, std::size_t expected, std::size_t got) {
 
 }  // namespace
 
-void decode_planes(const PlanesParts& parts, const Layout& layout, std::size_t begin, std::size_t end,
-                   std::uint8_t* out, const PlanesOps& ops, int threads) {
+BlockReader::BlockReader(const PlanesParts& parts, const Layout& layout)
+    : parts_(parts),
+      layout_(layout),
+      groups_per_block_(layout.groups_in(kBlockRows)),
+      index_(parts.code.data() + layout.tables() * kTableBytes) {
   expect_size("code", layout.code_bytes(), parts.code.size());
   expect_size("digits", layout.digits_bytes(), parts.digits.size());
   expect_size("sign_mantissa", layout.sign_mantissa_bytes(), parts.sign_mantissa.size());
-  const std::vector<std::uint64_t> offsets = tail_offsets(parts, layout);
+  offsets_.resize(layout.blocks());
+  std::uint64_t at = 0;
+  const std::size_t most = groups_per_block_ * kGroup;
+  const std::size_t most_in_last = layout.groups_in(layout.block_rows(layout.blocks() - 1)) * kGroup;
+  for (std::size_t i = 0; i < layout.blocks(); ++i) {
+    const Index n = load_index(index_ + i * kIndexBytes);
+    const std::size_t positions = i + 1 < layout.blocks() ? most : most_in_last;
+    if (n.n2 > positions || n.n3 > n.n2 || n.n4 > n.n3) {
+      throw CorruptData("expected falling tail counts in block " + std::to_string(i) + " of at most " +
+                        std::to_string(positions) + ", got " + std::to_string(n.n2) + ", " + std::to_string(n.n3) +
+                        ", " + std::to_string(n.n4));
+    }
+    offsets_[i] = at;
+    at += tail_digits_bytes(n.n2) + tail_digits_bytes(n.n3) + n.n4;
+  }
+  if (pad64(at) != parts.tails.size()) {
+    throw CorruptData("expected tails of " + std::to_string(pad64(at)) + " bytes by the block counts, got " +
+                      std::to_string(parts.tails.size()));
+  }
+}
+
+DecodeBlock BlockReader::at(std::size_t block) const {
+  const Index n = load_index(index_ + block * kIndexBytes);
+  DecodeBlock b{};
+  b.kind = layout_.kind, b.wide = layout_.wide;
+  b.rows = layout_.block_rows(block), b.cols = layout_.cols;
+  b.table = parts_.code.data() + block * kBlockRows / layout_.rows_per_table * kTableBytes;
+  b.digits = parts_.digits.data() + block * groups_per_block_ * (kGroup / 4);
+  const std::uint8_t* plane = parts_.sign_mantissa.data();
+  for (int p = 0; p < static_cast<int>(kMaxPlanes); ++p) {
+    b.planes[p] = plane + block * groups_per_block_ * plane_stride(layout_.kind, p);
+    plane += layout_.plane_bytes(p);
+  }
+  b.level2 = parts_.tails.data() + offsets_[block];
+  b.level3 = b.level2 + tail_digits_bytes(n.n2);
+  b.exponents4 = b.level3 + tail_digits_bytes(n.n3);
+  b.n2 = n.n2, b.n3 = n.n3, b.n4 = n.n4;
+  return b;
+}
+
+CorruptData BlockReader::contradiction(std::size_t block) const {
+  const std::size_t begin = block * kBlockRows;
+  return CorruptData("expected the digits of rows " + std::to_string(begin) + " to " +
+                     std::to_string(begin + layout_.block_rows(block)) + " to use exactly their tail, they do not");
+}
+
+std::size_t tail_scratch_bytes(const DecodeBlock& b) { return pad64(b.n2) + pad64(b.n3) + pad64(b.n4) + 3 * kSlack; }
+
+void give_tail_scratch(DecodeBlock& b, std::uint8_t* scratch) {
+  b.exponents2 = scratch;
+  b.exponents3 = b.exponents2 + pad64(b.n2) + kSlack;
+  std::uint8_t* raw = b.exponents3 + pad64(b.n3) + kSlack;
+  if (b.n4) std::memcpy(raw, b.exponents4, b.n4);
+  b.exponents4 = raw;
+}
+
+void decode_planes(const PlanesParts& parts, const Layout& layout, std::size_t begin, std::size_t end,
+                   std::uint8_t* out, const PlanesOps& ops, int threads) {
+  const BlockReader reader(parts, layout);
   if (begin >= end) return;
   const std::size_t first = begin / kBlockRows, last = (end - 1) / kBlockRows, row_bytes = layout.row_bytes();
-  const std::size_t full = layout.groups_in(kBlockRows), per_task = blocks_per_task(layout);
+  const std::size_t per_task = blocks_per_task(layout);
 
   parallel_for(ceil_div(last - first + 1, per_task), 1, threads, [&](std::size_t task) {
     const std::size_t task_first = first + task * per_task, task_last = std::min(last, task_first + per_task - 1);
-    const std::uint8_t* index = parts.code.data() + layout.tables() * kTableBytes;
-    Index most{0, 0, 0};
-    for (std::size_t i = task_first; i <= task_last; ++i) {
-      const Index n = load_index(index + i * kIndexBytes);
-      most = {std::max(most.n2, n.n2), std::max(most.n3, n.n3), std::max(most.n4, n.n4)};
-    }
-    const std::size_t cap2 = pad64(most.n2) + kSlack, cap3 = pad64(most.n3) + kSlack, cap4 = most.n4 + kSlack;
-    const Buffer scratch(cap2 + cap3 + cap4);
+    std::size_t most = 0;
+    for (std::size_t i = task_first; i <= task_last; ++i) most = std::max(most, tail_scratch_bytes(reader.at(i)));
+    const Buffer scratch(most);
     std::memset(scratch.data(), 0, scratch.size());  // damaged data may read ahead of what was written
     Buffer whole;                                    // for blocks of which only some rows are wanted
     for (std::size_t i = task_first; i <= task_last; ++i) {
-      const Index n = load_index(index + i * kIndexBytes);
-      const std::size_t block_begin = i * kBlockRows, block_end = block_begin + layout.block_rows(i);
+      DecodeBlock b = reader.at(i);
+      give_tail_scratch(b, scratch.data());
+      const std::size_t block_begin = i * kBlockRows, block_end = block_begin + b.rows;
       const std::size_t from = std::max(begin, block_begin), to = std::min(end, block_end);
       const bool partial = to - from != block_end - block_begin;
       if (partial && !whole.size()) whole = Buffer(kBlockRows * row_bytes);
-
-      DecodeBlock b{};
-      b.kind = layout.kind, b.wide = layout.wide;
-      b.rows = block_end - block_begin, b.cols = layout.cols;
-      b.table = parts.code.data() + block_begin / layout.rows_per_table * kTableBytes;
-      b.digits = parts.digits.data() + i * full * (kGroup / 4);
-      const std::uint8_t* plane = parts.sign_mantissa.data();
-      for (int p = 0; p < static_cast<int>(kMaxPlanes); ++p) {
-        b.planes[p] = plane + i * full * plane_stride(layout.kind, p);
-        plane += layout.plane_bytes(p);
-      }
-      b.level2 = parts.tails.data() + offsets[i];
-      b.level3 = b.level2 + tail_digits_bytes(n.n2);
-      b.n2 = n.n2, b.n3 = n.n3, b.n4 = n.n4;
-      b.exponents2 = scratch.data(), b.exponents3 = scratch.data() + cap2;
-      std::uint8_t* raw = scratch.data() + cap2 + cap3;  // copied, so that vector loads past its end stay inside
-      if (n.n4) std::memcpy(raw, b.level3 + tail_digits_bytes(n.n3), n.n4);
-      b.exponents4 = raw;
       b.out = partial ? whole.data() : out + (block_begin - begin) * row_bytes;
       b.out_stride = row_bytes;
-      if (!ops.decode(b)) {
-        throw CorruptData("expected the digits of rows " + std::to_string(block_begin) + " to " +
-                          std::to_string(block_end) + " to use exactly their tail, they do not");
-      }
+      if (!ops.decode(b)) throw reader.contradiction(i);
       if (partial)
         std::memcpy(out + (from - begin) * row_bytes, whole.data() + (from - block_begin) * row_bytes,
                     (to - from) * row_bytes);

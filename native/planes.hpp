@@ -6,7 +6,9 @@
 #include <cstdlib>
 #include <memory>
 #include <span>
+#include <vector>
 
+#include "errors.hpp"
 #include "planes_block.hpp"
 
 namespace bitforbit {
@@ -60,6 +62,31 @@ EncodedPlanes encode_planes(const std::uint8_t* src, Layout layout, const Planes
 struct PlanesParts {
   std::span<const std::uint8_t> code, digits, sign_mantissa, tails;
 };
+
+// The blocks of one encoded matrix, its sizes and counts checked. Views the parts, copies nothing.
+class BlockReader {
+ public:
+  // Throws CorruptData unless every part has the size that layout and counts ask for.
+  BlockReader(const PlanesParts& parts, const Layout& layout);
+
+  // Everything but the scratch buffers and `out`; exponents4 points into the part, without slack.
+  DecodeBlock at(std::size_t block) const;
+
+  // The error for a block whose digits and tail contradict each other.
+  CorruptData contradiction(std::size_t block) const;
+
+ private:
+  PlanesParts parts_;
+  Layout layout_;
+  std::size_t groups_per_block_;
+  const std::uint8_t* index_;
+  std::vector<std::uint64_t> offsets_;  // where each block's tail begins
+};
+
+// Scratch for the tail of one block, which give_tail_scratch lays out; it copies the raw exponents there, so that
+// vector loads past their end stay inside. Damaged data may read scratch that nothing wrote: zero new scratch once.
+std::size_t tail_scratch_bytes(const DecodeBlock& b);
+void give_tail_scratch(DecodeBlock& b, std::uint8_t* scratch);
 
 // Decodes rows [begin, end) to `out` ((end - begin) * row_bytes() bytes). Throws CorruptData; whatever the parts
 // hold, nothing outside them and `out` is touched.

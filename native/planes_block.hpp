@@ -15,7 +15,7 @@ inline constexpr std::size_t kGroup = 64;       // positions per group: one tile
 inline constexpr std::size_t kCodedRanks = 9;   // three levels of three ranks
 inline constexpr std::size_t kTableBytes = 16;  // 9 exponents, 7 zeros
 inline constexpr std::size_t kIndexBytes = 12;  // u32 n2, n3, n4
-inline constexpr std::size_t kSlack = 128;      // scratch bytes past the end that vector code may touch
+inline constexpr std::size_t kSlack = 1152;     // scratch bytes past the end that vector code may touch: a tile and 128
 inline constexpr std::size_t kMaxPlanes = 3;
 
 enum class Kind : std::uint8_t { kBF16, kF16, kF32, kF8E4M3, kF8E5M2 };

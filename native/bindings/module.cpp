@@ -8,4 +8,5 @@ NB_MODULE(_native, m) {
   nb::exception<bitforbit::CorruptData>(m, "CorruptData", PyExc_ValueError);
   bind_planes(m);
   bind_df11(m);
+  bind_linear(m);
 }

@@ -89,7 +89,7 @@ NumpyBytes empty(std::size_t size) { return hand_over(Buffer(size)); }
 
 std::vector<std::tuple<std::string, bool>> implementations() {
   std::vector<std::tuple<std::string, bool>> names;
-  for (const auto& i : bitforbit::implementations()) names.emplace_back(i.name(), i.supported);
+  for (const auto& i : bitforbit::implementations()) names.emplace_back(i.name, i.supported);
   return names;
 }
 

@@ -86,7 +86,7 @@ int rounds() {
 }  // namespace
 
 TEST(planes_implementations) {
-  CHECK(!implementations().empty() && implementations()[0].name() == "scalar" && implementations()[0].supported);
+  CHECK(!implementations().empty() && implementations()[0].name == "scalar" && implementations()[0].supported);
   CHECK(find_implementation("scalar") && !find_implementation("abacus"));
   std::string names;
   for (const PlanesOps* ops : usable_ops()) names += std::string(" ") + ops->name;

@@ -12,15 +12,29 @@ if TYPE_CHECKING:
     from bitforbit.archive.inspect import inspect
     from bitforbit.archive.verify import verify
     from bitforbit.arrays import Encoded, encode
+    from bitforbit.nn import compress_model, decompress_model
 
 __version__ = "0.1.0"
 
-__all__ = ["Encoded", "__version__", "compress", "decompress", "encode", "errors", "inspect", "verify"]
+__all__ = [
+    "Encoded",
+    "__version__",
+    "compress",
+    "compress_model",
+    "decompress",
+    "decompress_model",
+    "encode",
+    "errors",
+    "inspect",
+    "verify",
+]
 
 _HOMES = {
     "Encoded": "bitforbit.arrays",
     "compress": "bitforbit.archive",
+    "compress_model": "bitforbit.nn",
     "decompress": "bitforbit.archive",
+    "decompress_model": "bitforbit.nn",
     "encode": "bitforbit.arrays",
     "inspect": "bitforbit.archive",
     "verify": "bitforbit.archive",

@@ -51,6 +51,10 @@ class UnknownIsaError(UsageError):
     """``BITFORBIT_ISA`` or ``force`` names an instruction set that is unknown or that this CPU lacks."""
 
 
+class CompressedParameterError(UsageError):
+    """A compressed parameter was to be changed, trained, cast or found where it is not."""
+
+
 class MissingDependencyError(BitforbitError, ImportError):
     """An optional package is needed for what was asked."""
 
@@ -136,6 +140,10 @@ class ChecksumError(FormatError):
 
 class CorruptTensorError(FormatError):
     """Compressed data whose tables, counts or codes contradict each other."""
+
+
+class StateDictError(FormatError):
+    """A state dict whose compressed parts do not fit the module, or that lacks what describes them."""
 
 
 class Df11FormatError(FormatError):

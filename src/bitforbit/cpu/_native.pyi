@@ -59,3 +59,37 @@ def df11_decode(
     threads: int,
     words: npt.NDArray[np.uint16],
 ) -> None: ...
+def linear_families() -> list[str]: ...
+def linear_implementation(family: str, isa: str, f32: bool) -> str: ...
+def linear(
+    code: _Bytes,
+    digits: _Bytes,
+    sign_mantissa: _Bytes,
+    tails: _Bytes,
+    rows: int,
+    cols: int,
+    rows_per_table: int,
+    x: _Bytes,
+    x_f32: bool,
+    out: _Bytes,
+    bias: _Bytes | None,
+    bias_f32: bool,
+    family: str,
+    k_block: int,
+    isa: str,
+    threads: int,
+) -> None: ...
+def linear_dense(
+    weight: _Bytes,
+    rows: int,
+    cols: int,
+    x: _Bytes,
+    x_f32: bool,
+    out: _Bytes,
+    bias: _Bytes | None,
+    bias_f32: bool,
+    family: str,
+    k_block: int,
+    isa: str,
+    threads: int,
+) -> None: ...

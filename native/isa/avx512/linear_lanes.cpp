@@ -1,0 +1,8 @@
+// Family `lanes` with AVX-512 and FMA.
+#include "generic/linear_lanes.hpp"
+#include "isa/avx512/lanes.hpp"
+#include "isa/avx512/vector.hpp"
+
+namespace bitforbit {
+const LinearOps kLanesAvx512 = lanes_ops<Avx512, Lanes512<Avx512, FmaSums512>>("avx512", true, true);
+}

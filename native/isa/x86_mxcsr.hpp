@@ -1,0 +1,21 @@
+// SSE's control register: denormals as zeros, in and out.
+#pragma once
+
+#include <immintrin.h>
+
+namespace bitforbit {
+namespace {
+
+// FTZ and DAZ within a scope.
+class FlushDenormals {
+ public:
+  FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+  ~FlushDenormals() { _mm_setcsr(before_); }
+  FlushDenormals(const FlushDenormals&) = delete;
+
+ private:
+  unsigned before_;
+};
+
+}  // namespace
+}  // namespace bitforbit

@@ -1,0 +1,203 @@
+"""Module classes with compressed parameters.
+
+A compressed parameter ``weight`` is four uint8 parameters ``code__weight``, ``digits__weight``,
+``sign_mantissa__weight`` and ``tails__weight``; the attribute ``weight`` is a property that decodes. The class of a
+converted module is derived from its own class: :class:`Linear`, :class:`Embedding`, or one made on demand for any other
+type, whose own ``forward`` runs unchanged.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitforbit import ops
+from bitforbit.errors import CompressedParameterError
+from bitforbit.nn.spec import PARTS, CompressedSpec, part_name
+from bitforbit.nn.weight import CompressedWeight, decode
+
+_reading = threading.local()
+"""Weights decoded for the forwards under way in this thread: ``by_module: {id(module): {name: tensor}}``."""
+
+
+class Compressed(nn.Module):
+    """Base of all modules with compressed parameters."""
+
+    _bitforbit_base: type[nn.Module]
+    """The plain class of the module."""
+    _bitforbit_names: tuple[str, ...]
+    """Names of the compressed parameters."""
+    _bitforbit_specs: dict[str, CompressedSpec]
+    _bitforbit_mode: str
+
+    def _bitforbit_parts(self, name: str) -> tuple[torch.Tensor, ...]:
+        parameters = self._parameters
+        try:
+            return tuple(parameters[part_name(part, name)] for part in PARTS)
+        except KeyError:
+            raise CompressedParameterError(f"expected the parts of {name} in {type(self).__name__}: {PARTS}") from None
+
+    def _bitforbit_read(self, name: str) -> torch.Tensor:
+        spec, parts = self._bitforbit_specs[name], self._bitforbit_parts(name)
+        if torch.compiler.is_compiling() or parts[0].is_meta:
+            return decode(spec, parts)
+        known = getattr(_reading, "by_module", {}).get(id(self))
+        if known is None:
+            return CompressedWeight(spec, parts)
+        if name not in known:
+            # Stacks of experts and tables to look up rarely need decoding as a whole.
+            lazy = len(spec.shape) > 2 or isinstance(self, nn.Embedding)
+            known[name] = CompressedWeight(spec, parts) if lazy else decode(spec, parts)
+        weight: torch.Tensor = known[name]
+        return weight
+
+    def _bitforbit_refuse(self, name: str, value: object) -> None:
+        raise CompressedParameterError(
+            f"expected {name} of {type(self).__name__} to stay as it is, since it is compressed, got an assignment of "
+            f"{type(value).__name__}; use bitforbit.decompress_model first, or load_state_dict"
+        )
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As nn.Module's. Raises CompressedParameterError for a compressed name."""
+        if name in getattr(self, "_bitforbit_names", ()):
+            self._bitforbit_refuse(name, param)
+        super().register_parameter(name, param)
+
+    def extra_repr(self) -> str:
+        """The module's own, then bits per weight and mode."""
+        own, sizes = super().extra_repr(), []
+        for name, spec in self._bitforbit_specs.items():
+            bits = 8 * sum(part.numel() for part in self._bitforbit_parts(name)) / max(1, spec.elements)
+            sizes.append(f"{name}: {bits:.2f} bits/weight")
+        return ", ".join(filter(None, (own, *sizes, f"mode={self._bitforbit_mode!r}")))
+
+    def reset_parameters(self) -> None:
+        """Does nothing: compressed weights are what they are."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Classes made on demand have no importable name.
+        return _new, (self._bitforbit_base, self._bitforbit_names), self.__getstate__()
+
+
+class Linear(Compressed, nn.Linear):
+    """``nn.Linear`` with a compressed weight ``[out_features, in_features]``. Made by converting an nn.Linear."""
+
+    _bitforbit_base = nn.Linear
+    _bitforbit_names = ("weight",)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``, from the compressed weight."""
+        p = self._parameters
+        spec = self._bitforbit_specs["weight"]
+        return ops.linear(
+            input, p["code__weight"], p["digits__weight"], p["sign_mantissa__weight"], p["tails__weight"], self.bias,
+            spec.kind, spec.rows, spec.cols, spec.rows_per_table, spec.dtype, self._bitforbit_mode,
+        )  # fmt: skip
+
+
+class Embedding(Compressed, nn.Embedding):
+    """``nn.Embedding`` with a compressed weight; only the rows asked for are decoded. Made by converting one."""
+
+    _bitforbit_base = nn.Embedding
+    _bitforbit_names = ("weight",)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """``[...]`` to ``[..., embedding_dim]``."""
+        return ops.embedding(input, *self._bitforbit_parts("weight"), *self._bitforbit_specs["weight"].arguments)
+
+
+@contextmanager
+def _forward_of(module: nn.Module) -> Iterator[None]:
+    """Keep each weight of the module that is read, until the outermost forward of this module returns."""
+    by_module = _reading.__dict__.setdefault("by_module", {})
+    outermost = id(module) not in by_module
+    if outermost:
+        by_module[id(module)] = {}
+    try:
+        yield
+    finally:
+        if outermost:
+            del by_module[id(module)]
+
+
+def _generic_forward(base: type[nn.Module]) -> Callable[..., Any]:
+    @functools.wraps(base.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return base.forward(self, *args, **kwargs)
+        with _forward_of(self):
+            return base.forward(self, *args, **kwargs)
+
+    return forward
+
+
+def _weight_property(name: str) -> property:
+    def read(self: Compressed) -> torch.Tensor:
+        return self._bitforbit_read(name)
+
+    def refuse(self: Compressed, value: object) -> None:
+        self._bitforbit_refuse(name, value)
+
+    return property(read, refuse, doc=f"The decoded {name}, read only.")
+
+
+for _cls in (Linear, Embedding):
+    _cls.weight = _weight_property("weight")
+
+
+def fits_linear(base: type[nn.Module]) -> bool:
+    """Whether modules of this class compute what nn.Linear computes."""
+    return issubclass(base, nn.Linear) and base.forward is nn.Linear.forward
+
+
+def fits_embedding(base: type[nn.Module]) -> bool:
+    """Whether modules of this class compute what nn.Embedding computes."""
+    return issubclass(base, nn.Embedding) and base.forward is nn.Embedding.forward
+
+
+_made: dict[tuple[Any, tuple[str, ...]], type[Compressed]] = {}
+
+
+def class_for(base: type[nn.Module], names: tuple[str, ...]) -> type[Compressed]:
+    """The class of modules of plain class ``base`` whose parameters ``names`` (sorted) are compressed."""
+    key = (base, names)
+    if key not in _made:
+        _made[key] = _make(base, names)
+    return _made[key]
+
+
+def _make(base: type[nn.Module], names: tuple[str, ...]) -> type[Compressed]:
+    for ours in (Linear, Embedding):
+        if (base, names) == (ours._bitforbit_base, ours._bitforbit_names):
+            return ours
+    body: dict[str, Any] = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "_bitforbit_base": base,
+        "_bitforbit_names": names,
+        **{name: _weight_property(name) for name in names},
+    }
+    first: type[Compressed] = Compressed
+    if "weight" in names and fits_linear(base):
+        first = Linear
+    elif "weight" in names and fits_embedding(base):
+        first = Embedding
+    else:
+        body["forward"] = _generic_forward(base)
+    bases = (first,) if base is first._bitforbit_base else (first, base)
+    made: type[Compressed] = types.new_class(base.__name__, bases, exec_body=lambda space: space.update(body))
+    return made
+
+
+def _new(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    cls = class_for(base, names)
+    module: nn.Module = cls.__new__(cls)
+    return module

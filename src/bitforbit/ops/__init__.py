@@ -1,0 +1,24 @@
+"""torch operators on compressed weights in ``torch.ops.bitforbit``: ``decode``, ``embedding``, ``linear``.
+
+They work under autograd, autocast, ``torch.compile`` and on meta tensors. Here are their overloads, which are called
+with less overhead than the packets in ``torch.ops``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from bitforbit.ops import autograd as _autograd
+from bitforbit.ops import cpu_impl as _cpu_impl
+from bitforbit.ops import schema as _schema
+from bitforbit.ops.schema import MODES
+
+_schema.define()
+_cpu_impl.register()
+_autograd.register()
+
+decode = torch.ops.bitforbit.decode.default
+embedding = torch.ops.bitforbit.embedding.default
+linear = torch.ops.bitforbit.linear.default
+
+__all__ = ["MODES", "decode", "embedding", "linear"]

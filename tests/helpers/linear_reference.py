@@ -1,0 +1,79 @@
+"""The orders of summation of bitforbit.cpu.linear in numpy: exact arithmetic, one rounding at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
+U16 = npt.NDArray[np.uint16]
+
+TINY = np.float32(2.0**-126)  # the smallest normal number
+
+
+def from_bf16(words: U16) -> F32:
+    return (words.astype(np.uint32) << 16).view(np.float32)
+
+
+def to_bf16(values: F32) -> U16:
+    """Rounded to nearest even; NaN becomes 0x7FC0."""
+    words = values.view(np.uint32)
+    rounded = ((words.astype(np.uint64) + 0x7FFF + ((words >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+def flush(values: F32) -> F32:
+    """Denormals become zeros of their sign."""
+    return np.where(np.abs(values) < TINY, np.copysign(np.float32(0), values), values)
+
+
+def fma(a: F32, b: F32, c: F32) -> F32:
+    """a * b + c rounded once to nearest even; denormal inputs and results are zeros (x86: FTZ and DAZ)."""
+    with np.errstate(all="ignore"):
+        product = flush(a).astype(np.float64) * flush(b)  # exact: 24 + 24 bits
+        addend = flush(c).astype(np.float64)
+        total = np.asarray(product + addend)
+        other = total - product
+        lost = (product - (total - other)) + (addend - other)  # exact (TwoSum)
+        # Round the sum to odd, so that the second rounding cannot be wrong.
+        words = total.view(np.int64)
+        step = np.where((lost > 0) == (total > 0), 1, -1)
+        inexact = np.isfinite(total) & (lost != 0) & (words & 1 == 0)
+        total = np.where(inexact, words + step, words).view(np.float64)
+        # Results count as tiny by their value after rounding to 24 bits without a limit to the exponent.
+        tiny = np.abs((total * 2.0**100).astype(np.float32)) < np.float32(2.0**-26)
+        return np.where(tiny, np.copysign(np.float32(0), total.astype(np.float32)), total.astype(np.float32))
+
+
+def add(a: F32, b: F32) -> F32:
+    return fma(np.ones_like(a), a, b)
+
+
+def lanes(weight: U16, x: F32) -> F32:
+    """Sums [tokens, rows] in the order of family ``lanes``; weight is [rows, cols] BF16, x [tokens, cols]."""
+    rows, cols = weight.shape
+    padding = ((0, 0), (0, -cols % 32))
+    w = np.pad(from_bf16(weight), padding).reshape(1, rows, -1, 16, 2)
+    v = np.pad(x, padding).reshape(len(x), 1, -1, 16, 2)
+    lane = np.zeros((len(x), rows, 16), np.float32)
+    for chunk in range(w.shape[2]):
+        for k in (1, 0):
+            lane = fma(*np.broadcast_arrays(w[:, :, chunk, :, k], v[:, :, chunk, :, k]), lane)
+    for n in (8, 4, 2, 1):
+        lane = add(lane[..., :n], lane[..., n : 2 * n])
+    return lane[..., 0]
+
+
+REFERENCES = {"lanes": lambda weight, x, k_block: lanes(weight, x)}
+"""Family -> function of (weight, x, k_block)."""
+
+
+def same_floats(got: npt.NDArray[np.generic], expected: npt.NDArray[np.generic]) -> bool:
+    """Bitwise equal, but for what kind of NaN it is (uint16 is BF16, else float32)."""
+    as_float = from_bf16 if got.dtype == np.uint16 else np.asarray
+    word = np.uint16 if got.dtype == np.uint16 else np.uint32
+    nan = np.isnan(as_float(expected))
+    return bool(np.array_equal(nan, np.isnan(as_float(got)))) and bool(
+        np.array_equal(got.view(word)[~nan], expected.view(word)[~nan])
+    )
