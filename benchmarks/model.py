@@ -2,8 +2,8 @@
 
 A model of Llama-3.2-1B's shape with random weights (standard deviation 0.02) is made once, compressed, and kept in a
 cache directory outside the repository (BITFORBIT_BENCH_CACHE, else ~/.cache/bitforbit/benchmarks). Then, greedily:
-tokens and logits of mode exact are compared with those of BF16; speeds are medians with all variants taking turns in one
-process; loading (files in the page cache) and memory are measured in processes of their own.
+tokens and logits of mode exact are compared with those of BF16; speeds are medians with all variants taking turns in
+one process; loading (files in the page cache) and memory are measured in processes of their own.
 
     python -m benchmarks.model            the full size, a few minutes
     python -m benchmarks.model --smoke    a tiny one, seconds; saves nothing

@@ -10,7 +10,10 @@ import bitforbit
 from bitforbit.demo import model_path
 
 PROMPT = "def read_json(path):\n"
-TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 
 
 def make_all(root: Path) -> dict[str, Path]:
