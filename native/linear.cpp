@@ -135,9 +135,10 @@ void over_blocks(std::size_t rows, std::size_t cols, const LinearArguments& a, c
 
 std::span<const LinearOps* const> linear_implementations() {
   static constexpr const LinearOps* kAll[] = {
-      &kLanesScalar,
+      &kLanesScalar, &kVdpbf16Scalar, &kTdpbf16Scalar,
 #if BITFORBIT_X86
-      &kLanesAvx2,       &kLanesAvx512, &kLanesAvx512Vbmi2, &kLanesAvx512Bf16,
+      &kLanesAvx2,   &kLanesAvx512,   &kLanesAvx512Vbmi2,  &kLanesAvx512Bf16,
+      &kVdpbf16Avx2, &kVdpbf16Avx512, &kVdpbf16Avx512Bf16, &kTdpbf16Amx,
 #endif
   };
   return kAll;

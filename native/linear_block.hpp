@@ -51,11 +51,17 @@ struct LinearOps {
 };
 
 extern const LinearOps kLanesScalar;
+extern const LinearOps kVdpbf16Scalar;
+extern const LinearOps kTdpbf16Scalar;
 #if BITFORBIT_X86
 extern const LinearOps kLanesAvx2;
 extern const LinearOps kLanesAvx512;
 extern const LinearOps kLanesAvx512Vbmi2;
 extern const LinearOps kLanesAvx512Bf16;
+extern const LinearOps kVdpbf16Avx2;
+extern const LinearOps kVdpbf16Avx512;
+extern const LinearOps kVdpbf16Avx512Bf16;
+extern const LinearOps kTdpbf16Amx;
 #endif
 
 }  // namespace bitforbit

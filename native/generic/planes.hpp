@@ -20,10 +20,7 @@ inline std::size_t decode_level(const std::uint8_t* packed, std::size_t n, typen
                                 const std::uint8_t* next, std::size_t n_next, std::uint8_t* out) {
   std::size_t used = 0;
   for (std::size_t i = 0; i < n; i += kGroup) {
-    const typename V::B digits = V::unpack2(packed + i / 4);
-    const std::uint64_t threes = V::equal_mask(digits, 3);
-    V::store(out + i, V::expand(V::lookup(table, digits), threes, next + used));
-    used += static_cast<std::size_t>(__builtin_popcountll(threes));
+    V::store(out + i, V::exponents(table, packed + i / 4, next, used));
     if (used > n_next) break;
   }
   return used;
@@ -55,13 +52,7 @@ bool decode_tiles(const DecodeBlock& b) {
   if (decode_level<V>(b.level2, b.n2, t2, b.exponents3, b.n3, b.exponents2) != b.n3) return false;
 
   std::size_t used = 0, g = 0;
-  auto exponents = [&] {
-    const typename V::B digits = V::unpack2(b.digits + 16 * g);
-    const std::uint64_t threes = V::equal_mask(digits, 3);
-    const typename V::B e = V::expand(V::lookup(t1, digits), threes, b.exponents2 + used);
-    used += static_cast<std::size_t>(__builtin_popcountll(threes));
-    return e;
-  };
+  auto exponents = [&] { return V::exponents(t1, b.digits + 16 * g, b.exponents2, used); };
   const std::size_t tiles = b.cols / kGroup;
   for (std::size_t tile = 0; tile < tiles; ++tile) {
     for (std::size_t row = 0; row < b.rows; ++row, ++g) {

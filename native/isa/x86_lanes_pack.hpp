@@ -4,26 +4,28 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "linear_block.hpp"
+#include "generic/linear_lanes.hpp"
 
 namespace bitforbit {
 namespace {
 
+template <class L>
 inline void pack_odd_even(const LinearInput& in, std::uint8_t* packed) {
-  const std::size_t padded = (in.cols + 31) / 32 * 32;
-  for (std::size_t t = 0; t < in.tokens; ++t) {
-    for (std::size_t k = 0; k < padded; ++k) {
+  pack_panels<L>(in, packed, [&](std::size_t token, std::size_t column, std::size_t n, std::uint8_t* out) {
+    const std::size_t first = token * in.cols + column;
+    __builtin_memset(out, 0, (n + kChunk - 1) / kChunk * L::kInputBytes);
+    for (std::size_t k = 0; k < n; ++k) {
       std::uint32_t word = 0;
-      if (k < in.cols && in.f32) {
-        __builtin_memcpy(&word, in.x + 4 * (t * in.cols + k), 4);
-      } else if (k < in.cols) {
-        const std::uint8_t* p = in.x + 2 * (t * in.cols + k);
+      if (in.f32) {
+        __builtin_memcpy(&word, in.x + 4 * (first + k), 4);
+      } else {
+        const std::uint8_t* p = in.x + 2 * (first + k);
         word = static_cast<std::uint32_t>(p[0] | p[1] << 8) << 16;
       }
-      const std::size_t at = k / 32 * 32 + (k % 2 ? 0 : 16) + k % 32 / 2;
-      __builtin_memcpy(packed + 4 * (t * padded + at), &word, 4);
+      const std::size_t at = k / kChunk * kChunk + (k % 2 ? 0 : kLanes) + k % kChunk / 2;
+      __builtin_memcpy(out + 4 * at, &word, 4);
     }
-  }
+  });
 }
 
 }  // namespace

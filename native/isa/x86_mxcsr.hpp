@@ -17,5 +17,16 @@ class FlushDenormals {
   unsigned before_;
 };
 
+// Denormals count again, inside the lifetime of a FlushDenormals.
+class KeepDenormals {
+ public:
+  KeepDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ & ~0x8040u); }
+  ~KeepDenormals() { _mm_setcsr(before_); }
+  KeepDenormals(const KeepDenormals&) = delete;
+
+ private:
+  unsigned before_;
+};
+
 }  // namespace
 }  // namespace bitforbit

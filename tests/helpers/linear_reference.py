@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -65,7 +67,49 @@ def lanes(weight: U16, x: F32) -> F32:
     return lane[..., 0]
 
 
-REFERENCES = {"lanes": lambda weight, x, k_block: lanes(weight, x)}
+def in_blocks(weight: U16, x: F32, k_block: int, unit: int, add_columns: Callable[[F32, F32, F32], F32]) -> F32:
+    """Sums [tokens, rows], ``unit`` columns after the other, in K blocks whose sums are added in order.
+
+    add_columns takes sums [tokens, rows] and the next columns of weights [1, rows, unit] and of x [tokens, 1, unit].
+    """
+    rows, cols = weight.shape
+    padding = ((0, 0), (0, -cols % unit))
+    w, v = np.pad(from_bf16(weight), padding)[None], np.pad(x, padding)[:, None]
+    block = -(-k_block // unit) * unit or cols
+    total = None
+    for begin in range(0, cols, block):
+        acc = np.zeros((len(x), rows), np.float32)
+        for k in range(begin, min(begin + block, cols), unit):
+            acc = add_columns(acc, w[:, :, k : k + unit], v[:, :, k : k + unit])
+        with np.errstate(all="ignore"):
+            total = acc if total is None else total + acc
+    return total
+
+
+def vdpbf16(weight: U16, x: F32, k_block: int) -> F32:
+    """Sums [tokens, rows] in the order of family ``vdpbf16``."""
+
+    def pair(acc: F32, w: F32, v: F32) -> F32:
+        for k in (1, 0):
+            acc = fma(*np.broadcast_arrays(w[..., k], v[..., k]), acc)
+        return acc
+
+    return in_blocks(weight, x, k_block, 2, pair)
+
+
+def tdpbf16(weight: U16, x: F32, k_block: int) -> F32:
+    """Sums [tokens, rows] in the order of family ``tdpbf16``."""
+
+    def step(acc: F32, w: F32, v: F32) -> F32:
+        parity = [np.zeros_like(acc), np.zeros_like(acc)]
+        for k in range(32):
+            parity[k % 2] = fma(*np.broadcast_arrays(w[..., k], v[..., k]), parity[k % 2])
+        return add(acc, add(*parity))
+
+    return in_blocks(weight, x, k_block, 32, step)
+
+
+REFERENCES = {"lanes": lambda weight, x, k_block: lanes(weight, x), "vdpbf16": vdpbf16, "tdpbf16": tdpbf16}
 """Family -> function of (weight, x, k_block)."""
 
 

@@ -30,7 +30,7 @@ struct Lanes256 {
   static Sum step(Sum sum, Weights w, Inputs x) {
     return _mm256_fmadd_ps(w.even, x.even, _mm256_fmadd_ps(w.odd, x.odd, sum));
   }
-  static void pack(const LinearInput& in, std::uint8_t* packed) { pack_odd_even(in, packed); }
+  static void pack(const LinearInput& in, std::uint8_t* packed) { pack_odd_even<Lanes256>(in, packed); }
 
   static float add_lanes(const float* lanes) {  // l and l + 8, then 4, 2, 1
     const __m256 a = _mm256_add_ps(_mm256_loadu_ps(lanes), _mm256_loadu_ps(lanes + 8));
@@ -38,14 +38,18 @@ struct Lanes256 {
     const __m128 c = _mm_add_ps(b, _mm_movehl_ps(b, b));
     return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
   }
-  static void decode_group(__m256i table, const std::uint8_t* digits, const std::uint8_t* sign_mantissa,
-                           const std::uint8_t* exponents2, std::size_t& used, std::uint8_t* out) {
-    const Avx2::B d = Avx2::unpack2(digits);
-    const std::uint64_t threes = Avx2::equal_mask(d, 3);
-    const Avx2::B e = Avx2::expand(Avx2::lookup(table, d), threes, exponents2 + used);
-    used += static_cast<std::size_t>(__builtin_popcountll(threes));
-    const std::uint8_t* const planes[] = {sign_mantissa};
-    join64<Avx2, Kind::kBF16, false>(e, planes, 0, out);
+  struct Group {
+    Avx2::B low, high;
+    void store(std::uint8_t* out) const { Avx2::store16(out, low, high); }
+  };
+  // From exponents rotated right by one bit, [7] exponent[0], [6:0] exponent[7:1], and [7] sign, [6:0] mantissa.
+  static Group join(Avx2::B e, const std::uint8_t* sign_mantissa) {
+    const Avx2::B sm = Avx2::load(sign_mantissa);
+    const __m256i top = Avx2::byte(0x80);  // the top bits change places
+    const __m256i a = _mm256_and_si256(_mm256_xor_si256(sm.a, e.a), top);
+    const __m256i b = _mm256_and_si256(_mm256_xor_si256(sm.b, e.b), top);
+    return {{_mm256_xor_si256(sm.a, a), _mm256_xor_si256(sm.b, b)},
+            {_mm256_xor_si256(e.a, a), _mm256_xor_si256(e.b, b)}};
   }
   static std::size_t multiply_tiles(__m256i, const DecodeBlock&, std::size_t, const std::uint8_t*, float*) { return 0; }
 };

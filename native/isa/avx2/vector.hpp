@@ -103,6 +103,13 @@ struct Avx2 {
     return {_mm256_or_si256(base.a, _mm256_set_m128i(q[1], q[0])),
             _mm256_or_si256(base.b, _mm256_set_m128i(q[3], q[2]))};
   }
+  static B exponents(Table table, const std::uint8_t* packed, const std::uint8_t* next, std::size_t& used) {
+    const B digits = unpack2(packed);
+    const std::uint64_t threes = equal_mask(digits, 3);
+    const B e = expand(lookup(table, digits), threes, next + used);
+    used += static_cast<std::size_t>(__builtin_popcountll(threes));
+    return e;
+  }
   static std::size_t compress_store(std::uint8_t* dst, std::uint64_t mask, B v) {
     alignas(32) std::uint8_t bytes[64];
     store(bytes, v);

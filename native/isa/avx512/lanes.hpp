@@ -4,7 +4,6 @@
 #include <immintrin.h>
 
 #include "isa/x86_lanes_pack.hpp"
-#include "linear_block.hpp"
 
 namespace bitforbit {
 namespace {
@@ -16,14 +15,14 @@ inline float add_lanes16(const float* lanes) {  // l and l + 8, then 4, 2, 1
   return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
 }
 
-// The 64 weights of one group in natural order: low and high words of the planes are merged without further masks.
-inline void join_bf16(__m512i e, __m512i sign_mantissa, __m512i& w0, __m512i& w1) {
-  const __m512i low = _mm512_ternarylogic_epi64(_mm512_set1_epi8(0x7f), sign_mantissa, _mm512_slli_epi16(e, 7), 0xca);
-  const __m512i high =
-      _mm512_ternarylogic_epi64(_mm512_set1_epi8(static_cast<char>(0x80)), sign_mantissa, _mm512_srli_epi16(e, 1), 0xca);
-  w0 = _mm512_unpacklo_epi8(low, high);
-  w1 = _mm512_unpackhi_epi8(low, high);
-}
+// The 64 weights of a group in natural order.
+struct Group512 {
+  __m512i w0, w1;
+  void store(std::uint8_t* out) const {
+    _mm512_storeu_si512(out, w0);
+    _mm512_storeu_si512(out + 64, w1);
+  }
+};
 
 // What both ways of summing share. V decodes, S sums two products of every lane.
 template <class V, class S>
@@ -36,47 +35,47 @@ struct Lanes512 : S {
   static void store_sum(float* p, int, Sum s) { _mm512_storeu_ps(p, s); }
   static float add_lanes(const float* lanes) { return add_lanes16(lanes); }
 
-  static inline void decode(__m512i table, const std::uint8_t* digits, const std::uint8_t* sign_mantissa,
-                            const std::uint8_t* exponents2, std::size_t& used, __m512i& w0, __m512i& w1) {
-    const __m512i d = V::unpack2(digits);
-    const std::uint64_t threes = V::equal_mask(d, 3);
-    const __m512i e = V::expand(V::lookup(table, d), threes, exponents2 + used);
-    used += static_cast<std::size_t>(__builtin_popcountll(threes));
-    join_bf16(e, _mm512_loadu_si512(sign_mantissa), w0, w1);
+  // From exponents rotated right by one bit, [7] exponent[0], [6:0] exponent[7:1], and [7] sign, [6:0] mantissa.
+  static inline Group512 join(__m512i rotated, const std::uint8_t* sign_mantissa) {
+    const __m512i sm = _mm512_loadu_si512(sign_mantissa), low7 = _mm512_set1_epi8(0x7f);
+    const __m512i low = _mm512_ternarylogic_epi64(rotated, sm, low7, 0xd8);   // low7 ? sm : rotated
+    const __m512i high = _mm512_ternarylogic_epi64(rotated, sm, low7, 0xe4);  // low7 ? rotated : sm
+    return {_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)};
   }
-  static inline void decode_group(__m512i table, const std::uint8_t* digits, const std::uint8_t* sign_mantissa,
-                                  const std::uint8_t* exponents2, std::size_t& used, std::uint8_t* out) {
-    __m512i w0, w1;
-    decode(table, digits, sign_mantissa, exponents2, used, w0, w1);
-    _mm512_storeu_si512(out, w0);
-    _mm512_storeu_si512(out + 64, w1);
+
+  // Rows kRow to 15 of a tile. A recursion, as compilers keep arrays in registers only if the indices are constants.
+  template <std::size_t kRow>
+  static inline __attribute__((always_inline)) void multiply_rows(typename V::Table table, const DecodeBlock& b,
+                                                                  std::size_t g, std::size_t& used,
+                                                                  typename S::Inputs v0, typename S::Inputs v1,
+                                                                  Sum* sum) {
+    if constexpr (kRow < kBlockRows) {
+      prefetch_group(b, g + kRow);
+      const Group512 w = join(V::exponents(table, b.digits + 16 * (g + kRow), b.exponents2, used),
+                              b.planes[0] + 64 * (g + kRow));
+      sum[kRow] = S::step(sum[kRow], S::weights(w.w0), v0);
+      sum[kRow] = S::step(sum[kRow], S::weights(w.w1), v1);
+      multiply_rows<kRow + 1>(table, b, g, used, v0, v1, sum);
+    }
   }
 
   // One token, tiles of 16 rows: a register per row. Returns the exponents used, more than n2 if they ran out.
-  static inline std::size_t multiply_tiles(__m512i table, const DecodeBlock& b, std::size_t tiles,
+  static inline std::size_t multiply_tiles(typename V::Table table, const DecodeBlock& block, std::size_t tiles,
                                            const std::uint8_t* x, float* lanes) {
-    const std::uint8_t *digits = b.digits, *sign_mantissa = b.planes[0], *exponents2 = b.exponents2;
+    const DecodeBlock b = block;
     std::size_t used = 0;
     Sum sum[kBlockRows];
-    for (auto& s : sum) s = _mm512_setzero_ps();
-    for (std::size_t tile = 0; tile < tiles; ++tile) {
-      if (used > b.n2) return used;  // bounds the reads of exponents2: at most a tile past n2, within its slack
-      const typename S::Inputs v0 = S::load_inputs(x, 0), v1 = S::load_inputs(x + S::kInputBytes, 0);
 #pragma GCC unroll 16
-      for (std::size_t row = 0; row < kBlockRows; ++row) {
-        __m512i w0, w1;
-        _mm_prefetch(sign_mantissa + 64 * row + kAhead, _MM_HINT_T0);
-        if (row % 4 == 0) _mm_prefetch(digits + 16 * row + kAhead / 4, _MM_HINT_T0);
-        decode(table, digits + 16 * row, sign_mantissa + 64 * row, exponents2, used, w0, w1);
-        sum[row] = S::step(sum[row], S::weights(w0), v0);
-        sum[row] = S::step(sum[row], S::weights(w1), v1);
-      }
-      digits += 16 * kBlockRows, sign_mantissa += 64 * kBlockRows, x += 2 * S::kInputBytes;
+    for (std::size_t row = 0; row < kBlockRows; ++row) sum[row] = _mm512_setzero_ps();
+    for (std::size_t tile = 0; tile < tiles && used <= b.n2; ++tile, x += 2 * S::kInputBytes) {
+      prefetch_next_tail(b, tile);
+      multiply_rows<0>(table, b, tile * kBlockRows, used, S::load_inputs(x, 0), S::load_inputs(x + S::kInputBytes, 0),
+                       sum);
     }
-    for (std::size_t row = 0; row < kBlockRows; ++row) _mm512_storeu_ps(lanes + row * kBlockRows, sum[row]);
+#pragma GCC unroll 16
+    for (std::size_t row = 0; row < kBlockRows; ++row) _mm512_storeu_ps(lanes + row * kLanes, sum[row]);
     return used;
   }
-  static constexpr std::size_t kAhead = 4096;  // bytes of sign_mantissa that are asked for in advance
 };
 
 // FMA on FP32: per chunk 16 odd, then 16 even columns of the activations.
@@ -96,7 +95,7 @@ struct FmaSums512 {
   static __m512 step(__m512 sum, Weights w, Inputs x) {
     return _mm512_fmadd_ps(w.even, x.even, _mm512_fmadd_ps(w.odd, x.odd, sum));
   }
-  static void pack(const LinearInput& in, std::uint8_t* packed) { pack_odd_even(in, packed); }
+  static void pack(const LinearInput& in, std::uint8_t* packed) { pack_odd_even<FmaSums512>(in, packed); }
 };
 
 }  // namespace

@@ -85,6 +85,13 @@ struct Avx512 {
     const __m512i across = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     return _mm512_or_si512(base, _mm512_permutexvar_epi32(across, _mm512_shuffle_epi8(_mm512_or_si512(x, y), in_lane)));
   }
+  static B exponents(Table table, const std::uint8_t* packed, const std::uint8_t* next, std::size_t& used) {
+    const B digits = unpack2(packed);
+    const std::uint64_t threes = equal_mask(digits, 3);
+    const B e = expand(lookup(table, digits), threes, next + used);
+    used += static_cast<std::size_t>(__builtin_popcountll(threes));
+    return e;
+  }
   static std::size_t compress_store(std::uint8_t* dst, std::uint64_t mask, B v) {
     const std::uint8_t* begin = dst;
     const __m128i q[4] = {_mm512_castsi512_si128(v), _mm512_extracti32x4_epi32(v, 1), _mm512_extracti32x4_epi32(v, 2),

@@ -18,13 +18,11 @@ struct Bf16Sums {
     return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x);
   }
   static void pack(const LinearInput& in, std::uint8_t* packed) {
-    const std::size_t bytes = 2 * in.cols, padded = packed_bytes_of(in.cols);
-    for (std::size_t t = 0; t < in.tokens; ++t, packed += padded) {
-      __builtin_memcpy(packed, in.x + t * bytes, bytes);
-      __builtin_memset(packed + bytes, 0, padded - bytes);
-    }
+    pack_panels<Bf16Sums>(in, packed, [&](std::size_t token, std::size_t column, std::size_t n, std::uint8_t* out) {
+      __builtin_memcpy(out, in.x + 2 * (token * in.cols + column), 2 * n);
+      __builtin_memset(out + 2 * n, 0, chunks_of(n) * kInputBytes - 2 * n);
+    });
   }
-  static std::size_t packed_bytes_of(std::size_t cols) { return (cols + 31) / 32 * 64; }
 };
 
 }  // namespace

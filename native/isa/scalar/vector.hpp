@@ -127,6 +127,14 @@ struct Scalar {
     }
     return r;
   }
+  // 64 exponents from 2-bit digits: 0-2 through the table, each 3 from the next byte of `next`; `used` counts those.
+  static B exponents(Table table, const std::uint8_t* packed, const std::uint8_t* next, std::size_t& used) {
+    const B digits = unpack2(packed);
+    const std::uint64_t threes = equal_mask(digits, 3);
+    const B e = expand(lookup(table, digits), threes, next + used);
+    used += static_cast<std::size_t>(__builtin_popcountll(threes));
+    return e;
+  }
   static std::size_t compress_store(std::uint8_t* dst, std::uint64_t mask, B b) {
     std::size_t n = 0;
     for (int p = 0; p < 64; ++p, mask >>= 1) {

@@ -20,6 +20,7 @@ from torch import nn
 
 from bitforbit import ops
 from bitforbit.errors import CompressedParameterError
+from bitforbit.nn import state
 from bitforbit.nn.spec import PARTS, CompressedSpec, part_name
 from bitforbit.nn.weight import CompressedWeight, decode
 
@@ -80,6 +81,45 @@ class Compressed(nn.Module):
 
     def reset_parameters(self) -> None:
         """Does nothing: compressed weights are what they are."""
+
+    def requires_grad_(self, requires_grad: bool = True) -> Compressed:
+        """As nn.Module's. Raises CompressedParameterError for True: compressed parameters are frozen."""
+        if requires_grad:
+            raise CompressedParameterError(
+                f"expected the compressed parameters of {type(self).__name__} to stay frozen; train adapters "
+                "(LoRA), or use bitforbit.decompress_model first"
+            )
+        super().requires_grad_(requires_grad)
+        return self
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Compressed:
+        """As nn.Module's, which moves and casts. Raises CompressedParameterError for a cast to another dtype."""
+        for name, spec in self._bitforbit_specs.items():
+            device = self._bitforbit_parts(name)[0].device
+            dtype = fn(torch.empty(0, dtype=spec.dtype, device=device)).dtype
+            if dtype != spec.dtype:
+                raise CompressedParameterError(
+                    f"expected {name} of {type(self).__name__} to stay {spec.dtype}, since it is compressed, got a "
+                    f"cast to {dtype}; use bitforbit.decompress_model, cast, then compress again"
+                )
+        super()._apply(fn, recurse)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        state.write_metadata(destination, prefix, self._bitforbit_specs)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        adapted, specs = state.adapt(
+            state_dict, prefix, local_metadata, self._bitforbit_specs, self._parameters, error_msgs
+        )
+        super()._load_from_state_dict(
+            adapted, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        self._bitforbit_specs.update(specs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Classes made on demand have no importable name.
@@ -142,10 +182,16 @@ def _weight_property(name: str) -> property:
     def read(self: Compressed) -> torch.Tensor:
         return self._bitforbit_read(name)
 
-    def refuse(self: Compressed, value: object) -> None:
-        self._bitforbit_refuse(name, value)
+    def assign(self: Compressed, value: object) -> None:
+        if isinstance(value, CompressedWeight) and value.spec.shape == self._bitforbit_specs[name].shape:
+            # The weight of another compressed module: libraries tie weights by such an assignment.
+            self._bitforbit_specs[name] = value.spec
+            for part, shared in zip(PARTS, value.parts, strict=True):
+                self._parameters[part_name(part, name)] = shared
+        else:
+            self._bitforbit_refuse(name, value)
 
-    return property(read, refuse, doc=f"The decoded {name}, read only.")
+    return property(read, assign, doc=f"The decoded {name}, read only.")
 
 
 for _cls in (Linear, Embedding):
@@ -192,7 +238,7 @@ def _make(base: type[nn.Module], names: tuple[str, ...]) -> type[Compressed]:
         first = Embedding
     else:
         body["forward"] = _generic_forward(base)
-    bases = (first,) if base is first._bitforbit_base else (first, base)
+    bases = (first,) if base is first.__dict__.get("_bitforbit_base") else (first, base)
     made: type[Compressed] = types.new_class(base.__name__, bases, exec_body=lambda space: space.update(body))
     return made
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
@@ -73,14 +73,15 @@ def install_parameter(
         module.__class__ = class_for(base, names)
     except TypeError as error:
         raise UsageError(f"expected a module of an ordinary class, got {base.__qualname__} ({error})") from None
-    module._parameters.pop(name, None)
     module.__dict__.setdefault("_bitforbit_specs", {})[name] = spec
     module.__dict__["_bitforbit_mode"] = mode
+    entries = {}
     for part in PARTS:
         value = parts[part]
         if not isinstance(value, nn.Parameter):
             value = nn.Parameter(value, requires_grad=False)
-        module._parameters[part_name(part, name)] = value
+        entries[part_name(part, name)] = value
+    _replace(module, (name, *entries), entries)
 
 
 def _check(module: nn.Module, name: str, spec: CompressedSpec, parts: Mapping[str, torch.Tensor], mode: str) -> None:
@@ -117,11 +118,21 @@ def remove_parameter(module: Compressed, name: str, plain: nn.Parameter) -> None
     """Put a plain parameter in the place of a compressed one."""
     base = module._bitforbit_base
     del module._bitforbit_specs[name]
-    for part in PARTS:
-        del module._parameters[part_name(part, name)]
     if module._bitforbit_specs:
         module.__class__ = class_for(base, tuple(sorted(module._bitforbit_specs)))
     else:
         module.__class__ = base
         del module.__dict__["_bitforbit_specs"], module.__dict__["_bitforbit_mode"]
-    module._parameters[name] = plain
+    _replace(module, [part_name(part, name) for part in PARTS], {name: plain})
+
+
+def _replace(module: nn.Module, old: Collection[str], new: Mapping[str, nn.Parameter]) -> None:
+    """Put parameters in the place of others: optimizers and state dicts go by the order."""
+    entries = list(module._parameters.items())
+    module._parameters.clear()
+    for name, value in entries:
+        if name in old:
+            module._parameters.update(new)
+        else:
+            module._parameters[name] = value
+    module._parameters.update(new)

@@ -140,6 +140,6 @@ def _on_decoded(name: str) -> Callable[..., Any]:
 # These reach for the memory of a tensor, which this one does not have.
 for _name in (
     *("__array__", "__dlpack__", "data_ptr", "numpy", "storage", "tolist", "untyped_storage", "share_memory_"),
-    *("__dlpack_device__", "is_shared", "storage_type", "element_size", "nelement"),
+    *("is_shared", "storage_type"),
 ):
     setattr(CompressedWeight, _name, _on_decoded(_name))

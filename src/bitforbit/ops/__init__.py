@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from bitforbit.ops import autocast as _autocast
 from bitforbit.ops import autograd as _autograd
 from bitforbit.ops import cpu_impl as _cpu_impl
 from bitforbit.ops import schema as _schema
@@ -16,6 +17,7 @@ from bitforbit.ops.schema import MODES
 _schema.define()
 _cpu_impl.register()
 _autograd.register()
+_autocast.register()
 
 decode = torch.ops.bitforbit.decode.default
 embedding = torch.ops.bitforbit.embedding.default

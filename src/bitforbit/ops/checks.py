@@ -35,13 +35,13 @@ def layout(kind: str, rows: int, cols: int, rows_per_table: int, dtype: torch.dt
 
 
 def part_bytes(parts: Parts) -> dict[str, Bytes]:
-    """The parts as arrays. Raises UsageError unless they are contiguous bytes in CPU memory.
+    """The parts as arrays. Raises UsageError unless they are contiguous bytes in one dimension.
 
     Their lengths are checked by the native code, which raises CorruptTensorError.
     """
     views = {}
     for name, part in zip(PARTS, parts, strict=True):
-        if part.dtype != torch.uint8 or part.dim() != 1 or not part.is_contiguous():
+        if part.dtype is not torch.uint8 or part.dim() != 1 or not part.is_contiguous():
             raise UsageError(
                 f"expected part {name} to be contiguous uint8 of one dimension, got {part.dtype} of shape "
                 f"{tuple(part.shape)}"

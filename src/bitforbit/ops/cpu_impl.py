@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch.nn import functional
 
+from bitforbit.codecs.planes.layout import BLOCK_ROWS
+from bitforbit.cpu import linear as products
 from bitforbit.cpu import planes
 from bitforbit.errors import UsageError
-from bitforbit.ops import checks, reference, stats
+from bitforbit.ops import checks, stats
 from bitforbit.ops.schema import LIBRARY, MODES
 from bitforbit.ops.scratch import SCRATCH
 
-_BLOCK_ROWS = 16
+Weight = tuple[str, int, int, int, torch.dtype]
+"""Kind, rows, cols, rows per table and dtype."""
+
+_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
 def register() -> None:
@@ -35,15 +41,12 @@ def decode(
     end: int,
 ) -> torch.Tensor:
     """Rows [begin, end) of a weight, ``[end - begin, cols]``. Raises UsageError, CorruptTensorError."""
-    layout = checks.layout(kind, rows, cols, rows_per_table, dtype)
+    checks.layout(kind, rows, cols, rows_per_table, dtype)
     if not 0 <= begin <= end <= rows:
         raise UsageError(f"expected a range of rows within 0 to {rows}, got {begin} to {end}")
-    parts = checks.part_bytes((code, digits, sign_mantissa, tails))
     out = torch.empty((end - begin, cols), dtype=dtype)
-    wide = kind != checks.dtype_name(dtype)
-    planes.decode(
-        parts, kind, wide, (layout.rows, cols, rows_per_table), (begin, end), checks.flat_bytes(out), _threads()
-    )
+    parts = (code, digits, sign_mantissa, tails)
+    _decode(parts, (kind, rows, cols, rows_per_table, dtype), begin, end, checks.flat_bytes(out))
     return out
 
 
@@ -65,25 +68,32 @@ def embedding(
     """
     if ids.dtype not in (torch.int64, torch.int32):
         raise UsageError(f"expected ids of dtype int64 or int32, got {ids.dtype}")
-    weight = (kind, rows, cols, rows_per_table, dtype)
-    if ids.numel() == 0:
-        return torch.empty((*ids.shape, cols), dtype=dtype)
-    wanted, where = torch.unique(ids, return_inverse=True)
-    if int(wanted[0]) < 0 or int(wanted[-1]) >= rows:
-        raise IndexError(f"index out of range: expected ids from 0 to {rows - 1}, got {wanted[0]} to {wanted[-1]}")
-    blocks = wanted // _BLOCK_ROWS
+    checks.layout(kind, rows, cols, rows_per_table, dtype)
+    parts, weight = (code, digits, sign_mantissa, tails), (kind, rows, cols, rows_per_table, dtype)
+    out = torch.empty((*ids.shape, cols), dtype=dtype)
+    flat = ids.reshape(-1).numpy()
+    if flat.size == 0:
+        return out
+    least, most = int(flat.min()), int(flat.max())
+    if least < 0 or most >= rows:
+        raise IndexError(f"index out of range: expected ids from 0 to {rows - 1}, got {least} to {most}")
+    if flat.size == 1:
+        _decode(parts, weight, least, least + 1, checks.flat_bytes(out))
+        return out
+    wanted, where = np.unique(flat, return_inverse=True)
     # One run of rows per stretch of neighbouring blocks: blocks are decoded whole, so rows in between cost nothing.
-    first = torch.cat((torch.tensor([True]), blocks[1:] - blocks[:-1] > 1))
-    starts = first.nonzero().flatten().tolist()
-    runs = [(int(wanted[a]), int(wanted[b - 1]) + 1) for a, b in zip(starts, [*starts[1:], len(wanted)], strict=True)]
-    decoded = [decode(code, digits, sign_mantissa, tails, *weight, begin, end) for begin, end in runs]
-    base, shifts = 0, []
-    for begin, end in runs:
-        shifts.append(base - begin)
-        base += end - begin
-    position = wanted + torch.tensor(shifts, dtype=wanted.dtype)[first.cumsum(0) - 1]
-    table = decoded[0] if len(decoded) == 1 else torch.cat(decoded)
-    return table[position[where]]
+    begins = np.flatnonzero(np.diff(wanted // BLOCK_ROWS, prepend=-2) > 1)
+    first = wanted[begins]
+    length = np.append(wanted[begins[1:] - 1], wanted[-1]) + 1 - first
+    offset = np.cumsum(length) - length
+    table = torch.empty((int(length.sum()), cols), dtype=dtype)
+    memory, row_bytes = checks.flat_bytes(table), cols * dtype.itemsize
+    for row, count, at in zip(first.tolist(), length.tolist(), offset.tolist(), strict=True):
+        _decode(parts, weight, row, row + count, memory[at * row_bytes : (at + count) * row_bytes])
+    run = np.searchsorted(first, wanted, side="right") - 1
+    position = wanted - first[run] + offset[run]
+    torch.index_select(table, 0, torch.from_numpy(position[where]), out=out.view(-1, cols))
+    return out
 
 
 def linear(
@@ -107,24 +117,52 @@ def linear(
     checks.layout(kind, rows, cols, rows_per_table, dtype)
     if mode not in MODES:
         raise UsageError(f"expected a mode among {', '.join(MODES)}, got {mode!r}")
-    if x.dtype != dtype or x.dim() == 0 or x.shape[-1] != cols:
+    shape = x.shape
+    if x.dtype != dtype or not shape or shape[-1] != cols:
         raise UsageError(
-            f"expected x of dtype {dtype} and shape [..., {cols}], got {x.dtype} and {tuple(x.shape)}; "
+            f"expected x of dtype {dtype} and shape [..., {cols}], got {x.dtype} and {tuple(shape)}; "
             "cast x, or decompress the model and cast that"
         )
-    parts = checks.part_bytes((code, digits, sign_mantissa, tails))
-    geometry = (rows, cols, rows_per_table)
-    wide = kind != checks.dtype_name(dtype)
+    parts = (code, digits, sign_mantissa, tails)
+    if kind == "BF16":
+        order = products.LANES if mode == "fused" else None
+        if order is not None:
+            stats.count("fused" if mode == "fused" else "fused_exact", rows * cols * dtype.itemsize)
+            return _product(x, parts, bias, (rows, cols, rows_per_table), order)
     nbytes = rows * cols * dtype.itemsize
-    with SCRATCH.borrow(nbytes) as buffer:
-        weight = buffer.view(dtype).view(rows, cols)
-        planes.decode(parts, kind, wide, geometry, (0, rows), buffer.numpy(), _threads())
-        if mode == "fused" and kind == "BF16":
-            stats.count("fused", nbytes)
-            return reference.lanes(x, weight, bias)
-        stats.count("decoded", nbytes)
-        return functional.linear(x, weight, bias)
+    stats.count("decoded", nbytes)
+    buffer = SCRATCH.borrow(nbytes)
+    try:
+        _decode(parts, (kind, rows, cols, rows_per_table, dtype), 0, rows, buffer.bytes(nbytes))
+        return functional.linear(x, buffer.matrix(rows, cols, dtype), bias)
+    finally:
+        SCRATCH.give_back(buffer)
 
 
-def _threads() -> int:
-    return int(torch.get_num_threads())
+def _decode(parts: checks.Parts, weight: Weight, begin: int, end: int, out: checks.Bytes) -> None:
+    kind, rows, cols, rows_per_table, dtype = weight
+    planes.decode(
+        checks.part_bytes(parts), kind, kind == "BF16" and dtype is torch.float32, (rows, cols, rows_per_table),
+        (begin, end), out, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _product(
+    x: torch.Tensor,
+    parts: checks.Parts,
+    bias: torch.Tensor | None,
+    geometry: tuple[int, int, int],
+    order: products.Order,
+) -> torch.Tensor:
+    """``x @ weight.T + bias`` straight from a weight coded as BF16, for x in BF16 or FP32."""
+    rows = geometry[0]
+    x = x.contiguous()
+    out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)
+    if bias is not None and bias.dtype not in _NAMES:
+        bias = bias.float()
+    products.linear(
+        checks.part_bytes(parts), geometry, checks.flat_bytes(x), _NAMES[x.dtype], checks.flat_bytes(out),
+        None if bias is None else checks.flat_bytes(bias.contiguous()),
+        "BF16" if bias is None else _NAMES[bias.dtype], order, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
