@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from bitforbit.archive.inspect import inspect
     from bitforbit.archive.verify import verify
     from bitforbit.arrays import Encoded, encode
+    from bitforbit.integrations.transformers.config import BitforbitConfig
     from bitforbit.nn import compress_model, decompress_model
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BitforbitConfig",
     "Encoded",
     "__version__",
     "compress",
@@ -30,6 +32,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "BitforbitConfig": "bitforbit.integrations.transformers.register",
     "Encoded": "bitforbit.arrays",
     "compress": "bitforbit.archive",
     "compress_model": "bitforbit.nn",

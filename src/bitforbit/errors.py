@@ -166,6 +166,17 @@ class Df11ShapeError(BitforbitError, ValueError):
     """A DF11 matrix whose shape can be derived neither from its neighbours nor from the config."""
 
 
+# --- models in memory ----------------------------------------------------------------------------------------
+
+
+class MissingTensorError(BitforbitError, ValueError):
+    """A parameter of a model for which no file has a tensor, where it would otherwise hold random numbers."""
+
+
+class ShapeMismatchError(BitforbitError, ValueError):
+    """A stored tensor whose shape is not the one that the model's config asks for."""
+
+
 # --- what happened on the way --------------------------------------------------------------------------------
 
 

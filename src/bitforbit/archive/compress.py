@@ -16,7 +16,7 @@ from bitforbit.archive.pipeline import Pipeline
 from bitforbit.archive.progress import Progress
 from bitforbit.archive.report import CompressReport
 from bitforbit.archive.rewrite import rewrite_config, rewrite_index
-from bitforbit.archive.shard_writer import Select, ShardWriter, fits, hash_stored
+from bitforbit.archive.shard_writer import FileBytes, Select, ShardWriter, fits, hash_stored
 from bitforbit.archive.source import (
     SourceFile,
     SourceTree,
@@ -193,7 +193,9 @@ class _Job:
                 entry = copy_file(file, staging, self._pipe)
             else:
                 with staging.create(file.path) as out:
-                    digests = ShardWriter(file, header, self._codec, self._select, self._pipe).write(out)
+                    digests = ShardWriter(FileBytes(file, header), header, self._codec, self._select, self._pipe).write(
+                        out
+                    )
                     out.flush()
                     stored = hash_stored(out.fileno())
                 entry = FileEntry(file.path, "shard", file.size, digests.sha256 or "", stored.size, stored.xxh3_128)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import BinaryIO
+from contextlib import AbstractContextManager, contextmanager
+from typing import BinaryIO, Protocol
 
 import numpy as np
 
@@ -79,11 +79,44 @@ class Coder:
         return coded if coded is not None and coded.nbytes < entry.nbytes else None
 
 
+Read = Callable[[Bytes, int], None]
+"""Fills a buffer with the bytes of whole tensors, from an offset into the data on."""
+
+
+class TensorBytes(Protocol):
+    """Where a shard's tensors come from: a file, or a model in memory."""
+
+    def opened(self) -> AbstractContextManager[Read]:
+        """What reads, for as long as the block lasts. The same offset gives the same bytes every time."""
+        ...
+
+    def __str__(self) -> str:
+        """What error messages call it."""
+        ...
+
+
+class FileBytes:
+    """The tensors of a safetensors file."""
+
+    def __init__(self, file: SourceFile, header: Header) -> None:
+        self._file = file
+        self._data_start = header.data_start
+
+    @contextmanager
+    def opened(self) -> Iterator[Read]:
+        """See :class:`TensorBytes`. Raises TruncatedFileError and ChecksumError if the file changes."""
+        with opened(self._file) as fd:
+            yield lambda out, begin: read_exactly(fd, out, self._data_start + begin, str(self))
+
+    def __str__(self) -> str:
+        return str(self._file.location)
+
+
 class ShardWriter:
     """Writes one shard into ``out``, which is open for writing and reading."""
 
-    def __init__(self, file: SourceFile, header: Header, codec: Codec, select: Select, pipe: Pipeline) -> None:
-        self._file = file
+    def __init__(self, source: TensorBytes, header: Header, codec: Codec, select: Select, pipe: Pipeline) -> None:
+        self._source = source
         self._header = header
         self._codec = codec
         self._select = select
@@ -97,19 +130,19 @@ class ShardWriter:
         """Code every tensor. Returns the checksums of the original file."""
         reserved = header_bound(self._header, self._codec, self._select)
         out.seek(reserved)
-        with opened(self._file) as fd, self._pipe.hasher() as hasher:
+        with self._source.opened() as read, self._pipe.hasher() as hasher:
             hasher.update(len(self._header.raw_json).to_bytes(LENGTH_BYTES, "little") + self._header.raw_json)
             for group in chunks(self._header.by_offset()):
-                self._write_group(fd, group, hasher, out)
-            self._write_raw(fd, out)
+                self._write_group(read, group, hasher, out)
+            self._write_raw(read, out)
             digests = hasher.digests()
         self._finish(out, reserved, digests)
         return digests
 
-    def _write_group(self, fd: int, group: list[TensorEntry], hasher: StreamHasher, out: BinaryIO) -> None:
+    def _write_group(self, read: Read, group: list[TensorEntry], hasher: StreamHasher, out: BinaryIO) -> None:
         begin, end = group[0].begin, group[-1].end
         with self._pipe.lease(end - begin) as lease:
-            read_exactly(fd, lease.data, self._header.data_start + begin, str(self._file.location))
+            read(lease.data, begin)
             hasher.update(lease)
             for entry in group:
                 self._write_tensor(entry, lease.data[entry.begin - begin : entry.end - begin], out)
@@ -138,15 +171,15 @@ class ShardWriter:
             self._kept[entry.name] = data.tobytes()
             self._kept_bytes += entry.nbytes
 
-    def _write_raw(self, fd: int, out: BinaryIO) -> None:
+    def _write_raw(self, read: Read, out: BinaryIO) -> None:
         for entry in raw_order(e for e in self._header.by_offset() if self._records[e.name].is_raw):
             if entry.name in self._kept:
                 out.write(self._kept.pop(entry.name))
                 continue
             with self._pipe.lease(entry.nbytes) as lease:
-                read_exactly(fd, lease.data, self._header.data_start + entry.begin, str(self._file.location))
+                read(lease.data, entry.begin)
                 if checksum.xxh3_64([lease.data]) != self._records[entry.name].xxh3_stored:
-                    raise ChecksumError(f"{self._file.location}, tensor {entry.name!r}: changed between two reads")
+                    raise ChecksumError(f"{self._source}, tensor {entry.name!r}: changed between two reads")
                 out.write(lease.data.data)
 
     def _finish(self, out: BinaryIO, reserved: int, digests: Digests) -> None:

@@ -1,1 +1,1 @@
-"""bitforbit inside other libraries. What needs torch or transformers beyond the ops and modules lives here."""
+"""bitforbit inside other libraries: transformers."""

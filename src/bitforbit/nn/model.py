@@ -42,7 +42,7 @@ def compress_model(
     patterns = tuple(skip)
     uses: dict[int, list[tuple[nn.Module, str]]] = {}
     for prefix, child in module.named_modules():
-        reason = _left_plain(child)
+        reason = left_plain(child)
         for name, plain in list(child._parameters.items()):
             if plain is None or plain.dim() < 2 or not plain.is_floating_point():
                 continue
@@ -69,7 +69,7 @@ def _compress_tied(
         install_parameter(other, other_name, child._bitforbit_specs[name], shared, mode=mode)
 
 
-def _left_plain(module: nn.Module) -> str | None:
+def left_plain(module: nn.Module) -> str | None:
     """Why a module's own parameters cannot be compressed."""
     if isinstance(module, nn.RNNBase):
         return "recurrent layers keep further references to their weights"

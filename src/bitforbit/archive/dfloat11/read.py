@@ -95,16 +95,29 @@ class Df11Directory:
         """Every tensor, in the order of ``tensors``; at most one decoded unit is held. Raises Df11FormatError."""
         for info in self._plain:
             yield RestoredTensor(info.name, info.dtype, info.shape, self._stored[info.name].map())
-        for unit, infos in self._units.items():
-            try:
-                words = decode_unit(self._load(unit), threads=threads)
-            except Df11FormatError as e:
-                raise type(e)(f"unit {unit!r} in {self._stored[f'{unit}.luts'].path}: {e}") from None
-            data = words.astype("<u2", copy=False).view(np.uint8)
-            begin = 0
-            for info in infos:
-                yield RestoredTensor(info.name, info.dtype, info.shape, data[begin : begin + info.nbytes])
-                begin += info.nbytes
+        for unit in self._units:
+            yield from self.decode_unit(unit, threads)
+
+    @property
+    def units(self) -> Mapping[str, tuple[str, ...]]:
+        """Names of the tensors of every unit."""
+        return {unit: tuple(info.name for info in infos) for unit, infos in self._units.items()}
+
+    def stored_names(self, unit: str) -> tuple[str, ...]:
+        """Names of the tensors in the files that hold a unit."""
+        return tuple(f"{unit}.{suffix}" for suffix in TENSOR_NAMES)
+
+    def decode_unit(self, unit: str, threads: int = 1) -> Iterator[RestoredTensor]:
+        """The tensors of one unit. Raises Df11FormatError."""
+        try:
+            words = decode_unit(self._load(unit), threads=threads)
+        except Df11FormatError as e:
+            raise type(e)(f"unit {unit!r} in {self._stored[f'{unit}.luts'].path}: {e}") from None
+        data = words.astype("<u2", copy=False).view(np.uint8)
+        begin = 0
+        for info in self._units[unit]:
+            yield RestoredTensor(info.name, info.dtype, info.shape, data[begin : begin + info.nbytes])
+            begin += info.nbytes
 
     def _load(self, unit: str) -> Df11Unit:
         arrays: dict[str, npt.NDArray[np.uint8]] = {}

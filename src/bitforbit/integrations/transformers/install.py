@@ -1,0 +1,75 @@
+"""Parameters of a model that is being loaded: compressed ones take the place of plain ones, tied ones together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from bitforbit.integrations.transformers.config import BitforbitConfig
+from bitforbit.integrations.transformers.ties import Ties, is_compressed, split, stored_name
+from bitforbit.nn import PARTS, Compressed, CompressedSpec, compressed_parameters, install_parameter
+from bitforbit.nn.model import left_plain
+from bitforbit.nn.parameters import encode, remove_parameter, torch_parts
+
+
+class Installer:
+    """Compresses parameters of one model."""
+
+    def __init__(self, model: PreTrainedModel, config: BitforbitConfig) -> None:
+        self.model = model
+        self.config = config
+        self.ties = Ties(model)
+
+    def may_compress(self, name: str) -> bool:
+        """Whether a plain parameter of that full name is one to be compressed."""
+        module_name, parameter_name = split(name)
+        if self.config.keeps(module_name):
+            return False
+        module = self.model.get_submodule(module_name)
+        parameter = module._parameters.get(parameter_name)
+        if parameter is None or parameter.dim() < 2 or not parameter.is_floating_point():
+            return False
+        return left_plain(module) is None
+
+    def install(self, name: str, spec: CompressedSpec, sizes: Mapping[str, int]) -> list[str]:
+        """Make a parameter, and those tied to it, compressed, with empty parts on the meta device.
+
+        Returns the names of the twins that have changed their form.
+        """
+        changed = [twin for twin in self.ties.twins(name) if not is_compressed(self.model, twin)]
+        for each in (name, *changed):
+            module_name, parameter_name = split(each)
+            module = self.model.get_submodule(module_name)
+            parts = {part: torch.empty(sizes[part], dtype=torch.uint8, device="meta") for part in PARTS}
+            install_parameter(module, parameter_name, spec, parts, mode=self.config.mode)
+        self.ties.rewrite(self.model)
+        return changed
+
+    def compress(self, name: str, value: torch.Tensor, missing_keys: set[str] | None) -> dict[str, torch.Tensor]:
+        """The parts of a tensor by full name, for a parameter that is made compressed; itself where that does not pay.
+
+        ``missing_keys`` are names that the loader has no tensor for yet; it ties what is missing.
+        """
+        module_name, parameter_name = split(name)
+        module = self.model.get_submodule(module_name)
+        encoded = encode(value, self.config.threads)
+        if encoded is None:
+            self._make_plain(module, parameter_name, value)
+            return {name: value}
+        parts = torch_parts(encoded)
+        sizes = {part: tensor.numel() for part, tensor in parts.items()}
+        twins = self.install(name, CompressedSpec.of_encoded(encoded), sizes)
+        if missing_keys is not None:
+            missing_keys.discard(name)
+            missing_keys.difference_update(twins)
+            missing_keys.update(stored_name(twin, part) for twin in twins for part in PARTS)
+        return {stored_name(name, part): tensor for part, tensor in parts.items()}
+
+    def _make_plain(self, module: nn.Module, name: str, value: torch.Tensor) -> None:
+        """Undo what a twin did that turned out to be another tensor."""
+        if isinstance(module, Compressed) and name in compressed_parameters(module):
+            remove_parameter(module, name, nn.Parameter(value.to("meta"), requires_grad=False))
+            self.ties.rewrite(self.model)

@@ -1,0 +1,215 @@
+"""One ``from_pretrained``: from the checkpoint's files to the parameters of the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightConverter, WeightTransform
+
+from bitforbit.codecs.base import EncodedTensor
+from bitforbit.cpu import default_threads
+from bitforbit.errors import UsageError
+from bitforbit.integrations.transformers import plan, transforms
+from bitforbit.integrations.transformers.config import BitforbitConfig
+from bitforbit.integrations.transformers.install import Installer
+from bitforbit.integrations.transformers.plan import Destination
+from bitforbit.integrations.transformers.source import (
+    DF11_CONFIG,
+    TORCH_DTYPES,
+    NativeSource,
+    Source,
+    df11_source,
+    native_source,
+)
+from bitforbit.integrations.transformers.ties import split, stored_name
+from bitforbit.nn import PARTS, CompressedSpec
+
+
+class Load:
+    """What is known during one load. Made when the model exists on the meta device, before anything is read."""
+
+    def __init__(
+        self, model: PreTrainedModel, config: BitforbitConfig, dtype: torch.dtype, files: list[str] | None
+    ) -> None:
+        """Opens the files; ``files`` gains those that transformers does not know of.
+
+        Raises what the sources raise, and UsageError for what a compressed model cannot do.
+        """
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise UsageError("a compressed model cannot be sharded over processes; leave tp_plan and its like out")
+        self.model = model
+        self.installer = Installer(model, config)
+        self.where = str(Path(files[0]).parent) if files else "state_dict"
+        self._config = config
+        self._main_dtype = dtype
+        self._dtypes = plan.Dtypes(model, dtype)
+        self._source = self._open(files)
+        self._found: dict[str, Destination] = {}
+        self._kept: list[tuple[str, str]] = []
+        self._plain_dtypes: dict[str, torch.dtype] = {}
+        self.arrivals: dict[str, str] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Load:
+        return self
+
+    def _open(self, files: list[str] | None) -> Source | None:
+        threads = self._config.threads or default_threads()
+        if files and getattr(self.model.config, DF11_CONFIG, None) is not None:
+            shapes = {n: tuple(p.shape) for n, p in self.model.named_parameters(remove_duplicate=False) if p.dim() == 2}
+            source, files[:] = df11_source(files, threads, shapes)
+            return source
+        native = native_source(files or (), threads)
+        if native is not None:
+            _check_dtype(native, self._main_dtype, Path(self.where))
+        return native
+
+    @property
+    def from_compressed(self) -> bool:
+        """Whether the files hold a compressed checkpoint."""
+        return self._source is not None
+
+    def needs_compression(self, name: str) -> bool:
+        """Whether a parameter is compressed as an ordinary checkpoint loads.
+
+        The loader casts such a tensor to the model's dtype, so those of another one are left to it.
+        """
+        return self.installer.may_compress(name) and self._dtypes.of(name) == self._main_dtype
+
+    # --- before the loader runs ----------------------------------------------------------------------------------
+
+    def plan(self, stock: Sequence[WeightTransform]) -> list[WeightTransform]:
+        """What the loader is to do instead of ``stock``, and the model's compressed parameters without data.
+
+        Raises ShapeMismatchError, MissingTensorError or UsageError.
+        """
+        source = self._source
+        if source is None:
+            return list(stock)
+        self._found = plan.destinations(self.model, source.tensors, stock)
+        plan.check_shapes(self.model, source.tensors, self._found, self.where)
+        twins = {name: self.installer.ties.twins(name) for name in self.installer.ties.names}
+        plan.check_complete(self.model, self._found, stock, twins, self.where)
+        names: dict[str, str] = {}
+        targets: list[str] = []
+        for anchor, originals in source.anchors.items():
+            wanted = {name: self._found[name] for name in originals if name in self._found}
+            if not wanted:
+                continue
+            if isinstance(source, NativeSource) and self._stays(source, originals[0]):
+                names |= self._keep(source, originals[0], targets)
+                continue
+            names |= dict.fromkeys(source.consumed[anchor], transforms.SWALLOWED)
+            if not any(destination.converted for destination in wanted.values()):
+                arrival = next(iter(wanted.values())).target
+                self.arrivals[arrival] = anchor
+                names[anchor] = transforms.token(len(targets))
+                targets.append(arrival)
+            elif len(originals) == 1:
+                names[anchor] = originals[0]
+            else:
+                raise UsageError(
+                    f"{self.where}: {originals[0]!r} is one of the tensors that transformers merges or splits, which "
+                    "works with bitforbit's own format only; decompress the model (bitforbit decompress) and load that"
+                )
+        self._note_plain_dtypes(source)
+        self.model._keys_to_ignore_on_load_unexpected = {
+            *(self.model._keys_to_ignore_on_load_unexpected or ()),
+            transforms.SWALLOWED,
+        }
+        converters = [transforms.Converting(t, self) if isinstance(t, WeightConverter) else t for t in stock]
+        return [transforms.Disguise(names), transforms.Restore(self), *converters, transforms.Reveal(targets)]
+
+    def _stays(self, source: NativeSource, name: str) -> bool:
+        """Whether a tensor is wanted just as it is stored."""
+        destination, stored = self._found[name], source.tensors[name]
+        same = TORCH_DTYPES.get(stored.dtype) == self._dtypes.of(destination.target)
+        return not destination.converted and same and self.installer.may_compress(destination.target)
+
+    def _keep(self, source: NativeSource, name: str, targets: list[str]) -> dict[str, str]:
+        target = self._found[name].target
+        record = source.record(name)
+        encoded = EncodedTensor(record.codec, record.codec_version, record.dtype, record.shape, record.config)
+        self.installer.install(target, CompressedSpec.of_encoded(encoded), record.parts)
+        self._kept.append((name, target))
+        names = {}
+        for stored, part in zip(source.consumed[source.tensors[name].unit or ""], record.parts, strict=True):
+            names[stored] = transforms.token(len(targets))
+            targets.append(stored_name(target, part))
+        return names
+
+    def _note_plain_dtypes(self, source: Source) -> None:
+        # transformers 5.17 does not cast plain tensors of such a checkpoint if it renames them.
+        for name, destination in self._found.items():
+            stored, wanted = source.tensors[name], self._dtypes.of(destination.target)
+            floating = wanted.is_floating_point and not destination.converted
+            if stored.unit is None and floating and TORCH_DTYPES.get(stored.dtype) != wanted:
+                self._plain_dtypes[destination.target] = wanted
+
+    # --- while the loader runs: see transforms.Work --------------------------------------------------------------
+
+    def decoded(self, anchor: str) -> torch.Tensor | None:
+        """See :class:`transforms.Work`."""
+        if self._source is None or anchor not in self._source.anchors:
+            return None
+        (value,) = self._source.restore(anchor).values()
+        return value
+
+    def restored(self, anchor: str) -> dict[str, torch.Tensor]:
+        """See :class:`transforms.Work`."""
+        assert self._source is not None
+        values = self._source.restore(anchor)
+        return {self._found[name].target: value for name, value in values.items() if name in self._found}
+
+    def dtype(self, target: str) -> torch.dtype:
+        """See :class:`transforms.Work`."""
+        return self._dtypes.of(target)
+
+    def finish(self, name: str, value: torch.Tensor, missing_keys: set[str] | None) -> dict[str, torch.Tensor]:
+        """See :class:`transforms.Work`."""
+        if value.is_floating_point() and self._dtypes.knows(name):
+            value = value.to(self._dtypes.of(name))
+        if not self.installer.may_compress(name):
+            return {name: value}
+        return self.installer.compress(name, value, missing_keys)
+
+    # --- after the loader has run --------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Check what was loaded. Raises ChecksumError."""
+        if isinstance(self._source, NativeSource) and self._config.verify:
+            for name, target in self._kept:
+                module_name, parameter_name = split(target)
+                parameters = self.model.get_submodule(module_name)._parameters
+                self._source.check(name, [parameters[stored_name(parameter_name, part)] for part in PARTS])
+        # What is kept for saving must not keep this load, and with it the files, open.
+        used = self.model._weight_conversions
+        self.model._weight_conversions = [t.stock if isinstance(t, transforms.Converting) else t for t in used]
+        for target, wanted in self._plain_dtypes.items():
+            tensor = self.model.get_parameter_or_buffer(target)
+            if tensor.dtype != wanted:
+                tensor.data = tensor.data.to(wanted)
+
+
+def _check_dtype(source: NativeSource, asked: torch.dtype, directory: Path) -> None:
+    """Refuse a dtype that was asked for and is neither that of the weights nor the one of config.json."""
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in source.tensors.values():
+        if tensor.unit is not None and tensor.dtype in TORCH_DTYPES:
+            dtype = TORCH_DTYPES[tensor.dtype]
+            sizes[dtype] = sizes.get(dtype, 0) + torch.Size(tensor.shape).numel()
+    if not sizes or asked in sizes:
+        return
+    stored = max(sizes, key=lambda dtype: sizes[dtype])
+    path = directory / "config.json"
+    config = json.loads(path.read_bytes()) if path.is_file() else {}
+    if str(asked).removeprefix("torch.") in (config.get("dtype"), config.get("torch_dtype")):
+        return
+    raise UsageError(
+        f"{directory}: expected dtype 'auto' or {stored}, which the weights have, got {asked}; leave dtype out, or "
+        "decompress the model (bitforbit decompress), which any dtype can be loaded from"
+    )

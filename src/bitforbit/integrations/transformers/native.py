@@ -1,0 +1,168 @@
+"""A model in memory -> the files of a native directory, written one shard after the other.
+
+Tensors are decoded one at a time, hashed as the plain file that they would make, and coded again: coding is
+deterministic, faster than the hash, and also right for tensors whose layout in the checkpoint is another one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import torch
+
+from bitforbit import __version__, dtypes, tensors
+from bitforbit.archive.dfloat11.stfile import library_layout
+from bitforbit.archive.filesystem import sync_directory, sync_files
+from bitforbit.archive.pipeline import Pipeline
+from bitforbit.archive.rewrite import rewrite_config, rewrite_index
+from bitforbit.archive.shard_writer import Read, ShardWriter, hash_stored
+from bitforbit.codecs import registry
+from bitforbit.codecs.base import Bytes
+from bitforbit.format.checksum import digests_of
+from bitforbit.format.header import Header, parse_header
+from bitforbit.format.layout import Shard, open_shard
+from bitforbit.format.manifest import FileEntry, Manifest
+from bitforbit.format.spec import INDEX_SUFFIX, LENGTH_BYTES, MANIFEST_NAME, SHARD_SUFFIX
+from bitforbit.integrations.transformers.config import BitforbitConfig
+from bitforbit.integrations.transformers.originals import Originals
+from bitforbit.integrations.transformers.ties import split
+
+_CODEC = "planes"
+_CONFIG = "config.json"
+_NAMES = {getattr(torch, name): ours for name, ours in dtypes.ARRAY_NAMES.items() if hasattr(torch, name)}
+
+
+@dataclass(frozen=True, slots=True)
+class WeightNames:
+    """Names of weight files: transformers puts the variant in different places."""
+
+    variant: str | None
+
+    @property
+    def stem(self) -> str:
+        """``model`` or ``model.fp16``."""
+        return f"model.{self.variant}" if self.variant else "model"
+
+    @property
+    def index(self) -> str:
+        """``model.safetensors.index.json`` or ``model.safetensors.index.fp16.json``."""
+        return f"model.safetensors.index.{self.variant}.json" if self.variant else f"model{INDEX_SUFFIX}"
+
+    def match(self, name: str) -> bool:
+        """Whether a file is one of these weight files."""
+        shard = rf"{re.escape(self.stem)}(-\d{{5}}-of-\d{{5}})?{re.escape(SHARD_SUFFIX)}"
+        return name == self.index or re.fullmatch(shard, name) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelBytes:
+    """The tensors of one shard, from the model."""
+
+    originals: Originals
+    header: Header
+    name: str
+
+    @contextmanager
+    def opened(self) -> Iterator[Read]:
+        """See :class:`bitforbit.archive.shard_writer.TensorBytes`."""
+        yield self._read
+
+    def _read(self, out: Bytes, begin: int) -> None:
+        for entry in self.header.tensors:
+            if begin <= entry.begin and entry.end <= begin + len(out) and entry.nbytes:
+                data, _, _ = tensors.to_bytes(self.originals.value(entry.name))
+                np.copyto(out[entry.begin - begin : entry.end - begin], data)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def write_weights(
+    originals: Originals, staging: Path, names: WeightNames, max_shard_size: int | str, config: BitforbitConfig
+) -> list[FileEntry]:
+    """Write all shards, and the index if there are several."""
+    empty = {n: torch.empty(shape, dtype=dtype, device="meta") for n, (dtype, shape) in originals.shapes.items()}
+    plan = huggingface_hub.split_torch_state_dict_into_shards(
+        empty, filename_pattern=f"{names.stem}{{suffix}}{SHARD_SUFFIX}", max_shard_size=max_shard_size
+    )
+    largest = max((t.numel() * t.element_size() for t in empty.values()), default=0)
+    pipe = Pipeline(config.threads, largest, None)
+    shards: dict[str, Shard] = {}
+    entries = []
+    for file, tensor_names in plan.filename_to_tensors.items():
+        entries.append(_write_shard(originals, tensor_names, staging / file, config, pipe))
+        shards[file] = open_shard(staging / file)
+    if plan.is_sharded:
+        parameters = sum(tensor.numel() for tensor in empty.values())
+        index = {
+            "metadata": {"total_parameters": parameters, **plan.metadata},
+            "weight_map": plan.tensor_to_filename,
+        }
+        text = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode("utf-8")
+        rewritten = rewrite_index(text, shards.get)
+        assert rewritten is not None
+        entries.append(_write(staging, names.index, rewritten, text))
+    return entries
+
+
+def _write_shard(
+    originals: Originals, names: Sequence[str], path: Path, config: BitforbitConfig, pipe: Pipeline
+) -> FileEntry:
+    layout = [(name, _NAMES[originals.shapes[name][0]], originals.shapes[name][1]) for name in names]
+    head, entries = library_layout(layout, {"format": "pt"})
+    size = len(head) + (entries[-1].end if entries else 0)
+    header = parse_header(head[LENGTH_BYTES:], size, str(path))
+
+    def select(name: str) -> bool:
+        return not all(config.keeps(split(source)[0]) for source in originals.sources[name])
+
+    source = ModelBytes(originals, header, path.name)
+    with path.open("wb+") as out:
+        digests = ShardWriter(source, header, registry.get(_CODEC, 1), select, pipe).write(out)
+        out.flush()
+        stored = hash_stored(out.fileno())
+    return FileEntry(path.name, "shard", digests.size, digests.sha256 or "", stored.size, stored.xxh3_128)
+
+
+def write_others(staging: Path) -> list[FileEntry]:
+    """Entries of the files that are there before the weights are; ``config.json`` is rewritten."""
+    entries = []
+    for path in sorted(path for path in staging.rglob("*") if path.is_file()):
+        data = path.read_bytes()
+        name = path.relative_to(staging).as_posix()
+        rewritten = rewrite_config(data, _CODEC) if name == _CONFIG else None
+        entries.append(_write(staging, name, data if rewritten is None else rewritten, data))
+    return entries
+
+
+def _write(staging: Path, name: str, data: bytes, original: bytes) -> FileEntry:
+    (staging / name).write_bytes(data)
+    of_original, of_stored = digests_of(original), digests_of(data)
+    changed = data != original
+    return FileEntry(
+        name,
+        "rewritten" if changed else "copied",
+        of_original.size,
+        of_original.sha256 or "",
+        of_stored.size,
+        of_stored.xxh3_128,
+        original if changed else None,
+    )
+
+
+def publish(staging: Path, directory: Path, entries: Sequence[FileEntry]) -> None:
+    """Move finished files into the directory, one rename each, the manifest last."""
+    manifest = Manifest(f"bitforbit {__version__}", (), entries)
+    (staging / MANIFEST_NAME).write_bytes(manifest.to_bytes())
+    sync_files(staging)
+    for name in [*(entry.path for entry in entries), MANIFEST_NAME]:
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (staging / name).replace(directory / name)
+    sync_directory(directory)

@@ -1,0 +1,146 @@
+"""The tensors of the plain checkpoint that a compressed model stands for: names and shapes at once, values on demand.
+
+That is what ``save_pretrained`` of the plain model would write: tied tensors once, names and layouts (experts apart) as
+in checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.integrations.accelerate import load_offloaded_parameter
+
+from bitforbit.errors import UsageError
+from bitforbit.integrations.transformers.ties import is_compressed, split, stored_name
+from bitforbit.nn import PARTS, compressed_parameters
+from bitforbit.nn.weight import decode
+
+_GROUPS_AT_ONCE = 3
+"""Converted groups that are held: a layer's stacks of experts, whose tensors alternate in the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Parameters that a conversion takes together, or one that is only renamed (``renamed``)."""
+
+    inputs: tuple[str, ...]
+    renamed: str | None
+
+
+class Originals:
+    """The tensors of one model. ``shapes`` maps their names to dtype and shape, ``sources`` to names of parameters."""
+
+    def __init__(self, model: PreTrainedModel, as_in_checkpoint: bool) -> None:
+        """``as_in_checkpoint``: undo the conversions that loading made. Raises UsageError for what is no tensor."""
+        self._model = model
+        self._open: OrderedDict[int, dict[str, torch.Tensor]] = OrderedDict()
+        self._groups = list(_groups(model, distinct_names(model), as_in_checkpoint))
+        self._group_of: dict[str, int] = {}
+        self.shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        self.sources: dict[str, tuple[str, ...]] = {}
+        for index, group in enumerate(self._groups):
+            for name, value in self._outputs(group, {n: self._empty(n) for n in group.inputs}).items():
+                self.shapes[name] = value.dtype, tuple(value.shape)
+                self.sources[name] = group.inputs
+                self._group_of[name] = index
+
+    def value(self, name: str) -> torch.Tensor:
+        """A tensor of the checkpoint, contiguous, in CPU memory."""
+        index = self._group_of[name]
+        group = self._groups[index]
+        if group.renamed is not None:
+            return self._parameter(group.inputs[0]).contiguous()
+        if index not in self._open:
+            while len(self._open) >= _GROUPS_AT_ONCE:
+                self._open.popitem(last=False)
+            self._open[index] = self._outputs(group, {n: self._parameter(n) for n in group.inputs})
+        self._open.move_to_end(index)
+        return self._open[index][name].contiguous()
+
+    def _outputs(self, group: _Group, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if group.renamed is not None:
+            return {group.renamed: values[group.inputs[0]]}
+        outputs: dict[str, torch.Tensor] = revert_weight_conversion(self._model, values)
+        return outputs
+
+    def _empty(self, name: str) -> torch.Tensor:
+        if is_compressed(self._model, name):
+            module, parameter = split(name)
+            spec = compressed_parameters(self._model.get_submodule(module))[parameter]
+            return torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+        value = self._model.get_parameter_or_buffer(name)
+        if not isinstance(value, torch.Tensor):
+            raise UsageError(f"expected {name} to be a tensor, got {type(value).__name__}; it cannot be saved")
+        return torch.empty_like(value, device="meta")
+
+    def _parameter(self, name: str) -> torch.Tensor:
+        if not is_compressed(self._model, name):
+            return self._loaded(name)
+        module, parameter = split(name)
+        spec = compressed_parameters(self._model.get_submodule(module))[parameter]
+        return decode(spec, [self._loaded(stored_name(name, part)) for part in PARTS])
+
+    def _loaded(self, name: str) -> torch.Tensor:
+        value: torch.Tensor = self._model.get_parameter_or_buffer(name)
+        return (load_offloaded_parameter(self._model, name) if value.is_meta else value).detach().cpu()
+
+
+def distinct_names(model: PreTrainedModel) -> list[str]:
+    """Names of all parameters and persistent buffers, compressed ones under their plain names, tied ones once."""
+    holders: dict[int, list[str]] = {}
+    targets = {*(model.all_tied_weights_keys or ())}
+    ignored = set(model._keys_to_ignore_on_save or ())
+    parts = {stored_name(name, part): name for name in _compressed_names(model) for part in PARTS}
+    for key, value in model.state_dict(keep_vars=True).items():
+        name = parts.get(key, key)
+        if name == key or key == stored_name(name, PARTS[0]):
+            holders.setdefault(id(value), []).append(key)
+    kept = []
+    for keys in holders.values():
+        # Of declared ties the source is written; of others every copy, as loading does not restore those.
+        sources = [key for key in keys if key not in targets] or keys[:1]
+        kept += [name for key in sources if (name := parts.get(key, key)) not in ignored]
+    return kept
+
+
+def _compressed_names(model: PreTrainedModel) -> Iterable[str]:
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name in compressed_parameters(module):
+            yield f"{prefix}.{name}" if prefix else name
+
+
+def _groups(model: PreTrainedModel, names: Iterable[str], as_in_checkpoint: bool) -> Iterable[_Group]:
+    """As transformers' revert_weight_conversion sorts them; that one needs all values at once."""
+    transforms = [transform.reverse_transform() for transform in _conversions(model)[::-1]] if as_in_checkpoint else []
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    together: dict[str, list[str]] = {}
+    for name in sorted(names, key=dot_natural_key):
+        key, pattern = rename_source_key(name, renamings, converters, reverse=True)
+        if pattern is None:
+            yield _Group((name,), key)
+        else:
+            together.setdefault(key, []).append(name)
+    for inputs in together.values():
+        yield _Group(tuple(inputs), None)
+
+
+def _conversions(model: PreTrainedModel) -> list[WeightTransform]:
+    used: list[WeightTransform] | None = getattr(model, "_weight_conversions", None)
+    if used is not None:
+        return used
+    return [t for t in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(t, PrefixChange)]

@@ -1,0 +1,137 @@
+"""The hooks that transformers calls while it loads a model.
+
+Works with 5.17 to 5.23, whose hooks differ: ``update_weight_conversions`` gained an argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.quantizers.base import HfQuantizer
+
+from bitforbit.errors import UsageError
+from bitforbit.integrations.transformers.config import BitforbitConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.core_model_loading import ConversionOps, WeightTransform
+
+    from bitforbit.integrations.transformers.loading import Load
+    from bitforbit.integrations.transformers.ties import Ties
+
+# Modules of ours that need transformers.core_model_loading are imported in functions: this one is imported while
+# transformers.quantizers still is.
+
+
+class BitforbitQuantizer(HfQuantizer):
+    """Compressed models in transformers. One object serves one model, which refers to it as ``hf_quantizer``."""
+
+    requires_calibration = False
+    quantization_config: BitforbitConfig
+    pre_quantized: bool
+
+    def __init__(self, quantization_config: BitforbitConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._load: Load | None = None
+        self._planned = False
+        self._ties: Ties | None = None
+
+    # --- before the weights are loaded ---------------------------------------------------------------------------
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Raises UsageError for a device map that names anything but the CPU and the disk."""
+        devices = device_map.values() if isinstance(device_map, dict) else ()
+        for device in devices:
+            if device != "disk" and (not isinstance(device, str | torch.device) or torch.device(device).type != "cpu"):
+                raise UsageError(
+                    f"expected a device_map with 'cpu' and 'disk' only, got {device!r}; compressed models run on the "
+                    "CPU: pass device_map='cpu', or none"
+                )
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The model's dtype as it is: what does not fit is refused when the files are open."""
+        # With "auto" and no dtype in config.json transformers takes that of the first tensor, which may be a part.
+        return dtype if dtype is None or dtype.is_floating_point else torch.bfloat16
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, dtype: Any = None, **kwargs: Any
+    ) -> None:
+        from bitforbit.integrations.transformers.loading import Load
+
+        self._load = Load(model, self.quantization_config, dtype or model.dtype, checkpoint_files)
+        self._planned = False
+        self._ties = self._load.installer.ties
+        if self.pre_quantized and not self._load.from_compressed:
+            raise UsageError(
+                f"{self._load.where}: expected weights compressed by bitforbit, as config.json says, got others; files "
+                "of two models are mixed, or quantization_config is to be removed from config.json"
+            )
+        # A checkpoint that is compressed already must not be cast, nor compressed again, by the loader.
+        self.pre_quantized = self._load.from_compressed
+
+    def update_weight_conversions(
+        self, weight_conversions: Sequence[WeightTransform], *args: Any
+    ) -> list[WeightTransform]:
+        """The loader's rules for names and conversions; the model gets its compressed parameters here."""
+        if self._load is None or self._planned:
+            return list(weight_conversions)
+        self._planned = True
+        return self._load.plan(weight_conversions)
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        """Whether a parameter of an ordinary checkpoint is compressed as it loads."""
+        return self._load is not None and not self.pre_quantized and self._load.needs_compression(param_name)
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """The last operation on such a parameter."""
+        from bitforbit.integrations.transformers.transforms import Compress
+
+        assert self._load is not None
+        return Compress(self._load)
+
+    # --- after they are loaded -----------------------------------------------------------------------------------
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        from bitforbit.integrations.transformers.saving import attach
+
+        load, self._load = self._load, None
+        if load is None or (load.from_compressed and not self._planned):
+            raise UsageError("this version of transformers loads weights in another way; install one of 5.17 to 5.23")
+        load.close()
+        self.pre_quantized = True
+        attach(model)
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Yes, by ``model.save_pretrained``."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters are; transformers itself refuses to train the rest."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether ``generate`` may compile the model on its own account."""
+        return False
+
+    def get_state_dict_and_metadata(
+        self, model: PreTrainedModel
+    ) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
+        """For saving adapters only. Raises UsageError for the model, whose files need more than these two."""
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}
+        raise UsageError("a compressed model is saved by its own model.save_pretrained; do not call the class's")
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        from bitforbit.integrations.transformers.saving import detach
+        from bitforbit.nn import decompress_model
+
+        decompress_model(model)
+        if self._ties is not None:
+            self._ties.restore(model)
+        detach(model)
+        return model if dtype is None or dtype == model.dtype else model.to(dtype)

@@ -1,0 +1,147 @@
+"""``model.save_pretrained`` of compressed models: the files of a native directory.
+
+transformers offers no hook between the state dict and the file, but a shard's header describes its tensors. So the
+method of the model object itself is replaced; ``push_to_hub`` and whoever else saves goes through it.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
+
+from bitforbit.errors import UsageError
+from bitforbit.integrations.transformers import native
+from bitforbit.integrations.transformers.config import BitforbitConfig
+from bitforbit.integrations.transformers.originals import Originals
+from bitforbit.integrations.transformers.source import DF11_CONFIG
+from bitforbit.nn import compressed_parameters
+
+_METHOD = "save_pretrained"
+
+
+def attach(model: PreTrainedModel) -> None:
+    """Make a model save itself in the native format."""
+    model.__dict__[_METHOD] = functools.partial(save_pretrained, model)
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Undo :func:`attach`."""
+    model.__dict__.pop(_METHOD, None)
+
+
+def save_pretrained(
+    model: PreTrainedModel,
+    save_directory: str | os.PathLike[str],
+    is_main_process: bool = True,
+    state_dict: dict[str, Any] | None = None,
+    push_to_hub: bool = False,
+    max_shard_size: int | str = "50GB",
+    variant: str | None = None,
+    token: str | bool | None = None,
+    save_peft_format: bool = True,
+    save_original_format: bool = True,
+    **kwargs: Any,
+) -> None:
+    """Write the compressed model with its config, as transformers' method of that name does for plain ones.
+
+    Shards are cut so that the plain files have at most ``max_shard_size``. ``state_dict`` is ignored: the model's own
+    is written. Files appear under their names when they are whole and on disk; other files of the directory stay.
+
+    Raises UsageError where there is a file in the place of the directory, OSError for a full disk.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        type(model).save_pretrained(
+            model, save_directory, is_main_process, state_dict, push_to_hub, max_shard_size, variant, token,
+            save_peft_format, save_original_format, **kwargs,
+        )  # fmt: skip
+        return
+    if kwargs.pop("distributed_checkpoint", False):
+        raise UsageError("a compressed model is on one machine; leave distributed_checkpoint out")
+    directory = Path(save_directory)
+    if directory.exists() and not directory.is_dir():
+        raise UsageError(f"{directory}: expected a directory to save to, got a file")
+    if not is_main_process:
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    if push_to_hub:
+        repo = _Repository(model, directory, token, kwargs)
+        _save(model, directory, max_shard_size, variant, save_original_format)
+        repo.upload()
+    else:
+        _save(model, directory, max_shard_size, variant, save_original_format)
+
+
+def _save(
+    model: PreTrainedModel, directory: Path, max_shard_size: int | str, variant: str | None, as_in_checkpoint: bool
+) -> None:
+    names = native.WeightNames(variant)
+    stale = {path.name for path in directory.iterdir() if names.match(path.name)}
+    config = model.config.quantization_config
+    assert isinstance(config, BitforbitConfig)
+    with tempfile.TemporaryDirectory(prefix=".bitforbit-", suffix="-tmp", dir=directory) as temporary:
+        staging = Path(temporary)
+        _save_config(model, staging)
+        entries = native.write_others(staging)
+        entries += native.write_weights(Originals(model, as_in_checkpoint), staging, names, max_shard_size, config)
+        native.publish(staging, directory, entries)
+    for name in stale - {entry.path for entry in entries}:
+        (directory / name).unlink()
+
+
+def _save_config(model: PreTrainedModel, staging: Path) -> None:
+    """What transformers writes besides weights, for the plain model."""
+    config = copy.deepcopy(model.config)
+    for name in ("quantization_config", "_is_quantized", DF11_CONFIG):
+        config.__dict__.pop(name, None)
+    config.dtype = str(config.dtype or _main_dtype(model)).removeprefix("torch.")
+    config.architectures = [type(model).__name__]
+    if model.is_remote_code():
+        custom_object_save(model, staging, config=config)
+    config.save_pretrained(staging)
+    if model.can_generate():
+        model.generation_config.save_pretrained(staging)
+
+
+def _main_dtype(model: PreTrainedModel) -> torch.dtype:
+    sizes: dict[torch.dtype, int] = {}
+    for module in model.modules():
+        for spec in compressed_parameters(module).values():
+            sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
+    return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else model.dtype
+
+
+class _Repository:
+    """What ``push_to_hub=True`` does before and after."""
+
+    def __init__(self, model: PreTrainedModel, directory: Path, token: str | bool | None, options: Any) -> None:
+        self._model = model
+        self._directory = directory
+        self._token = token
+        self._message = options.pop("commit_message", None)
+        self._create_pr = options.pop("create_pr", False)
+        name = options.pop("repo_id", directory.name)
+        if token is not None:
+            options["token"] = token
+        from huggingface_hub import HfApi
+
+        self._repo_id = HfApi().create_repo(name, exist_ok=True, **options).repo_id
+        self._stamps = model._get_files_timestamps(directory)
+
+    def upload(self) -> None:
+        """Send the files that have changed."""
+        self._model._upload_modified_files(
+            self._directory,
+            self._repo_id,
+            self._stamps,
+            commit_message=self._message,
+            token=self._token,
+            create_pr=self._create_pr,
+        )

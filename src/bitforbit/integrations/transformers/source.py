@@ -1,0 +1,237 @@
+"""What the files of a compressed checkpoint hold, tensor by tensor, under the names of the original checkpoint.
+
+Two kinds: native shards, whose records say everything, and DFloat11 directories, read unit by unit. An ordinary
+checkpoint has no source: transformers reads it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from bitforbit import dtypes, tensors
+from bitforbit.archive.buffers import aligned_buffer, read_exactly
+from bitforbit.archive.dfloat11.read import Df11Directory
+from bitforbit.archive.pipeline import Pipeline
+from bitforbit.archive.shard_reader import ShardReader
+from bitforbit.codecs.base import Bytes
+from bitforbit.errors import ChecksumError, MissingPartError, NotCompressedError, UsageError
+from bitforbit.format import checksum
+from bitforbit.format.header import Header, read_header
+from bitforbit.format.layout import Shard, is_shard, open_shard
+from bitforbit.format.manifest import read_manifest
+from bitforbit.format.record import TensorRecord
+from bitforbit.format.spec import INDEX_SUFFIX, MANIFEST_NAME, SHARD_SUFFIX, part_name
+
+DF11_CONFIG = "dfloat11_config"
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, array_name) for array_name, name in dtypes.ARRAY_NAMES.items() if hasattr(torch, array_name)
+}
+"""torch dtype of every safetensors dtype that torch has."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of the original checkpoint. ``unit`` names what it is restored from; None for plain tensors."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    unit: str | None
+
+
+class Source(Protocol):
+    """A compressed checkpoint.
+
+    A *unit* is restored as a whole: one tensor (native), or all matrices that share a code (DFloat11). It is known by
+    its *anchor*, the name of one of its stored tensors, a small one.
+    """
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """Every tensor of the original checkpoint, by name."""
+        ...
+
+    @property
+    def anchors(self) -> Mapping[str, Sequence[str]]:
+        """Anchor of every unit -> names of the tensors restored from it, in order."""
+        ...
+
+    @property
+    def consumed(self) -> Mapping[str, Sequence[str]]:
+        """Anchor of every unit -> names of the stored tensors that belong to it, the anchor among them."""
+        ...
+
+    def restore(self, anchor: str) -> dict[str, torch.Tensor]:
+        """The tensors of a unit, by original name. Raises a FormatError that names file and tensor."""
+        ...
+
+
+class NativeSource:
+    """The shards of a native directory, and shards without a record among them, whose tensors are plain.
+
+    Raises FormatError for damaged or incomplete shards, UnsupportedVersionError for those of a newer release.
+    """
+
+    def __init__(self, headers: Mapping[Path, Header], threads: int | None) -> None:
+        self.tensors: dict[str, StoredTensor] = {}
+        self.anchors: dict[str, Sequence[str]] = {}
+        self.consumed: dict[str, Sequence[str]] = {}
+        self._shards: dict[str, Shard] = {}
+        self._readers: dict[Path, ShardReader] = {}
+        largest = max((e.nbytes for header in headers.values() for e in header.tensors), default=0)
+        pipe = Pipeline(threads, largest, None)
+        for path, header in headers.items():
+            if is_shard(header):
+                self._add_shard(path, pipe)
+            else:
+                plain = (StoredTensor(e.name, e.dtype, e.shape, None) for e in header.tensors)
+                self.tensors.update((tensor.name, tensor) for tensor in plain)
+
+    def _add_shard(self, path: Path, pipe: Pipeline) -> None:
+        shard = open_shard(path)
+        self._readers[path] = ShardReader(shard, pipe)
+        for entry in shard.original.tensors:
+            record = shard.record.tensors[entry.name]
+            parts = [part_name(entry.name, part) for part in record.parts]
+            anchor = None if record.is_raw else parts[0]
+            self.tensors[entry.name] = StoredTensor(entry.name, entry.dtype, entry.shape, anchor)
+            if anchor is not None:
+                self.anchors[anchor] = (entry.name,)
+                self.consumed[anchor] = parts
+                self._shards[entry.name] = shard
+
+    def record(self, name: str) -> TensorRecord:
+        """How a compressed tensor is stored."""
+        return self._shards[name].record.tensors[name]
+
+    def restore(self, anchor: str) -> dict[str, torch.Tensor]:
+        """See :class:`Source`; checks both checksums of the record."""
+        (name,) = self.anchors[anchor]
+        shard = self._shards[name]
+        record, reader = self.record(name), self._readers[shard.path]
+        out = tensors.empty("torch", record.dtype, record.shape)
+        entry = next(entry for entry in shard.original.tensors if entry.name == name)
+        with reader.opened() as fd:
+            reader.tensor(fd, entry, tensors.writable_bytes(out, record.dtype, record.shape))
+        return {name: out}
+
+    def check(self, name: str, parts: Sequence[torch.Tensor]) -> None:
+        """Compare the parts of a tensor, as they are in memory, with the record. Raises ChecksumError.
+
+        Parts on the meta device, which stay in the file until they are used, are read from there.
+        """
+        shard = self._shards[name]
+        where = f"{shard.path}, tensor {name!r}"
+        if any(part.is_meta for part in parts):
+            stored = aligned_buffer(self.record(name).stored_bytes)
+            with self._readers[shard.path].opened() as fd:
+                read_exactly(fd, stored, shard.header.data_start + shard.begin[name], where)
+            got = checksum.xxh3_64([stored])
+        else:
+            got = checksum.xxh3_64([_bytes(part) for part in parts])
+        expected = self.record(name).xxh3_stored
+        if got != expected:
+            raise ChecksumError(
+                f"{where}: expected the checksum of the stored bytes to be {expected}, got {got}; "
+                "the file is damaged, fetch it again"
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NativeSource:
+        return self
+
+
+class Df11Source:
+    """A DFloat11 directory.
+
+    Raises what :class:`bitforbit.archive.dfloat11.Df11Directory` raises, and MissingPartError where only some of its
+    files are there.
+    """
+
+    def __init__(self, directory: Path, threads: int, shapes: Mapping[str, Sequence[int]]) -> None:
+        """``shapes`` are those of the model's matrices by name: the files state sizes only."""
+        try:
+            self._directory = Df11Directory(directory, shapes=shapes)
+        except NotCompressedError as e:
+            raise MissingPartError(
+                f"{e}; from the Hub, fetch all files first (huggingface_hub.snapshot_download) and load that directory"
+            ) from None
+        self._threads = threads
+        infos = {info.name: info for info in self._directory.tensors}
+        units = {name: unit for unit, names in self._directory.units.items() for name in names}
+        self.tensors = {
+            info.name: StoredTensor(info.name, info.dtype, info.shape, _anchor(units.get(info.name)))
+            for info in infos.values()
+        }
+        self.anchors: dict[str, Sequence[str]] = {f"{u}.luts": names for u, names in self._directory.units.items()}
+        self.consumed: dict[str, Sequence[str]] = {
+            f"{unit}.luts": self._directory.stored_names(unit) for unit in self._directory.units
+        }
+
+    def restore(self, anchor: str) -> dict[str, torch.Tensor]:
+        """See :class:`Source`."""
+        unit = anchor.removesuffix(".luts")
+        return {
+            tensor.name: torch.from_numpy(tensor.data).view(torch.bfloat16).reshape(tensor.shape)
+            for tensor in self._directory.decode_unit(unit, self._threads)
+        }
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Df11Source:
+        return self
+
+
+def _anchor(unit: str | None) -> str | None:
+    return None if unit is None else f"{unit}.luts"
+
+
+def _bytes(part: torch.Tensor) -> Bytes:
+    array: Bytes = part.detach().numpy().reshape(-1).view(np.uint8)
+    return array
+
+
+def native_source(files: Iterable[str], threads: int | None) -> NativeSource | None:
+    """The source of these checkpoint files; None if none of them was compressed by bitforbit.
+
+    Raises what NativeSource raises, and MissingPartError if the manifest or the index beside them names files or
+    tensors that are not among them.
+    """
+    paths = [Path(file) for file in files if file.endswith(SHARD_SUFFIX)]
+    headers = {path: read_header(path) for path in paths}
+    if not any(map(is_shard, headers.values())):
+        return None
+    for directory in {path.parent for path in paths}:
+        _check_complete(directory, {path.name: header for path, header in headers.items() if path.parent == directory})
+    return NativeSource(headers, threads)
+
+
+def _check_complete(directory: Path, headers: Mapping[str, Header]) -> None:
+    for path in directory.glob(f"*{INDEX_SUFFIX}"):
+        weight_map = json.loads(path.read_bytes()).get("weight_map", {})
+        if not set(weight_map.values()) & headers.keys():
+            continue  # the index of a variant that is not being loaded
+        names = {name: {entry.name for entry in header.tensors} for name, header in headers.items()}
+        for tensor, file in weight_map.items():
+            if tensor not in names.get(file, ()):
+                raise MissingPartError(f"{path}: names {tensor!r} in {file}, which has no such tensor; fetch it again")
+    if (directory / MANIFEST_NAME).is_file():
+        for entry in read_manifest(directory).files:
+            shard = entry.kind == "shard" and "/" not in entry.path
+            if shard and entry.path not in headers and not (directory / entry.path).is_file():
+                raise MissingPartError(f"{directory / entry.path}: {MANIFEST_NAME} names this file; fetch it again")
+
+
+def df11_source(
+    files: Sequence[str], threads: int, shapes: Mapping[str, Sequence[int]]
+) -> tuple[Df11Source, list[str]]:
+    """The source of the DFloat11 directory that holds a checkpoint file, and all weight files of that directory."""
+    if not files or not files[0].endswith(SHARD_SUFFIX):
+        raise UsageError("a DFloat11 model loads from a directory of .safetensors files; name that directory")
+    directory = Path(files[0]).parent
+    return Df11Source(directory, threads, shapes), [str(path) for path in sorted(directory.glob(f"*{SHARD_SUFFIX}"))]

@@ -1,0 +1,37 @@
+"""Tiny random models, each as a plain and a compressed directory, made once per session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+pytest.importorskip("transformers", "5.17")
+
+from bitforbit.integrations import autoload
+
+# What torch does where the package is installed; the source tree has no entry points.
+autoload.autoload()
+
+from integrations import zoo
+
+import bitforbit
+
+
+@pytest.fixture(scope="session")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+    """Plain and compressed directory of a model of the zoo."""
+    made: dict[str, tuple[Path, Path]] = {}
+
+    def get(name: str) -> tuple[Path, Path]:
+        if name not in made:
+            root = tmp_path_factory.mktemp(name.replace("/", "-"))
+            zoo.write(name, root / "plain")
+            bitforbit.compress(root / "plain", root / "native", threads=1)
+            made[name] = root / "plain", root / "native"
+        return made[name]
+
+    return get
