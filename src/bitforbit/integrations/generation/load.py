@@ -81,7 +81,7 @@ def load(directory: ModelDirectory, mode: Mode, *, threads: int | None = None) -
     stored_compressed = directory.kind != "plain"
     options: dict[str, Any] = {"dtype": "auto", "output_loading_info": True}
     if mode != "bf16" or stored_compressed:
-        from bitforbit.integrations.transformers import BitforbitConfig
+        from bitforbit import BitforbitConfig
 
         options["quantization_config"] = BitforbitConfig(mode="exact" if mode == "bf16" else mode, threads=threads)
     begin = time.perf_counter()
