@@ -16,6 +16,8 @@ pytest.importorskip("transformers")
 
 SMALL = ["--tokens", "4", "--prompt-tokens", "5", "--rounds", "1"]
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:

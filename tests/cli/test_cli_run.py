@@ -6,7 +6,6 @@ import io
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,22 +17,18 @@ from bitforbit.cli import main
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return make_all(tmp_path_factory.mktemp("run"))
 
 
-@pytest.fixture(autouse=True)
-def _keep_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def reference(models: dict[str, Path]) -> list[int]:
     """Twelve tokens that stock transformers chooses greedily."""
+    torch.set_num_threads(1)
     model = transformers.AutoModelForCausalLM.from_pretrained(models["plain"], dtype="auto")
     tokenizer = transformers.AutoTokenizer.from_pretrained(models["plain"])
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]

@@ -49,7 +49,8 @@ def _write_text(model: str, threads: int | None, *, silent: bool) -> Showcase:
     with inference.spinner("Generating text ...", silent=silent):
         from bitforbit.integrations.generation.showcase import write_text
 
-        return write_text(Path(model), inference.compute_threads(threads))
+        # The model is so small that more threads do not help by themselves, and they hurt on a busy machine.
+        return write_text(Path(model), inference.compute_threads(threads or 1))
 
 
 def show_text(written: Showcase | None) -> None:

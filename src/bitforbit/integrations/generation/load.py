@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -86,7 +87,10 @@ def load(directory: ModelDirectory, mode: Mode, *, threads: int | None = None) -
         options["quantization_config"] = BitforbitConfig(mode="exact" if mode == "bf16" else mode, threads=threads)
     begin = time.perf_counter()
     try:
-        model, info = factory.from_pretrained(str(directory.path), **options)
+        with warnings.catch_warnings():
+            # Our settings for a directory that is compressed already: they are meant to be merged with its own.
+            warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+            model, info = factory.from_pretrained(str(directory.path), **options)
     except BitforbitError:
         raise
     except (ValueError, OSError, RuntimeError, KeyError, ImportError) as e:

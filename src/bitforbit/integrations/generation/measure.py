@@ -94,7 +94,7 @@ class Alone:
         return cls(**parsed)
 
 
-class _Clock(BaseStreamer):  # type: ignore[misc]
+class _Clock(BaseStreamer):
     """Notes when each position's tokens came."""
 
     def __init__(self) -> None:

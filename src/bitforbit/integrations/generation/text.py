@@ -184,7 +184,7 @@ class _Log:
     pieces: list[str] = field(default_factory=list)
 
 
-class _Stream(TextStreamer):  # type: ignore[misc]
+class _Stream(TextStreamer):
     """Notes each token and when it came; passes final text on."""
 
     def __init__(self, tokenizer: Any, write: Write | None, stop: str | None) -> None:
