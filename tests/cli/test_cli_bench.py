@@ -56,6 +56,16 @@ def test_json(models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFix
     assert fused["ran"]["linears_share"]["fused"] == 1
 
 
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure each variant here: starting processes takes most of the time."""
+    from bitforbit.integrations.generation import compare
+    from bitforbit.integrations.generation.measure import measure_alone
+
+    monkeypatch.setattr(compare, "measure_in_process", lambda path, *rest: measure_alone(str(path), *rest))
+
+
+@pytest.mark.usefixtures("in_this_process")
 def test_table(models: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", str(models["plain"]), *SMALL, "--mode", "exact", "--threads", "1"]) == 0
     out = capsys.readouterr().out
@@ -70,6 +80,7 @@ def test_table(models: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> N
     assert "fused  " not in out
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_difference_exits_with_1(
     models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

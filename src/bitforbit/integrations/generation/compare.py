@@ -109,6 +109,7 @@ def compare(
     ``bf16`` is where the BF16 model is loaded from; by default it is ``directory``, decoded if it is compressed.
     ``say`` hears what is being done. Raises WorkerError, ModelLoadError, PromptTooLongError, a FormatError.
     """
+    workload.check(directory)
     plain = bf16 or directory
     wanted: list[Mode] = ["bf16", *(mode for mode in dict.fromkeys(modes) if mode != "bf16")]
     count = set_threads(threads)

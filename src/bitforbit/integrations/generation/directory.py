@@ -30,6 +30,15 @@ class ModelDirectory:
         return [str(name) for name in names] if isinstance(names, list) else []
 
     @property
+    def context_tokens(self) -> int | None:
+        """How many tokens prompt and answer may have together, if the config says."""
+        for config in (self.config, self.config.get("text_config")):
+            value = config.get("max_position_embeddings") if isinstance(config, dict) else None
+            if isinstance(value, int) and value > 0:
+                return value
+        return None
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all files."""
         return scan(self.path).total_bytes

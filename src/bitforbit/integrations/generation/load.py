@@ -33,12 +33,6 @@ class LoadedModel:
         return sum(t.numel() * t.element_size() for t in tensors.values())
 
     @property
-    def context_tokens(self) -> int | None:
-        """How many tokens prompt and answer may have together, if the config says."""
-        value = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return value if isinstance(value, int) and value > 0 else None
-
-    @property
     def vocabulary(self) -> int:
         """Number of tokens that the model knows."""
         return int(self.model.config.get_text_config().vocab_size)

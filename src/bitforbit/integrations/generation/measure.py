@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from bitforbit.errors import PromptTooLongError, UsageError
 from bitforbit.integrations.generation import memory, shares
-from bitforbit.integrations.generation.directory import open_directory
+from bitforbit.integrations.generation.directory import ModelDirectory, open_directory
 from bitforbit.integrations.generation.load import LoadedModel, Mode, import_model, load, set_threads
 
 
@@ -35,14 +35,17 @@ class Workload:
         if self.new_tokens < 2:
             raise UsageError(f"tokens: expected 2 or more, since the first counts as latency, got {self.new_tokens}")
 
-    def prompts(self, loaded: LoadedModel) -> torch.Tensor:
-        """Token ids ``[batch, prompt_tokens]``, the same for every variant. Raises PromptTooLongError."""
-        limit, wanted = loaded.context_tokens, self.prompt_tokens + self.new_tokens
+    def check(self, directory: ModelDirectory) -> None:
+        """Raise PromptTooLongError if the model's context is too short for this."""
+        limit, wanted = directory.context_tokens, self.prompt_tokens + self.new_tokens
         if limit is not None and wanted > limit:
             raise PromptTooLongError(
-                f"expected at most {limit} tokens, the context of this model, got {self.prompt_tokens} + "
-                f"{self.new_tokens}; ask for fewer"
+                f"{directory.path}: expected at most {limit} tokens, the context of this model, got "
+                f"{self.prompt_tokens} + {self.new_tokens}; ask for fewer"
             )
+
+    def prompts(self, loaded: LoadedModel) -> torch.Tensor:
+        """Token ids ``[batch, prompt_tokens]``, the same for every variant."""
         generator = torch.Generator().manual_seed(self.seed)
         return torch.randint(loaded.vocabulary, (self.batch, self.prompt_tokens), generator=generator)
 

@@ -141,7 +141,7 @@ def encode_chat(tokenizer: Any, messages: list[dict[str, str]]) -> torch.Tensor:
 
 
 def _fitting(loaded: LoadedModel, count: int, settings: Settings) -> Settings:
-    limit = loaded.context_tokens
+    limit = loaded.directory.context_tokens
     if limit is None or count + settings.max_new_tokens <= limit:
         return settings
     if count >= limit:
