@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 from bitforbit.cpu import _native
 from bitforbit.errors import UnknownIsaError
@@ -14,7 +15,12 @@ _forced: str | None = None
 
 def implementations() -> dict[str, bool]:
     """All implementations compiled in, best last, each with whether this CPU can run it."""
-    return dict(_native.implementations())
+    return dict(_native_implementations())
+
+
+@cache
+def _native_implementations() -> list[tuple[str, bool]]:
+    return _native.implementations()
 
 
 def active() -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -10,7 +12,10 @@ import torch
 
 from bitforbit import dtypes
 from bitforbit.codecs.planes.layout import Layout
+from bitforbit.cpu import planes
 from bitforbit.errors import UnsupportedDtypeError, UsageError
+
+_LARGE_BYTES = 1 << 22
 
 Bytes = npt.NDArray[np.uint8]
 Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -48,6 +53,14 @@ def part_bytes(parts: Parts) -> dict[str, Bytes]:
             )
         views[name] = part.numpy()
     return views
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialized contiguous tensor; a large one on huge pages, which are several times faster to touch first."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < _LARGE_BYTES:
+        return torch.empty(shape, dtype=dtype)
+    return torch.from_numpy(planes.empty(nbytes)).view(dtype).view(shape)
 
 
 def flat_bytes(tensor: torch.Tensor) -> Bytes:

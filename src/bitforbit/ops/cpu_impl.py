@@ -10,7 +10,7 @@ from bitforbit.codecs.planes.layout import BLOCK_ROWS
 from bitforbit.cpu import linear as products
 from bitforbit.cpu import planes
 from bitforbit.errors import UsageError
-from bitforbit.ops import checks, stats
+from bitforbit.ops import checks, exact, stats
 from bitforbit.ops.schema import LIBRARY, MODES
 from bitforbit.ops.scratch import SCRATCH
 
@@ -44,7 +44,7 @@ def decode(
     checks.layout(kind, rows, cols, rows_per_table, dtype)
     if not 0 <= begin <= end <= rows:
         raise UsageError(f"expected a range of rows within 0 to {rows}, got {begin} to {end}")
-    out = torch.empty((end - begin, cols), dtype=dtype)
+    out = checks.empty((end - begin, cols), dtype)
     parts = (code, digits, sign_mantissa, tails)
     _decode(parts, (kind, rows, cols, rows_per_table, dtype), begin, end, checks.flat_bytes(out))
     return out
@@ -70,7 +70,7 @@ def embedding(
         raise UsageError(f"expected ids of dtype int64 or int32, got {ids.dtype}")
     checks.layout(kind, rows, cols, rows_per_table, dtype)
     parts, weight = (code, digits, sign_mantissa, tails), (kind, rows, cols, rows_per_table, dtype)
-    out = torch.empty((*ids.shape, cols), dtype=dtype)
+    out = checks.empty((*ids.shape, cols), dtype)
     flat = ids.reshape(-1).numpy()
     if flat.size == 0:
         return out
@@ -86,7 +86,7 @@ def embedding(
     first = wanted[begins]
     length = np.append(wanted[begins[1:] - 1], wanted[-1]) + 1 - first
     offset = np.cumsum(length) - length
-    table = torch.empty((int(length.sum()), cols), dtype=dtype)
+    table = checks.empty((int(length.sum()), cols), dtype)
     memory, row_bytes = checks.flat_bytes(table), cols * dtype.itemsize
     for row, count, at in zip(first.tolist(), length.tolist(), offset.tolist(), strict=True):
         _decode(parts, weight, row, row + count, memory[at * row_bytes : (at + count) * row_bytes])
@@ -125,7 +125,7 @@ def linear(
         )
     parts = (code, digits, sign_mantissa, tails)
     if kind == "BF16":
-        order = products.LANES if mode == "fused" else None
+        order = products.LANES if mode == "fused" else exact.order_for(x, bias, rows)
         if order is not None:
             stats.count("fused" if mode == "fused" else "fused_exact", rows * cols * dtype.itemsize)
             return _product(x, parts, bias, (rows, cols, rows_per_table), order)
@@ -157,7 +157,7 @@ def _product(
     """``x @ weight.T + bias`` straight from a weight coded as BF16, for x in BF16 or FP32."""
     rows = geometry[0]
     x = x.contiguous()
-    out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)
+    out = checks.empty((*x.shape[:-1], rows), x.dtype)
     if bias is not None and bias.dtype not in _NAMES:
         bias = bias.float()
     products.linear(

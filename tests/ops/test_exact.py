@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bitforbit import ops
+from bitforbit.cpu.linear import LANES, Order
+from bitforbit.ops import exact, stats
+from torch_helpers import assert_same_bits, encode, gaussian
+
+ROWS, COLS = 48, 96
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[tuple[object, ...]]:
+    """A prover that names the order of fused mode, and what it was asked."""
+    calls: list[tuple[object, ...]] = []
+
+    def lookup(*key: object) -> Order:
+        calls.append(key)
+        return LANES
+
+    monkeypatch.setattr(exact, "_lookup", lookup)
+    return calls
+
+
+PROVABLE = [(COLS,), (1, COLS), (5, COLS), (2, 3, COLS), (2, 2, 2, COLS)]
+
+
+@pytest.mark.parametrize("shape", PROVABLE, ids=str)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_proven_products_are_used(asked, shape, with_bias):
+    weight, bias = gaussian((ROWS, COLS)), gaussian((ROWS,)) if with_bias else None
+    parts, how = encode(weight)
+    x = gaussian(shape, seed=1)
+    stats.reset()
+    got = ops.linear(x, *parts, bias, *how, "exact")
+    if with_bias and len(shape) not in (2, 3):
+        assert not asked
+        assert stats.snapshot()["decoded"].linears == 1
+        return
+    assert asked == [(ROWS, COLS, x.numel() // COLS, torch.get_num_threads(), with_bias, torch.bfloat16)]
+    assert stats.snapshot()["fused_exact"] == stats.Count(1, ROWS * COLS * 2)
+    assert_same_bits(got, ops.linear(x, *parts, bias, *how, "fused"))
+
+
+def test_other_inputs_are_not_asked_about(asked):
+    parts, how = encode(gaussian((ROWS, COLS)))
+    for x in (
+        gaussian((5, 2 * COLS))[:, :COLS],
+        gaussian((5, 2, COLS)).transpose(0, 1),
+        gaussian((COLS, 5)).t(),
+        gaussian((0, COLS)),
+    ):
+        ops.linear(x, *parts, None, *how, "exact")
+    for dtype in (torch.float32, torch.float16):
+        others, other_how = encode(gaussian((ROWS, COLS), dtype))
+        ops.linear(gaussian((5, COLS), dtype), *others, None, *other_how, "exact")
+    ops.linear(gaussian((5, COLS)), *parts, None, *how, "fused")
+    assert not asked
+
+
+def test_unproven_products_are_decoded(monkeypatch):
+    monkeypatch.setattr(exact, "_lookup", lambda *key: None)
+    weight, x = gaussian((ROWS, COLS)), gaussian((5, COLS), seed=1)
+    parts, how = encode(weight)
+    stats.reset()
+    assert_same_bits(ops.linear(x, *parts, None, *how, "exact"), torch.nn.functional.linear(x, weight))
+    assert stats.snapshot()["decoded"].linears == 1
