@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from bitforbit.archive.inspect import inspect
     from bitforbit.archive.verify import verify
     from bitforbit.arrays import Encoded, encode
+    from bitforbit.integrations.models import compress_model, decompress_model
     from bitforbit.integrations.transformers.config import BitforbitConfig
-    from bitforbit.nn import compress_model, decompress_model
 
 __version__ = "0.1.0"
 
@@ -35,9 +35,9 @@ _HOMES = {
     "BitforbitConfig": "bitforbit.integrations.transformers.register",
     "Encoded": "bitforbit.arrays",
     "compress": "bitforbit.archive",
-    "compress_model": "bitforbit.nn",
+    "compress_model": "bitforbit.integrations.models",
     "decompress": "bitforbit.archive",
-    "decompress_model": "bitforbit.nn",
+    "decompress_model": "bitforbit.integrations.models",
     "encode": "bitforbit.arrays",
     "inspect": "bitforbit.archive",
     "verify": "bitforbit.archive",

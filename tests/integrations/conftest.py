@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,13 +16,26 @@ from bitforbit.integrations import autoload
 # What torch does where the package is installed; the source tree has no entry points.
 autoload.autoload()
 
-from integrations import zoo
+import torch
 
 import bitforbit
+from integrations import zoo
+
+Directories = Callable[[str], tuple[Path, Path]]
+"""Name of a model of the zoo -> its plain and its compressed directory."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The models are too small for two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
-def directories(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+def directories(tmp_path_factory: pytest.TempPathFactory) -> Directories:
     """Plain and compressed directory of a model of the zoo."""
     made: dict[str, tuple[Path, Path]] = {}
 

@@ -36,7 +36,7 @@ class BitforbitQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._load: Load | None = None
         self._planned = False
-        self._ties: Ties | None = None
+        self.ties: Ties | None = None
 
     # --- before the weights are loaded ---------------------------------------------------------------------------
 
@@ -62,7 +62,7 @@ class BitforbitQuantizer(HfQuantizer):
 
         self._load = Load(model, self.quantization_config, dtype or model.dtype, checkpoint_files)
         self._planned = False
-        self._ties = self._load.installer.ties
+        self.ties = self._load.installer.ties
         if self.pre_quantized and not self._load.from_compressed:
             raise UsageError(
                 f"{self._load.where}: expected weights compressed by bitforbit, as config.json says, got others; files "
@@ -127,11 +127,16 @@ class BitforbitQuantizer(HfQuantizer):
         raise UsageError("a compressed model is saved by its own model.save_pretrained; do not call the class's")
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        from bitforbit.integrations.transformers.saving import detach
-        from bitforbit.nn import decompress_model
+        from bitforbit.nn.model import decompress_model
 
         decompress_model(model)
-        if self._ties is not None:
-            self._ties.restore(model)
-        detach(model)
+        self.forget(model)
         return model if dtype is None or dtype == model.dtype else model.to(dtype)
+
+    def forget(self, model: PreTrainedModel) -> None:
+        """Undo what is unusual about a model in which nothing is compressed any more."""
+        from bitforbit.integrations.transformers.saving import detach
+
+        if self.ties is not None:
+            self.ties.restore(model)
+        detach(model)
