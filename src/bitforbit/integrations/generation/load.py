@@ -74,10 +74,11 @@ def load(directory: ModelDirectory, mode: Mode, *, threads: int | None = None) -
     factory = auto_class(directory)
     import_model(directory, mode)
     stored_compressed = directory.kind != "plain"
-    options: dict[str, Any] = {"dtype": "auto", "output_loading_info": True}
+    options: dict[str, Any] = {"dtype": "auto", "output_loading_info": True, "ignore_mismatched_sizes": True}
     if mode != "bf16" or stored_compressed:
         from bitforbit import BitforbitConfig
 
+        del options["ignore_mismatched_sizes"]  # refused there, with their names
         options["quantization_config"] = BitforbitConfig(mode="exact" if mode == "bf16" else mode, threads=threads)
     begin = time.perf_counter()
     try:
@@ -89,12 +90,7 @@ def load(directory: ModelDirectory, mode: Mode, *, threads: int | None = None) -
         raise
     except (ValueError, OSError, RuntimeError, KeyError, ImportError) as e:
         raise ModelLoadError(f"{directory.path}: expected a model that transformers can load, got: {e}") from e
-    missing = sorted(info.get("missing_keys") or ())
-    if missing:
-        raise ModelLoadError(
-            f"{directory.path}: {len(missing)} tensors that the model needs are not in its files, among them "
-            f"{', '.join(missing[:3])}; download or compress it again"
-        )
+    _check_complete(directory, info)
     if not model.can_generate():
         raise NoGenerationHeadError(
             f"{directory.path}: expected a model that continues text, got {type(model).__name__}, which does not"
@@ -104,6 +100,18 @@ def load(directory: ModelDirectory, mode: Mode, *, threads: int | None = None) -
 
         model = decompress_model(model)
     return LoadedModel(directory, model.eval(), mode, time.perf_counter() - begin)
+
+
+def _check_complete(directory: ModelDirectory, info: dict[str, Any]) -> None:
+    """transformers fills what it does not find with random numbers; that is no model."""
+    absent = sorted(info.get("missing_keys") or ())
+    other = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get("mismatched_keys") or ())
+    for names, what in ((absent, "are not in its files"), (other, "have other shapes in its files")):
+        if names:
+            raise ModelLoadError(
+                f"{directory.path}: {len(names)} tensors that the model of config.json needs {what}, among them "
+                f"{', '.join(names[:3])}; download or compress it again"
+            )
 
 
 def load_tokenizer(directory: ModelDirectory) -> Any:
