@@ -121,4 +121,5 @@ def _output(variant: Variant, total: int) -> str:
         return "reference"
     if variant.tokens_equal and variant.logits_equal:
         return "same bits"
-    return f"{variant.equal_tokens} of {total} tokens same"
+    same = f"{variant.equal_tokens} of {total} tokens same"
+    return same if variant.paired is None else f"{same}, logits within {100 * variant.paired.logits_difference:.2g} %"

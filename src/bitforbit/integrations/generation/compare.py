@@ -57,6 +57,7 @@ class Variant:
             "tokens_equal": self.tokens_equal,
             "equal_tokens": self.equal_tokens,
             "logits_equal": self.logits_equal,
+            "logits_difference": self.paired.logits_difference if self.paired else None,
             **alone,
             "first_run_first_token_seconds": self.alone.first.first_token_seconds,
             "ran": self.ran.to_json(),
@@ -126,12 +127,11 @@ def compare(
         pairs = [(mode, models["bf16" if mode == "bf16" else "compressed"]) for mode in wanted]
         say(f"{', '.join(wanted)}: taking turns, {rounds} rounds")
         results = measure_paired(pairs, workload, rounds)
-        reference = results["bf16"][1]
         variants = [
             replace(
                 variant,
-                paired=results[variant.mode][0],
-                tokens_equal=variant.tokens_equal and results[variant.mode][1] == reference,
+                paired=results[variant.mode],
+                tokens_equal=variant.tokens_equal and results[variant.mode].tokens == results["bf16"].tokens,
             )
             for variant in variants
         ]

@@ -99,7 +99,16 @@ def load(directory: ModelDirectory, mode: Mode, *, threads: int | None = None) -
         from bitforbit import decompress_model
 
         model = decompress_model(model)
+        _let_go_of_files(model)
     return LoadedModel(directory, model.eval(), mode, time.perf_counter() - begin)
+
+
+def _let_go_of_files(model: Any) -> None:
+    """Copy tensors that are views of a mapped file, which would keep all of the file in memory."""
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size():
+                tensor.data = tensor.detach().clone()
 
 
 def _check_complete(directory: ModelDirectory, info: dict[str, Any]) -> None:

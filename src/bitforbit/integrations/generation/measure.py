@@ -190,18 +190,22 @@ def measure_alone(path: str, mode: Mode, workload: Workload, threads: int | None
 
 @dataclass(frozen=True)
 class Paired:
-    """Medians over rounds in which the variants took turns in one process."""
+    """Medians over rounds in which the variants took turns in one process.
+
+    ``tokens``: the last round's, ``[batch][new_tokens]``. ``logits_difference``: largest difference of the logits after
+    the prompts from those of the first variant, as a share of the largest of them.
+    """
 
     rounds: int
     first_token_seconds: float
     tokens_per_second: float
     ran: shares.Shares
+    tokens: list[list[int]]
+    logits_difference: float
 
 
-def measure_paired(
-    variants: Sequence[tuple[Mode, LoadedModel]], workload: Workload, rounds: int
-) -> dict[Mode, tuple[Paired, list[list[int]]]]:
-    """Let variants take turns, once to warm up and then ``rounds`` times; results and tokens by mode.
+def measure_paired(variants: Sequence[tuple[Mode, LoadedModel]], workload: Workload, rounds: int) -> dict[Mode, Paired]:
+    """Let variants take turns, once to warm up and then ``rounds`` times; results by mode.
 
     Variants ``exact`` and ``fused`` may share one model: its mode is set before each of their turns.
     """
@@ -209,25 +213,35 @@ def measure_paired(
 
     timings: dict[Mode, list[Timing]] = {mode: [] for mode, _ in variants}
     ran: dict[Mode, shares.Shares] = {}
+    logits: dict[Mode, torch.Tensor] = {}
+    prompts = workload.prompts(variants[0][1])
     for n in range(rounds + 1):
         for mode, loaded in variants:
             if mode != "bf16":
                 set_mode(loaded.model, mode)
-            prompts = workload.prompts(loaded)
+            if not n:
+                logits[mode] = _last_logits(loaded, prompts)
             shares.reset()
             timing = timed(loaded, prompts, workload.new_tokens)
             ran[mode] = shares.collect()
             if n:
                 timings[mode].append(timing)
+    reference = logits[variants[0][0]]
     return {
-        mode: (
-            Paired(
-                rounds=rounds,
-                first_token_seconds=statistics.median(t.first_token_seconds for t in done),
-                tokens_per_second=statistics.median(t.tokens_per_second for t in done),
-                ran=ran[mode],
-            ),
-            done[-1].tokens,
+        mode: Paired(
+            rounds=rounds,
+            first_token_seconds=statistics.median(t.first_token_seconds for t in done),
+            tokens_per_second=statistics.median(t.tokens_per_second for t in done),
+            ran=ran[mode],
+            tokens=done[-1].tokens,
+            logits_difference=float((logits[mode] - reference).abs().max() / reference.abs().max()),
         )
         for mode, done in timings.items()
     }
+
+
+def _last_logits(loaded: LoadedModel, prompts: torch.Tensor) -> torch.Tensor:
+    """Logits after the prompts, ``[batch, vocabulary]`` in FP32."""
+    with torch.no_grad():
+        logits: torch.Tensor = loaded.model(prompts).logits[:, -1].float()
+    return logits
