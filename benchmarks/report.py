@@ -123,7 +123,7 @@ def model(result: Result) -> str:
     intro = (
         f"Llama of 1.24 B parameters (random weights), {work['prompt_tokens']} prompt tokens, {work['new_tokens']} new "
         f"ones, {result['threads']} threads, medians of {result['rounds']} rounds in turns. In mode exact "
-        f"{100 * linears:.0f} % of the linears ({100 * weights:.0f} % of their weights) ran fused in torch's own order. "
+        f"{100 * linears:.0f} % of the linears ({100 * weights:.0f} % of their weights) ran fused in torch's order. "
         "Memory: largest resident size beyond Python and torch."
     )
     return "\n".join([intro, "", table(headers, rows), "", where(result)])
