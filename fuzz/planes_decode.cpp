@@ -1,5 +1,6 @@
-// decode_planes on parts that a fuzzer makes up. It must refuse them with CorruptData or decode them, the same way on
-// every instruction set, and touch nothing outside the parts and the output.
+// decode_planes and linear on parts that a fuzzer makes up. They must refuse them with CorruptData or take them, the
+// same way on every instruction set, and touch nothing outside the parts and the output. Products must be those of what
+// is decoded.
 //
 // Input: kind, mode, rows, cols, rows per table, first and last row; then, by mode,
 //   raw      the parts' bytes one after the other; `tails` gets the length that the counts in `code` ask for,
@@ -13,6 +14,7 @@
 #include "dispatch.hpp"
 #include "errors.hpp"
 #include "fuzz/input.hpp"
+#include "linear.hpp"
 #include "planes.hpp"
 
 namespace bitforbit::fuzz {
@@ -94,6 +96,28 @@ std::optional<std::vector<std::uint8_t>> try_decode(Parts& parts, const Layout& 
   return std::vector<std::uint8_t>(out.bytes.get(), out.bytes.get() + out.size);
 }
 
+void check_products(Parts& parts, const Layout& layout, std::size_t tokens) {
+  const auto decoded = try_decode(parts, layout, 0, layout.rows, kPlanesScalar, 1);
+  Part x(tokens * layout.cols * 2);
+  for (std::size_t i = 0; i < x.size; ++i) x.bytes[i] = i % 2 ? 0x3f : static_cast<std::uint8_t>(i);
+  for (const LinearOps* ops : linear_implementations()) {
+    if (!find_implementation(ops->isa) || !ops->bf16 || (ops->usable && !ops->usable())) continue;
+    Part out(tokens * layout.rows * 2), expected(out.size);
+    LinearArguments a{x.bytes.get(), false, tokens, out.bytes.get(), nullptr, false, 0, 1};
+    bool refused = false;
+    try {
+      linear(parts.view(), layout, a, *ops);
+    } catch (const CorruptData&) {
+      refused = true;
+    }
+    if (refused == decoded.has_value()) std::abort();
+    if (refused) continue;
+    a.out = expected.bytes.get();
+    linear_dense(decoded->data(), layout.rows, layout.cols, a, *ops);
+    if (std::memcmp(out.bytes.get(), expected.bytes.get(), out.size) != 0) std::abort();
+  }
+}
+
 void run(Input in) {
   const std::uint8_t kind = in.byte() % 6;
   const std::uint8_t mode = in.byte() % 4;
@@ -107,6 +131,7 @@ void run(Input in) {
   for (const Implementation& i : implementations()) {
     if (i.supported && try_decode(parts, layout, begin, end, *i.planes, 1) != expected) std::abort();
   }
+  if (layout.kind == Kind::kBF16 && !layout.wide) check_products(parts, layout, 1 + layout.rows % 2);
 }
 
 }  // namespace

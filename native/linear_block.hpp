@@ -34,10 +34,10 @@ struct LinearProduct {
 // and denormals kept; one that changes MXCSR restores it.
 struct LinearOps {
   const char* family;
-  const char* isa;       // the level (dispatch.hpp) from which on this is used; of several the last one in the list is
-  bool (*usable)();      // what the CPU needs beyond that level, or nullptr
-  bool bf16, f32;        // which activations it takes
-  bool flushes_outputs;  // denormal results become zeros before they are rounded to BF16
+  const char* isa;     // the level (dispatch.hpp) from which on this is used; of several the last one in the list is
+  bool (*usable)();    // what the CPU needs beyond that level, or nullptr
+  bool bf16, f32;      // which activations it takes
+  bool vcvtneps2bf16;  // sums become BF16 as by that instruction: denormals are zeros, NaNs keep their upper bits
   std::size_t blocks_at_once;  // most blocks per call of `multiply`: 1 to kMostBlocksAtOnce
   std::size_t (*packed_bytes)(std::size_t tokens, std::size_t cols, bool f32);
   void (*pack)(const LinearInput& input, std::uint8_t* packed);

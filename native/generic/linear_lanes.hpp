@@ -1,9 +1,10 @@
 // Family `lanes` (definition: isa/scalar/linear_lanes.cpp), written once for every vector instruction set.
 //
-// Included by isa/*/linear_lanes.cpp with V, the vector interface of the codec, and L, that of the sums (isa/*/lanes.hpp).
-// Outline: with few tokens and whole tiles, groups go from the decoder's registers straight into the products
-// (L::multiply_tiles). Else a panel of some tiles is decoded to a buffer that stays in L1 and multiplied by blocks of
-// rows and tokens whose lanes stay in registers; between panels the lanes wait in memory. Plain BF16 is one large panel.
+// Included by isa/*/linear_lanes.cpp with V, the vector interface of the codec, and L, that of the sums
+// (isa/*/lanes.hpp). Outline: with few tokens and whole tiles, groups go from the decoder's registers straight into the
+// products (L::multiply_tiles). Else a panel of some tiles is decoded to a buffer that stays in L1 and multiplied by
+// blocks of rows and tokens whose lanes stay in registers; between panels the lanes wait in memory. Plain BF16 is one
+// large panel.
 #pragma once
 
 #include "generic/planes.hpp"
@@ -59,9 +60,10 @@ inline void prefetch_group(const DecodeBlock& b, std::size_t g) {
   if (g % 4 == 0) __builtin_prefetch(b.digits + 16 * g + kAhead / 4, 0, 2);
 }
 
-// Lanes of R rows and T tokens over some chunks. weight: [R, w_stride bytes] of BF16; x as packed, tokens x_stride
-// bytes apart; lanes: [T, 16, kLanes], of which R rows are used.
-template <class L, int R, int T>
+// Lanes of R rows and T tokens over some chunks, from memory (kStream: rows are asked for in advance) or from a panel.
+// weight: [R, w_stride bytes] of BF16; x as packed, tokens x_stride bytes apart; lanes: [T, 16, kLanes], of which R
+// rows are used.
+template <class L, bool kStream, int R, int T>
 inline void multiply_chunks(const std::uint8_t* weight, std::size_t w_stride, const std::uint8_t* x,
                             std::size_t x_stride, std::size_t chunks, float* lanes) {
   for (int part = 0; part < L::kParts; ++part) {
@@ -71,7 +73,11 @@ inline void multiply_chunks(const std::uint8_t* weight, std::size_t w_stride, co
     }
     for (std::size_t c = 0; c < chunks; ++c) {
       typename L::Weights w[R];
-      for (int r = 0; r < R; ++r) w[r] = L::load_weights(weight + r * w_stride + c * 2 * kChunk, part);
+      for (int r = 0; r < R; ++r) {
+        const std::uint8_t* from = weight + r * w_stride + c * 2 * kChunk;
+        if constexpr (kStream) __builtin_prefetch(from + kAhead / 4, 0, 2);
+        w[r] = L::load_weights(from, part);
+      }
       for (int t = 0; t < T; ++t) {
         const typename L::Inputs v = L::load_inputs(x + t * x_stride + c * L::kInputBytes, part);
         for (int r = 0; r < R; ++r) sum[r][t] = L::step(sum[r][t], w[r], v);
@@ -83,37 +89,42 @@ inline void multiply_chunks(const std::uint8_t* weight, std::size_t w_stride, co
   }
 }
 
-template <class L, int R>
-inline void multiply_tokens(const std::uint8_t* weight, std::size_t w_stride, const std::uint8_t* x,
-                            std::size_t x_stride, std::size_t tokens, std::size_t chunks, float* lanes) {
-  while (tokens) {
-    // As equal as possible: 7 tokens are 4 + 3, not 6 + 1.
-    const std::size_t parts = (tokens + L::kMostTokens - 1) / L::kMostTokens, n = (tokens + parts - 1) / parts;
-    switch (n) {
-      case 1: multiply_chunks<L, R, 1>(weight, w_stride, x, x_stride, chunks, lanes); break;
-      case 2: multiply_chunks<L, R, 2>(weight, w_stride, x, x_stride, chunks, lanes); break;
-      case 3: multiply_chunks<L, R, 3>(weight, w_stride, x, x_stride, chunks, lanes); break;
-      case 4: multiply_chunks<L, R, 4>(weight, w_stride, x, x_stride, chunks, lanes); break;
-      case 5:
-        if constexpr (L::kMostTokens >= 5) multiply_chunks<L, R, 5>(weight, w_stride, x, x_stride, chunks, lanes);
-        break;
-      case 6:
-        if constexpr (L::kMostTokens >= 6) multiply_chunks<L, R, 6>(weight, w_stride, x, x_stride, chunks, lanes);
-        break;
-    }
-    tokens -= n, x += n * x_stride, lanes += n * kBlockRows * kLanes;
+template <class L, bool kStream, int T>
+inline void multiply_rows(const std::uint8_t* weight, std::size_t w_stride, std::size_t rows, const std::uint8_t* x,
+                          std::size_t x_stride, std::size_t chunks, float* lanes) {
+  std::size_t r = 0;
+  for (; r + L::kRows <= rows; r += L::kRows) {
+    multiply_chunks<L, kStream, L::kRows, T>(weight + r * w_stride, w_stride, x, x_stride, chunks, lanes + r * kLanes);
+  }
+  for (; r < rows; ++r) {
+    multiply_chunks<L, kStream, 1, T>(weight + r * w_stride, w_stride, x, x_stride, chunks, lanes + r * kLanes);
   }
 }
 
-template <class L>
+// Tokens outermost: a panel and the activations of a few tokens fit L1 together.
+template <class L, bool kStream>
 inline void multiply_panel(const std::uint8_t* weight, std::size_t w_stride, std::size_t rows, Inputs<L> x,
                            std::size_t tokens, std::size_t chunks, float* lanes) {
-  std::size_t r = 0;
-  for (; r + L::kRows <= rows; r += L::kRows) {
-    multiply_tokens<L, L::kRows>(weight + r * w_stride, w_stride, x.at, x.stride, tokens, chunks, lanes + r * kLanes);
-  }
-  for (; r < rows; ++r) {
-    multiply_tokens<L, 1>(weight + r * w_stride, w_stride, x.at, x.stride, tokens, chunks, lanes + r * kLanes);
+  const auto multiply = [&]<int T>() {
+    multiply_rows<L, kStream, T>(weight, w_stride, rows, x.at, x.stride, chunks, lanes);
+  };
+  while (tokens) {
+    // As equal as possible: 7 tokens are 4 + 3, not 6 + 1.
+    const std::size_t parts = (tokens + L::kMostTokens - 1) / L::kMostTokens, n = (tokens + parts - 1) / parts;
+    if (n == 1) {
+      multiply.template operator()<1>();
+    } else if (n == 2) {
+      multiply.template operator()<2>();
+    } else if (n == 3) {
+      multiply.template operator()<3>();
+    } else if (n == 4) {
+      multiply.template operator()<4>();
+    } else if (n == 5) {
+      if constexpr (L::kMostTokens >= 5) multiply.template operator()<5>();
+    } else {
+      if constexpr (L::kMostTokens >= 6) multiply.template operator()<6>();
+    }
+    tokens -= n, x.at += n * x.stride, lanes += n * kBlockRows * kLanes;
   }
 }
 
@@ -192,8 +203,8 @@ bool multiply(const LinearProduct& p, const DecodeBlock* blocks, std::size_t) {
       prefetch_next_tail(b, tile + i);
       for (std::size_t row = 0; row < b.rows; ++row) decode_group(panel + (row * kPanelTiles + i) * 2 * kGroup);
     }
-    multiply_panel<L>(panel, kPanelTiles * 2 * kGroup, b.rows, Inputs<L>(p, tile / kPanelTiles), p.tokens, 2 * n,
-                      lanes);
+    multiply_panel<L, false>(panel, kPanelTiles * 2 * kGroup, b.rows, Inputs<L>(p, tile / kPanelTiles), p.tokens, 2 * n,
+                             lanes);
     tile += n;
   }
   if (const std::size_t rest = b.cols % kGroup) {
@@ -207,8 +218,8 @@ bool multiply(const LinearProduct& p, const DecodeBlock* blocks, std::size_t) {
         __builtin_memcpy(panel + row * 2 * kGroup + at, buffer + from, n);
       });
     }
-    multiply_panel<L>(panel, 2 * kGroup, b.rows, Inputs<L>(p, tiles / kPanelTiles, tiles % kPanelTiles), p.tokens,
-                      chunks_of(rest), lanes);
+    multiply_panel<L, false>(panel, 2 * kGroup, b.rows, Inputs<L>(p, tiles / kPanelTiles, tiles % kPanelTiles),
+                             p.tokens, chunks_of(rest), lanes);
   }
   if (used != b.n2) return false;
   write_sums<L>(p, lanes, b.rows, p.sums);
@@ -222,10 +233,11 @@ void multiply_dense(const LinearProduct& p, const std::uint8_t* weight, std::siz
   std::uint8_t* panel = p.scratch + lanes_bytes(p.tokens);
   __builtin_memset(lanes, 0, lanes_bytes(p.tokens));
   const std::size_t stride = 2 * p.cols, whole = p.cols / kChunk, rest = p.cols % kChunk;
-  for (std::size_t chunk = 0; chunk < whole; chunk += kPanelChunks) {
-    const std::size_t n = whole - chunk < kPanelChunks ? whole - chunk : kPanelChunks;
-    multiply_panel<L>(weight + chunk * 2 * kChunk, stride, rows, Inputs<L>(p, chunk / kPanelChunks), p.tokens, n,
-                      lanes);
+  const std::size_t step = p.tokens == 1 ? whole : kPanelChunks;  // one token's panels lie together
+  for (std::size_t chunk = 0; chunk < whole; chunk += step) {
+    const std::size_t n = whole - chunk < step ? whole - chunk : step;
+    multiply_panel<L, true>(weight + chunk * 2 * kChunk, stride, rows, Inputs<L>(p, chunk / kPanelChunks), p.tokens, n,
+                            lanes);
   }
   if (rest) {
     __builtin_memset(panel, 0, kBlockRows * 2 * kChunk);
@@ -234,15 +246,15 @@ void multiply_dense(const LinearProduct& p, const std::uint8_t* weight, std::siz
     }
     Inputs<L> x(p, whole / kPanelChunks);
     x.at += whole % kPanelChunks * L::kInputBytes;
-    multiply_panel<L>(panel, 2 * kChunk, rows, x, p.tokens, 1, lanes);
+    multiply_panel<L, false>(panel, 2 * kChunk, rows, x, p.tokens, 1, lanes);
   }
   write_sums<L>(p, lanes, rows, p.sums);
 }
 
 template <class V, class L>
 constexpr LinearOps lanes_ops(const char* isa, bool bf16, bool f32) {
-  return {"lanes", isa, nullptr, bf16, f32, false, 1,
-          packed_bytes<L>, L::pack, scratch_bytes, multiply<V, L>, multiply_dense<L>};
+  return {"lanes",          isa, nullptr, bf16, f32, false, 1, packed_bytes<L>, L::pack, scratch_bytes, multiply<V, L>,
+          multiply_dense<L>};
 }
 
 }  // namespace

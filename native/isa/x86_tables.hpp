@@ -1,4 +1,4 @@
-// Byte shuffles that expand or compress eight bytes by an 8-bit mask (AVX2 and plain AVX-512 have no such instruction).
+// Byte shuffles that compress eight bytes by an 8-bit mask (AVX2 and plain AVX-512 have no such instruction).
 #pragma once
 
 #include <immintrin.h>
@@ -10,23 +10,18 @@ namespace bitforbit {
 namespace {
 
 struct ByteShuffles {
-  alignas(64) std::uint64_t expand[256];    // byte i: the number of mask bits below i where bit i is set, else 0x80
   alignas(64) std::uint64_t compress[256];  // byte k: the position of the k-th set bit, 0x80 behind the last
 
-  constexpr ByteShuffles() : expand{}, compress{} {
+  constexpr ByteShuffles() : compress{} {
     for (unsigned mask = 0; mask < 256; ++mask) {
-      std::uint64_t e = 0, c = 0x8080808080808080u;
+      std::uint64_t c = 0x8080808080808080u;
       unsigned n = 0;
       for (unsigned i = 0; i < 8; ++i) {
         if (mask >> i & 1) {
-          e |= std::uint64_t{n} << (8 * i);
           c = (c & ~(std::uint64_t{0xff} << (8 * n))) | std::uint64_t{i} << (8 * n);
           ++n;
-        } else {
-          e |= std::uint64_t{0x80} << (8 * i);
         }
       }
-      expand[mask] = e;
       compress[mask] = c;
     }
   }
@@ -50,20 +45,6 @@ inline bool window_of_ranks(const std::uint8_t* table, std::uint8_t w[16]) {
     w[table[r] - base] = static_cast<std::uint8_t>(r ^ 9);
   }
   return true;
-}
-
-// Sixteen bytes: those of `src` in order where `mask` is set, else zero. Reads up to 16 bytes of `src`.
-inline __m128i expand16(std::uint32_t mask, const std::uint8_t* src) {
-  const std::uint32_t m0 = mask & 0xff, m1 = mask >> 8 & 0xff;
-  const std::uint8_t* src1 = src + __builtin_popcount(m0);
-  const auto pair = [](const void* a, const void* b) {
-    const __m128d low = _mm_castsi128_pd(_mm_loadl_epi64(static_cast<const __m128i*>(a)));
-    return _mm_castpd_si128(_mm_loadh_pd(low, static_cast<const double*>(b)));
-  };
-  const __m128i bytes = pair(src, src1);
-  const __m128i index =
-      _mm_or_si128(pair(&kShuffles.expand[m0], &kShuffles.expand[m1]), _mm_set_epi64x(0x0808080808080808, 0));
-  return _mm_shuffle_epi8(bytes, index);
 }
 
 // Stores the bytes of the 64 at `from` whose mask bit is set; writes up to 64 bytes. Returns how many count.

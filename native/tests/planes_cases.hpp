@@ -83,7 +83,7 @@ inline ExactBytes make_floats(const KindCase& c, const Layout& layout, Pattern p
 inline std::vector<const PlanesOps*> usable_ops() {
   std::vector<const PlanesOps*> usable;
   for (const Implementation& i : implementations()) {
-    if (i.supported) usable.push_back(i.planes);
+    if (i.supported && (usable.empty() || usable.back() != i.planes)) usable.push_back(i.planes);
   }
 #if BITFORBIT_X86
   if (find_implementation("avx512")) usable.push_back(&kPlanesAvx512Vbmi2Emulated);

@@ -1,11 +1,15 @@
-// Compiles the text of isa/avx512_vbmi2 with functions in place of VPEXPANDB, VPCOMPRESSB and VPERMB. They follow the
-// pseudo-code of Intel's Software Developer's Manual, volume 2, byte by byte. Built with the flags of isa/avx512, so
-// the same rule holds as there: no std:: templates, nothing that the linker could share with baseline code.
+// Compiles the text of isa/avx512_vbmi2 and isa/avx512_bf16 with functions in place of VPEXPANDB, VPCOMPRESSB, VPERMB
+// and VDPBF16PS. They follow the pseudo-code of Intel's Software Developer's Manual, volume 2, byte by byte. Built with
+// the flags of isa/avx512, so the same rule holds as there: no std:: templates, nothing that the linker could share
+// with baseline code.
 #include "tests/vbmi2_emulated.hpp"
 
 #include <immintrin.h>
 
 #include <cstdint>
+
+#include "generic/linear_floats.hpp"
+#include "tests/linear_emulated.hpp"
 
 namespace {
 
@@ -42,10 +46,31 @@ __m512i emulated_permutexvar_epi8(__m512i idx, __m512i src) {
   return _mm512_load_si512(out);
 }
 
+// VDPBF16PS zmm1, zmm2, zmm3: per lane the product of the odd halves is added first, then that of the even ones.
+__m512 emulated_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
+  alignas(64) std::uint8_t x[64], y[64];
+  alignas(64) float lane[16];
+  __builtin_memcpy(x, &a, 64);
+  __builtin_memcpy(y, &b, 64);
+  _mm512_store_ps(lane, sum);
+  for (int l = 0; l < 16; ++l) {
+    for (int half = 2; half >= 0; half -= 2) {
+      lane[l] = bitforbit::fma_flushed(bitforbit::bf16_to_float(x + 4 * l + half),
+                                       bitforbit::bf16_to_float(y + 4 * l + half), lane[l]);
+    }
+  }
+  return _mm512_load_ps(lane);
+}
+
 }  // namespace
 
+#define _mm512_dpbf16_ps emulated_dpbf16_ps
+#define kLanesAvx512Vbmi2 kLanesAvx512Vbmi2Emulated
+#define kLanesAvx512Bf16 kLanesAvx512Bf16Emulated
 #define _mm512_permutexvar_epi8 emulated_permutexvar_epi8
 #define _mm512_mask_expand_epi8 emulated_mask_expand_epi8
 #define _mm512_maskz_compress_epi8 emulated_maskz_compress_epi8
 #define kPlanesAvx512Vbmi2 kPlanesAvx512Vbmi2Emulated
+#include "isa/avx512_bf16/linear_lanes.cpp"
+#include "isa/avx512_vbmi2/linear_lanes.cpp"
 #include "isa/avx512_vbmi2/planes.cpp"

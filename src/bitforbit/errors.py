@@ -184,6 +184,10 @@ class VerificationError(BitforbitError):
     """Restored data that is not the original data."""
 
 
+class OrderMismatchError(BitforbitError):
+    """A product straight from a compressed weight, proven to have torch's bits, had others (``BITFORBIT_PARANOID``)."""
+
+
 class ResumeError(BitforbitError):
     """An unfinished run that cannot be continued with these arguments."""
 

@@ -279,10 +279,10 @@ def test_weight_outside_of_forward():
     model, plain = compressed_pair()
     weight, expected = model[1].weight, plain[1].weight
     assert isinstance(weight, torch.Tensor)
-    assert weight._decoded is None
+    assert not weight.values.is_decoded
     assert (weight.numel(), weight.element_size(), weight.itemsize, weight.nbytes) == (6144, 2, 2, 12288)
     assert (weight.stride(), weight.is_contiguous(), weight.requires_grad) == ((64, 1), True, False)
-    assert weight._decoded is None
+    assert not weight.values.is_decoded
     assert torch.equal(weight, expected)
     assert_same_bits(copy.deepcopy(weight), expected)
     assert_same_bits(pickle.loads(pickle.dumps(weight)), expected)
@@ -315,16 +315,49 @@ def test_slices_of_experts():
     experts = Experts().bfloat16()
     plain = experts.up.detach().clone()
     bnn.compress_parameter(experts, "up")
+    experts.tails__up.data[-64:] = 255  # damage to the last expert: whatever needs it fails
+    for wanted in (0, 2, -2, torch.tensor(1), torch.tensor([2, 0, 2]), torch.tensor([[-4, 1]]), [0, 1]):
+        assert_same_bits(experts.up[wanted], plain[wanted])
+    assert_same_bits(experts.up[1, 3], plain[1, 3])
+    assert_same_bits(experts.up.mT[2].contiguous(), plain.mT[2].contiguous())
     weight = experts.up
-    for index in (0, 3, -1, torch.tensor(2)):
-        assert_same_bits(weight[index], plain[index])
-    assert weight._decoded is None
-    assert_same_bits(weight[1, 3], plain[1, 3])
-    assert_same_bits(weight[1:3], plain[1:3])
-    with pytest.raises(IndexError):
-        weight[4]
-    with pytest.raises(IndexError):
-        weight[-5]
+    assert weight[0].data_ptr() == weight[0].data_ptr()
+    for wanted in (3, slice(0, 2), torch.tensor([True, False, False, False]), torch.tensor([3, 0])):
+        with pytest.raises(CorruptTensorError):
+            experts.up[wanted] + 0
+    for wanted in (4, -5, torch.tensor([4])):
+        with pytest.raises(IndexError):
+            experts.up[wanted]
+
+
+def test_weights_of_experts_as_a_whole_after_slices():
+    experts = Experts().bfloat16()
+    plain = experts.up.detach().clone()
+    bnn.compress_parameter(experts, "up")
+    weight = experts.up
+    assert_same_bits(weight[2], plain[2])
+    assert_same_bits(weight + 0, plain)
+    assert_same_bits(weight[torch.tensor([0, 1]), 1:5], plain[torch.tensor([0, 1]), 1:5])
+    assert_same_bits(weight.transpose(-1, 1).contiguous(), plain.transpose(-1, 1).contiguous())
+    assert_same_bits(weight.transpose(0, 1).contiguous(), plain.transpose(0, 1).contiguous())
+    assert (weight.mT.shape, weight.mT.stride(), weight.mT.mT.stride()) == ((4, 64, 96), (6144, 1, 64), (6144, 64, 1))
+
+
+@pytest.mark.parametrize("sizes", [(2, 0, 3, 0), (0, 5, 0, 0), (0, 0, 0, 0)])
+def test_grouped_products(sizes):
+    experts = Experts().bfloat16()
+    plain = experts.up.detach().clone()
+    bnn.compress_parameter(experts, "up")
+    experts.tails__up.data[-64:] = 255
+    offsets = torch.tensor(sizes).cumsum(0).to(torch.int32)
+    results = []
+    for weight in (experts.up, plain):
+        x = gaussian((sum(sizes), 64), seed=2).requires_grad_()
+        y = functional.grouped_mm(x, weight.transpose(-2, -1), offs=offsets)
+        y.float().square().sum().backward()
+        results.append((y, x.grad))
+    for got, expected in zip(*results, strict=True):
+        assert_same_bits(got, expected)
 
 
 def test_forward_decodes_each_weight_once(monkeypatch):
@@ -332,7 +365,7 @@ def test_forward_decodes_each_weight_once(monkeypatch):
     from bitforbit.nn import classes
 
     monkeypatch.setattr(classes, "decode", lambda spec, parts: decoded.append(spec) or weight_decode(spec, parts))
-    from bitforbit.nn.weight import decode as weight_decode
+    from bitforbit.nn.values import decode as weight_decode
 
     class Twice(nn.Module):
         def __init__(self) -> None:

@@ -7,6 +7,7 @@ from torch.nn import functional
 from bitforbit import ops
 from bitforbit.errors import CorruptTensorError, UsageError
 from bitforbit.ops import reference, stats
+from bitforbit.ops.scratch import SCRATCH
 from torch_helpers import assert_same_bits, encode, gaussian, random_bits
 
 ROWS, COLS = 48, 96
@@ -237,3 +238,35 @@ def test_aot_compile_without_breaks(mode):
         got.sum().backward()
         expected.sum().backward()
         assert_same_bits(ours.grad, theirs.grad)
+
+
+def test_fused_has_the_same_gradients():
+    parts, how = encode(gaussian((ROWS, COLS)))
+    grads = []
+    for mode in ops.MODES:
+        x = x_of((2, 5, COLS)).requires_grad_()
+        grads += torch.autograd.grad(ops.linear(x, *parts, None, *how, mode), x, x_of((2, 5, ROWS), seed=4))
+    assert_same_bits(*grads)
+
+
+def test_scratch_filled_in_inference_mode_serves_training():
+    SCRATCH.clear()
+    weight = gaussian((ROWS, COLS))
+    parts, how = encode(weight)
+    with torch.inference_mode():
+        ops.linear(x_of((5, COLS)), *parts, None, *how, "exact")
+    x = x_of((5, COLS)).requires_grad_()
+    y = ops.linear(x, *parts, None, *how, "exact")
+    y.sum().backward()
+    assert_same_bits(y, functional.linear(x, weight))
+
+
+def test_export():
+    parts, how = encode(gaussian((ROWS, COLS)))
+
+    class Module(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return ops.linear(x, *parts, None, *how, "exact")
+
+    x = x_of((5, COLS))
+    assert_same_bits(torch.export.export(Module(), (x,)).module()(x), Module()(x))

@@ -119,11 +119,11 @@ bool multiply_tiles(const LinearProduct& p, const DecodeBlock& b, std::size_t to
                     float* out) {
   // Two buffers each, so that a tile register is loaded while the next columns are decoded.
   alignas(64) std::uint8_t left[2][kTile], right[2][kTile];
-  const std::uint8_t *digits = b.digits, *top = b.planes[0], *end = b.exponents2 + b.n2;
-  Exponents exponents{Avx512::make_table(b.table), b.exponents2};
+  const std::uint8_t *digits = b.digits, *top = b.planes[0];
+  Exponents exponents(b);
   TileSums sums(tokens, p);
   for (std::size_t i = 0; i < b.cols / kGroup; ++i, x += 4 * kStep * tokens) {
-    if (exponents.next > end) return false;  // bounds the reads of exponents2: a tile past the end
+    if (exponents.used > b.n2) return false;  // bounds the reads of exponents2: a tile past the end
     for (std::size_t r = 0; r < kBlockRows; ++r, digits += kGroup / 4, top += kGroup) {
       _mm_prefetch(reinterpret_cast<const char*>(top + 4096), _MM_HINT_T0);
       if (r % 4 == 0) _mm_prefetch(reinterpret_cast<const char*>(digits + 1024), _MM_HINT_T0);
@@ -136,7 +136,7 @@ bool multiply_tiles(const LinearProduct& p, const DecodeBlock& b, std::size_t to
     sums.step(right[i % 2], x + 2 * kStep * tokens);
   }
   sums.finish(out, p.sums_stride, kBlockRows);
-  return exponents.next == end;
+  return exponents.used == b.n2;
 }
 
 bool multiply(const LinearProduct& p, const DecodeBlock* blocks, std::size_t) {
@@ -147,7 +147,7 @@ bool multiply(const LinearProduct& p, const DecodeBlock* blocks, std::size_t) {
     multiply_dense(p, p.scratch, b.rows);
     return true;
   }
-  if (!expand_tail(b)) return false;
+  if (!expand_tail<Avx512Vbmi2>(b)) return false;
   bool good = true;
   over_runs(p, [&](std::size_t tokens, const std::uint8_t* x, float* out) {
     good = good && multiply_tiles(p, b, tokens, x, out);
@@ -175,7 +175,7 @@ const LinearOps kTdpbf16Amx{
     .usable = has_amx,
     .bf16 = true,
     .f32 = false,
-    .flushes_outputs = true,
+    .vcvtneps2bf16 = true,
     .blocks_at_once = 1,
     .packed_bytes = packed_bytes,
     .pack = pack,

@@ -1,5 +1,6 @@
 // Family `lanes` with AVX2 and FMA: two registers per output, summed in two passes over a panel.
 #include "generic/linear_lanes.hpp"
+
 #include "isa/avx2/vector.hpp"
 #include "isa/x86_lanes_pack.hpp"
 

@@ -92,23 +92,30 @@ struct Avx2 {
   static Table make_table(const std::uint8_t* r) {
     return _mm256_set1_epi32(static_cast<int>(r[0] | r[1] << 8 | static_cast<std::uint32_t>(r[2]) << 16));
   }
-  static B lookup(Table t, B d) { return {_mm256_shuffle_epi8(t, d.a), _mm256_shuffle_epi8(t, d.b)}; }
-  static B expand(B base, std::uint64_t mask, const std::uint8_t* src) {
-    __m128i q[4];
-    for (int i = 0; i < 4; ++i) {
-      const std::uint32_t m = mask >> (16 * i) & 0xffff;
-      q[i] = expand16(m, src);
-      src += __builtin_popcount(m);
-    }
-    return {_mm256_or_si256(base.a, _mm256_set_m128i(q[1], q[0])),
-            _mm256_or_si256(base.b, _mm256_set_m128i(q[3], q[2]))};
+  // Base, and where `threes` is set the bytes at `low` (16 positions) and `high` (the other 16) in order.
+  static __m256i fill(__m256i base, __m256i threes, const std::uint8_t* low, const std::uint8_t* high) {
+    // Minus the number of 3s up to here in these 16 bytes: a running sum. Its complement is the index of the next
+    // byte; elsewhere the complement of zero, for which the shuffle gives zero.
+    __m256i n = _mm256_add_epi8(threes, _mm256_bslli_epi128(threes, 1));
+    n = _mm256_add_epi8(n, _mm256_bslli_epi128(n, 2));
+    n = _mm256_add_epi8(n, _mm256_bslli_epi128(n, 4));
+    n = _mm256_add_epi8(n, _mm256_bslli_epi128(n, 8));
+    const __m256i index = _mm256_xor_si256(_mm256_and_si256(n, threes), byte(0xff));
+    const __m256i from =
+        _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(low))),
+                                _mm_loadu_si128(reinterpret_cast<const __m128i*>(high)), 1);
+    return _mm256_or_si256(base, _mm256_shuffle_epi8(from, index));
   }
   static B exponents(Table table, const std::uint8_t* packed, const std::uint8_t* next, std::size_t& used) {
     const B digits = unpack2(packed);
-    const std::uint64_t threes = equal_mask(digits, 3);
-    const B e = expand(lookup(table, digits), threes, next + used);
-    used += static_cast<std::size_t>(__builtin_popcountll(threes));
-    return e;
+    const B threes = {_mm256_cmpeq_epi8(digits.a, byte(3)), _mm256_cmpeq_epi8(digits.b, byte(3))};
+    const std::uint64_t mask = top_bits(threes);
+    next += used;
+    const B r = {fill(_mm256_shuffle_epi8(table, digits.a), threes.a, next, next + __builtin_popcountll(mask & 0xffff)),
+                 fill(_mm256_shuffle_epi8(table, digits.b), threes.b, next + __builtin_popcountll(mask & 0xffffffff),
+                      next + __builtin_popcountll(mask & 0xffffffffffff))};
+    used += static_cast<std::size_t>(__builtin_popcountll(mask));
+    return r;
   }
   static std::size_t compress_store(std::uint8_t* dst, std::uint64_t mask, B v) {
     alignas(32) std::uint8_t bytes[64];

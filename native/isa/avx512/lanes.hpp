@@ -51,8 +51,8 @@ struct Lanes512 : S {
                                                                   Sum* sum) {
     if constexpr (kRow < kBlockRows) {
       prefetch_group(b, g + kRow);
-      const Group512 w = join(V::exponents(table, b.digits + 16 * (g + kRow), b.exponents2, used),
-                              b.planes[0] + 64 * (g + kRow));
+      const Group512 w =
+          join(V::exponents(table, b.digits + 16 * (g + kRow), b.exponents2, used), b.planes[0] + 64 * (g + kRow));
       sum[kRow] = S::step(sum[kRow], S::weights(w.w0), v0);
       sum[kRow] = S::step(sum[kRow], S::weights(w.w1), v1);
       multiply_rows<kRow + 1>(table, b, g, used, v0, v1, sum);

@@ -1,5 +1,6 @@
 // Family `lanes` with AVX-512 and FMA.
 #include "generic/linear_lanes.hpp"
+
 #include "isa/avx512/lanes.hpp"
 #include "isa/avx512/vector.hpp"
 

@@ -36,7 +36,7 @@ const LinearOps kVdpbf16Avx512{
     .usable = nullptr,
     .bf16 = true,
     .f32 = false,
-    .flushes_outputs = true,
+    .vcvtneps2bf16 = true,
     .blocks_at_once = 1,
     .packed_bytes = ordered_packed_bytes,
     .pack = ordered_pack,

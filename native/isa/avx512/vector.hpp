@@ -69,28 +69,24 @@ struct Avx512 {
   static Table make_table(const std::uint8_t* r) {
     return _mm512_set1_epi32(static_cast<int>(r[0] | r[1] << 8 | static_cast<std::uint32_t>(r[2]) << 16));
   }
-  static B lookup(Table t, B d) { return _mm512_shuffle_epi8(t, d); }
-  static B expand(B base, std::uint64_t mask, const std::uint8_t* src) {
-    // Sixteen bytes at a time as dwords, which AVX-512F can expand. Dword i then holds bytes i, 16 + i, 32 + i and
-    // 48 + i; a byte shuffle within lanes and a dword permutation across them transpose that.
-    __m512i q[4];
-    for (int i = 0; i < 4; ++i) {
-      const __mmask16 m = static_cast<__mmask16>(mask >> (16 * i));
-      q[i] = _mm512_maskz_expand_epi32(m, _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src))));
-      src += __builtin_popcount(m);
-    }
-    const __m512i x = _mm512_or_si512(q[0], _mm512_slli_epi32(q[1], 8));
-    const __m512i y = _mm512_or_si512(_mm512_slli_epi32(q[2], 16), _mm512_slli_epi32(q[3], 24));
-    const __m512i in_lane = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-    const __m512i across = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    return _mm512_or_si512(base, _mm512_permutexvar_epi32(across, _mm512_shuffle_epi8(_mm512_or_si512(x, y), in_lane)));
-  }
   static B exponents(Table table, const std::uint8_t* packed, const std::uint8_t* next, std::size_t& used) {
+    const auto load128 = [](const std::uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); };
     const B digits = unpack2(packed);
-    const std::uint64_t threes = equal_mask(digits, 3);
-    const B e = expand(lookup(table, digits), threes, next + used);
+    const __mmask64 threes = _mm512_cmpeq_epi8_mask(digits, byte(3));
+    // Minus the number of 3s up to here in these 16 bytes: a running sum. Its complement is the index of the next byte.
+    B n = _mm512_movm_epi8(threes);
+    n = _mm512_add_epi8(n, _mm512_bslli_epi128(n, 1));
+    n = _mm512_add_epi8(n, _mm512_bslli_epi128(n, 2));
+    n = _mm512_add_epi8(n, _mm512_bslli_epi128(n, 4));
+    n = _mm512_add_epi8(n, _mm512_bslli_epi128(n, 8));
+    next += used;
+    B from = _mm512_castsi128_si512(load128(next));
+    from = _mm512_inserti32x4(from, load128(next + __builtin_popcountll(threes & 0xffff)), 1);
+    from = _mm512_inserti32x4(from, load128(next + __builtin_popcountll(threes & 0xffffffff)), 2);
+    from = _mm512_inserti32x4(from, load128(next + __builtin_popcountll(threes & 0xffffffffffff)), 3);
     used += static_cast<std::size_t>(__builtin_popcountll(threes));
-    return e;
+    return _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(table, digits), threes, from,
+                                    _mm512_ternarylogic_epi64(n, n, n, 0x55));
   }
   static std::size_t compress_store(std::uint8_t* dst, std::uint64_t mask, B v) {
     const std::uint8_t* begin = dst;

@@ -9,8 +9,8 @@ namespace {
 
 // Tokens from which the products take long enough to hide the decoding of a tile in them.
 constexpr int kInterleaveFrom = 7;
-// Bytes of sign+mantissa to fetch ahead; digits: a quarter of that.
-constexpr std::size_t kAhead = 6144;
+// Bytes of sign+mantissa to fetch ahead, to L2; digits: a quarter of that.
+constexpr std::size_t kFetchAhead = 16384;
 
 struct Bf16 : LanesAvx512 {
   using Flush = NoScope;  // VDPBF16PS flushes whatever MXCSR says
@@ -69,14 +69,13 @@ struct Tiles {
   Exponents exponents;
   alignas(64) std::uint8_t rows[kBlockRows * kGroup];  // exponents of the tile under way
 
-  explicit Tiles(const DecodeBlock& b)
-      : digits(b.digits), top(b.planes[0]), exponents{Avx512::make_table(b.table), b.exponents2} {}
+  explicit Tiles(const DecodeBlock& b) : digits(b.digits), top(b.planes[0]), exponents(b) {}
 
   void fetch_ahead() const {
     for (std::size_t i = 0; i < 16; ++i)
-      _mm_prefetch(reinterpret_cast<const char*>(top + kAhead + 64 * i), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(top + kFetchAhead + 64 * i), _MM_HINT_T1);
     for (std::size_t i = 0; i < 4; ++i)
-      _mm_prefetch(reinterpret_cast<const char*>(digits + kAhead / 4 + 64 * i), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(digits + kFetchAhead / 4 + 64 * i), _MM_HINT_T1);
   }
   void advance() {
     digits += 16 * kBlockRows;
@@ -141,7 +140,6 @@ bool multiply_tiles(const LinearProduct& p, const DecodeBlock& b, const std::uin
   constexpr std::size_t kTileBytes = kPairs * 64, kInputBytes = 2 * kGroup * T;
   alignas(64) std::uint8_t pairs[2][kTileBytes];
   const std::size_t tiles = b.cols / kGroup;
-  const std::uint8_t* end = b.exponents2 + b.n2;
   Sums<Bf16, T> sums(pairs_per_sum(p));
   Tiles decoder(b);
   decoder.fetch_ahead();
@@ -155,8 +153,9 @@ bool multiply_tiles(const LinearProduct& p, const DecodeBlock& b, const std::uin
       Bf16::Lanes sum[T];
       for (int t = 0; t < T; ++t) sum[t] = sums.now[t];
       for (std::size_t i = 0; i < run; ++i, ++tile, x += kInputBytes) {
-        if (decoder.exponents.next > end) return false;  // bounds the reads of exponents2: a tile past the end
+        if (decoder.exponents.used > b.n2) return false;  // bounds the reads of exponents2: a tile past the end
         decoder.fetch_ahead();
+        prefetch_next_tail(b, tile);
         const std::uint8_t* now = pairs[tile % 2];
         decoder.decode_between(pairs[(tile + 1) % 2], [&](std::size_t pair) {
 #pragma GCC unroll 16
@@ -168,16 +167,17 @@ bool multiply_tiles(const LinearProduct& p, const DecodeBlock& b, const std::uin
       if (!sums.pairs_left) sums.end_block();
       continue;
     }
-    if (decoder.exponents.next > end) return false;
+    if (decoder.exponents.used > b.n2) return false;
     sums.tile(pairs[tile % 2], x, kPairs);
     ++tile, x += kInputBytes;
     if (tile < tiles) {
       decoder.fetch_ahead();
+      prefetch_next_tail(b, tile);
       decoder.decode(pairs[tile % 2]);
     }
   }
   sums.finish(out, p.sums_stride, kBlockRows);
-  return decoder.exponents.next == end;
+  return decoder.exponents.used == b.n2;
 }
 
 bool multiply(const LinearProduct& p, const DecodeBlock* blocks, std::size_t) {
@@ -188,7 +188,7 @@ bool multiply(const LinearProduct& p, const DecodeBlock* blocks, std::size_t) {
     ordered_multiply_dense<Bf16>(p, p.scratch, b.rows);
     return true;
   }
-  if (!expand_tail(b)) return false;
+  if (!expand_tail<Avx512Vbmi2>(b)) return false;
   bool good = true;
   over_tokens(p, [&]<int T>(const std::uint8_t* x, float* out) { good = good && multiply_tiles<T>(p, b, x, out); });
   return good;
@@ -202,7 +202,7 @@ const LinearOps kVdpbf16Avx512Bf16{
     .usable = nullptr,
     .bf16 = true,
     .f32 = false,
-    .flushes_outputs = true,
+    .vcvtneps2bf16 = true,
     .blocks_at_once = 1,
     .packed_bytes = ordered_packed_bytes,
     .pack = ordered_pack,

@@ -15,8 +15,9 @@ struct Avx512Vbmi2 : Avx512 {
   static Table make_table(const std::uint8_t* r) {
     std::uint8_t three = 0;
     while (three == r[0] || three == r[1] || three == r[2]) ++three;
-    return {_mm512_set1_epi32(static_cast<int>(r[0] | r[1] << 8 | r[2] << 16 | static_cast<std::uint32_t>(three) << 24)),
-            byte(three)};
+    return {
+        _mm512_set1_epi32(static_cast<int>(r[0] | r[1] << 8 | r[2] << 16 | static_cast<std::uint32_t>(three) << 24)),
+        byte(three)};
   }
   static B exponents(Table table, const std::uint8_t* packed, const std::uint8_t* next, std::size_t& used) {
     const __m512i x = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));

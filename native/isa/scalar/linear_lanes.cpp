@@ -59,7 +59,7 @@ const LinearOps kLanesScalar{
     .usable = nullptr,
     .bf16 = true,
     .f32 = true,
-    .flushes_outputs = false,
+    .vcvtneps2bf16 = false,
     .blocks_at_once = 1,
     .packed_bytes = packed_bytes,
     .pack = pack,

@@ -89,7 +89,7 @@ constexpr LinearOps scalar_ops(const char* family) {
       .usable = nullptr,
       .bf16 = true,
       .f32 = false,
-      .flushes_outputs = true,
+      .vcvtneps2bf16 = true,
       .blocks_at_once = 1,
       .packed_bytes = packed_bytes,
       .pack = pack,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 
 from bitforbit.cpu import _native
 from bitforbit.errors import UnknownIsaError
@@ -13,14 +12,13 @@ from bitforbit.errors import UnknownIsaError
 _forced: str | None = None
 
 
+_KNOWN = dict(_native.implementations())
+_SUPPORTED = [name for name, usable in _KNOWN.items() if usable]
+
+
 def implementations() -> dict[str, bool]:
     """All implementations compiled in, best last, each with whether this CPU can run it."""
-    return dict(_native_implementations())
-
-
-@cache
-def _native_implementations() -> list[tuple[str, bool]]:
-    return _native.implementations()
+    return dict(_KNOWN)
 
 
 def active() -> str:
@@ -29,14 +27,12 @@ def active() -> str:
     Raises UnknownIsaError if the name is unknown or this CPU cannot run it.
     """
     name = _forced or os.environ.get("BITFORBIT_ISA", "")
-    known = implementations()
-    supported = [candidate for candidate, usable in known.items() if usable]
     if not name:
-        return supported[-1]
-    if name not in supported:
-        reason = "this CPU lacks it" if name in known else "it is unknown"
+        return _SUPPORTED[-1]
+    if name not in _SUPPORTED:
+        reason = "this CPU lacks it" if name in _KNOWN else "it is unknown"
         raise UnknownIsaError(
-            f"expected an instruction set among {', '.join(supported)}, got {name!r} ({reason}); change BITFORBIT_ISA"
+            f"expected an instruction set among {', '.join(_SUPPORTED)}, got {name!r} ({reason}); change BITFORBIT_ISA"
         )
     return name
 

@@ -16,6 +16,7 @@ from bitforbit.cpu.planes import Bytes
 from bitforbit.errors import CorruptTensorError, UsageError
 
 _ITEM_BYTES = {"BF16": 2, "F32": 4}
+_WITHOUT_BLOCKS = frozenset({"lanes"})
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Order:
     """An order of summation.
 
     ``family`` is one of :func:`families`; ``k_block`` is the number of columns whose products are summed apart, from
-    zero, before they are added to the sum of the blocks before (0: all columns are one block).
+    zero, before they are added to the sum of the blocks before (0: all columns are one block; ``lanes`` has no other).
     """
 
     family: str
@@ -118,12 +119,14 @@ def _check(
     tokens, rest = divmod(x.size, item * cols)
     if rest or out.size != tokens * item * rows:
         raise UsageError(
-            f"expected x of [tokens, {cols}] and out of [tokens, {rows}] in {x_dtype}, got {x.size} and {out.size} bytes"
+            f"expected x of [tokens, {cols}] and out of [tokens, {rows}] in {x_dtype}, "
+            f"got {x.size} and {out.size} bytes"
         )
     if bias is not None and bias.size != rows * _ITEM_BYTES[bias_dtype]:
         raise UsageError(f"expected a bias of {rows} numbers in {bias_dtype}, got {bias.size} bytes")
-    if order.k_block < 0:
-        raise UsageError(f"expected k_block to be 0 or positive, got {order.k_block}")
+    if order.k_block < 0 or (order.k_block and order.family in _WITHOUT_BLOCKS):
+        allowed = "0" if order.family in _WITHOUT_BLOCKS else "0 or positive"
+        raise UsageError(f"expected k_block of family {order.family!r} to be {allowed}, got {order.k_block}")
     isa = active()
     if not _native.linear_implementation(order.family, isa, x_dtype == "F32"):
         known = ", ".join(_native.linear_families())

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitforbit import ops
 from bitforbit.errors import CompressedParameterError
 from bitforbit.nn import state
 from bitforbit.nn.spec import PARTS, CompressedSpec, part_name
-from bitforbit.nn.weight import CompressedWeight, decode
+from bitforbit.nn.values import Values, decode
+from bitforbit.nn.weight import CompressedWeight
+from bitforbit.ops import direct
 
 _reading = threading.local()
 """Weights decoded for the forwards under way in this thread: ``by_module: {id(module): {name: tensor}}``."""
@@ -51,11 +52,11 @@ class Compressed(nn.Module):
             return decode(spec, parts)
         known = getattr(_reading, "by_module", {}).get(id(self))
         if known is None:
-            return CompressedWeight(spec, parts)
+            return CompressedWeight(Values(spec, parts))
         if name not in known:
             # Stacks of experts and tables to look up rarely need decoding as a whole.
             lazy = len(spec.shape) > 2 or isinstance(self, nn.Embedding)
-            known[name] = CompressedWeight(spec, parts) if lazy else decode(spec, parts)
+            known[name] = CompressedWeight(Values(spec, parts)) if lazy else decode(spec, parts)
         weight: torch.Tensor = known[name]
         return weight
 
@@ -136,7 +137,7 @@ class Linear(Compressed, nn.Linear):
         """``[..., in_features]`` to ``[..., out_features]``, from the compressed weight."""
         p = self._parameters
         spec = self._bitforbit_specs["weight"]
-        return ops.linear(
+        return direct.linear(
             input, p["code__weight"], p["digits__weight"], p["sign_mantissa__weight"], p["tails__weight"], self.bias,
             spec.kind, spec.rows, spec.cols, spec.rows_per_table, spec.dtype, self._bitforbit_mode,
         )  # fmt: skip
@@ -150,7 +151,12 @@ class Embedding(Compressed, nn.Embedding):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``[...]`` to ``[..., embedding_dim]``."""
-        return ops.embedding(input, *self._bitforbit_parts("weight"), *self._bitforbit_specs["weight"].arguments)
+        p = self._parameters
+        spec = self._bitforbit_specs["weight"]
+        return direct.embedding(
+            input, p["code__weight"], p["digits__weight"], p["sign_mantissa__weight"], p["tails__weight"],
+            spec.kind, spec.rows, spec.cols, spec.rows_per_table, spec.dtype,
+        )  # fmt: skip
 
 
 @contextmanager
@@ -213,10 +219,8 @@ _made: dict[tuple[Any, tuple[str, ...]], type[Compressed]] = {}
 
 def class_for(base: type[nn.Module], names: tuple[str, ...]) -> type[Compressed]:
     """The class of modules of plain class ``base`` whose parameters ``names`` (sorted) are compressed."""
-    key = (base, names)
-    if key not in _made:
-        _made[key] = _make(base, names)
-    return _made[key]
+    made = _made.get((base, names))
+    return made if made is not None else _made.setdefault((base, names), _make(base, names))
 
 
 def _make(base: type[nn.Module], names: tuple[str, ...]) -> type[Compressed]:

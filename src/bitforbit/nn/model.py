@@ -15,7 +15,7 @@ from bitforbit.errors import UsageError
 from bitforbit.nn.classes import Compressed
 from bitforbit.nn.parameters import compress_parameter, install_parameter, remove_parameter
 from bitforbit.nn.spec import PARTS
-from bitforbit.nn.weight import decode
+from bitforbit.nn.values import decode
 from bitforbit.ops import MODES
 
 _log = logging.getLogger("bitforbit")

@@ -14,7 +14,7 @@ from bitforbit.cpu import default_threads
 from bitforbit.errors import CompressedParameterError, UnsupportedDtypeError, UsageError
 from bitforbit.nn.classes import Compressed, class_for
 from bitforbit.nn.spec import PARTS, CompressedSpec, part_name
-from bitforbit.nn.weight import decode
+from bitforbit.nn.values import decode
 from bitforbit.ops import MODES
 
 _CODEC = ("planes", 1)

@@ -1,6 +1,6 @@
 """The tensor that ``module.weight`` gives for a compressed weight: decoded when its values are needed, not before.
 
-Models often ask a weight for its dtype or device only, index one expert out of a stack, or look rows up.
+Models often ask a weight for its dtype or device only, multiply by a few experts out of a stack, or look rows up.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from bitforbit import ops
 from bitforbit.errors import CompressedParameterError
+from bitforbit.nn.values import Values
 
 if TYPE_CHECKING:
     from bitforbit.nn.spec import CompressedSpec
@@ -23,61 +24,71 @@ _READ_ONLY = (
 )
 
 
-def decode(spec: CompressedSpec, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """A fresh plain tensor of ``spec.shape``."""
-    return ops.decode(*parts, *spec.arguments, 0, spec.rows).view(spec.shape)
-
-
 class CompressedWeight(torch.Tensor):
     """A read-only tensor over the parts of a compressed parameter.
 
-    Every operation sees the decoded values and gives plain tensors. An index into the first of three or more
-    dimensions decodes that slice alone; ``F.embedding`` decodes the rows looked up. Changing it in place raises
-    CompressedParameterError: the change would be lost.
+    Every operation sees the decoded values and gives plain tensors. Of a stack of matrices (three or more dimensions),
+    indices into the first dimension and grouped products decode only the matrices they need; ``F.embedding`` decodes
+    the rows looked up. Changing it in place raises CompressedParameterError: the change would be lost.
     """
 
-    spec: CompressedSpec
-    parts: tuple[torch.Tensor, ...]
-    _decoded: torch.Tensor | None
+    values: Values
+    transposed: bool
+    """Whether the last two dimensions are swapped."""
 
     # Operations are intercepted below autograd (__torch_dispatch__), so that code which looks for overridden functions
     # takes the same path as with a plain tensor.
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, spec: CompressedSpec, parts: Sequence[torch.Tensor]) -> CompressedWeight:
-        """For modules: spec and parts must fit each other."""
+    def __new__(cls, values: Values, transposed: bool = False) -> CompressedWeight:
+        """For modules and for itself."""
+        spec = values.spec
+        like = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+        if transposed:
+            like = like.mT
         weight: CompressedWeight = torch.Tensor._make_wrapper_subclass(
-            cls, spec.shape, dtype=spec.dtype, device=parts[0].device
+            cls, like.shape, strides=like.stride(), dtype=spec.dtype, device=values.parts[0].device
         )
-        weight.spec = spec
-        weight.parts = tuple(parts)
-        weight._decoded = None
+        weight.values = values
+        weight.transposed = transposed
         # transformers fills weights that lack this mark with random numbers when it initializes a module.
         weight._is_hf_initialized = True
         return weight
 
+    @property
+    def spec(self) -> CompressedSpec:
+        """What describes the parameter."""
+        return self.values.spec
+
+    @property
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        """The parts of the parameter."""
+        return self.values.parts
+
     def decoded(self) -> torch.Tensor:
         """The plain tensor, decoded on the first call."""
-        if self._decoded is None:
-            self._decoded = decode(self.spec, self.parts)
-        return self._decoded
+        return self._oriented(self.values.whole())
+
+    def slices(self, wanted: Sequence[int]) -> torch.Tensor:
+        """A plain tensor in which only these slices of the first dimension need be valid."""
+        return self._oriented(self.values.slices(wanted))
+
+    def _oriented(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.mT if self.transposed else tensor
 
     @classmethod
     def __torch_dispatch__(
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        for argument, value in (*zip(func._schema.arguments, args, strict=False), *_named(func, kwargs)):
-            info = argument.alias_info
-            if isinstance(value, CompressedWeight) and info is not None and info.is_write:
-                raise CompressedParameterError(_READ_ONLY.format(func.name()))
+        kwargs = dict(kwargs or {})
+        _refuse_writes(func, args, kwargs)
         special = _SPECIAL.get(func)
-        if special is not None and isinstance(args[0], CompressedWeight) and args[0]._decoded is None:
-            result = special(*args, **kwargs)
-            if result is not None:
+        if special is not None:
+            result = special(func, *args, **kwargs)
+            if result is not NotImplemented:
                 return result
-        args, kwargs = tree_map_only(CompressedWeight, CompressedWeight.decoded, (args, dict(kwargs)))
+        args, kwargs = tree_map_only(CompressedWeight, CompressedWeight.decoded, (args, kwargs))
         return func(*args, **kwargs)
 
     @property
@@ -102,28 +113,63 @@ class CompressedWeight(torch.Tensor):
         return self.decoded().clone()
 
 
-def _named(func: Any, kwargs: Mapping[str, Any]) -> list[tuple[Any, Any]]:
-    return [(argument, kwargs[argument.name]) for argument in func._schema.arguments if argument.name in kwargs]
+def _refuse_writes(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    schema = func._schema
+    if not schema.is_mutable:
+        return
+    for position, argument in enumerate(schema.arguments):
+        value = args[position] if position < len(args) else kwargs.get(argument.name)
+        if isinstance(value, CompressedWeight) and argument.alias_info is not None and argument.alias_info.is_write:
+            raise CompressedParameterError(_READ_ONLY.format(func.name()))
 
 
-def _select(weight: CompressedWeight, dim: int, index: int) -> torch.Tensor | None:
-    spec = weight.spec
-    if len(spec.shape) < 3 or dim not in (0, -len(spec.shape)) or spec.rows % spec.shape[0]:
-        return None
-    rows = spec.rows // spec.shape[0]
-    begin = (index + spec.shape[0] if index < 0 else index) * rows
-    return ops.decode(*weight.parts, *spec.arguments, begin, begin + rows).view(spec.shape[1:])
+# --- operations that need not decode everything: (func, *args) -> result, or NotImplemented -------------------------
 
 
-def _embedding(weight: CompressedWeight, ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | None:
-    spec = weight.spec
-    if (spec.rows, spec.cols) != spec.shape:
-        return None
-    return ops.embedding(ids, *weight.parts, *spec.arguments)
+def _select(func: Any, weight: Any, dim: int, index: int) -> Any:
+    if not _is_stack(weight) or dim not in (0, -weight.dim()):
+        return NotImplemented
+    index = index + weight.shape[0] if index < 0 else index
+    return weight.slices((index,))[index]
 
 
-_SPECIAL: dict[Any, Callable[..., torch.Tensor | None]] = {
+def _index(func: Any, weight: Any, indices: Sequence[torch.Tensor | None]) -> Any:
+    first = indices[0] if indices else None
+    if not _is_stack(weight) or first is None or first.dtype not in (torch.int64, torch.int32):
+        return NotImplemented
+    count = weight.shape[0]
+    return func(weight.slices([int(i) % count for i in first.unique()]), indices)
+
+
+def _transpose(func: Any, weight: Any, first: int, second: int) -> Any:
+    last = {weight.dim() - 1, weight.dim() - 2}
+    if not _is_stack(weight) or {first % weight.dim(), second % weight.dim()} != last:
+        return NotImplemented
+    return CompressedWeight(weight.values, not weight.transposed)
+
+
+def _grouped_mm(func: Any, x: Any, weight: Any, offsets: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    if not _is_stack(weight) or isinstance(x, CompressedWeight) or offsets is None or x.dim() != 2:
+        return NotImplemented
+    sizes = offsets.diff(prepend=offsets.new_zeros(1))  # rows of x for each matrix
+    return func(x, weight.slices(sizes.nonzero().flatten().tolist()), offsets, *args, **kwargs)
+
+
+def _embedding(func: Any, weight: Any, ids: torch.Tensor, *args: Any) -> Any:
+    if not isinstance(weight, CompressedWeight) or (weight.spec.rows, weight.spec.cols) != weight.spec.shape:
+        return NotImplemented
+    return ops.embedding(ids, *weight.parts, *weight.spec.arguments)
+
+
+def _is_stack(weight: Any) -> bool:
+    return isinstance(weight, CompressedWeight) and weight.values.is_stack
+
+
+_SPECIAL: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.select.int: _select,
+    torch.ops.aten.index.Tensor: _index,
+    torch.ops.aten.transpose.int: _transpose,
+    torch.ops.aten._grouped_mm.default: _grouped_mm,
     torch.ops.aten.embedding.default: _embedding,
 }
 

@@ -12,6 +12,8 @@ from bitforbit.ops import autocast as _autocast
 from bitforbit.ops import autograd as _autograd
 from bitforbit.ops import cpu_impl as _cpu_impl
 from bitforbit.ops import schema as _schema
+from bitforbit.ops.checks import empty
+from bitforbit.ops.cpu_impl import decode_into
 from bitforbit.ops.schema import MODES
 
 _schema.define()
@@ -23,4 +25,4 @@ decode = torch.ops.bitforbit.decode.default
 embedding = torch.ops.bitforbit.embedding.default
 linear = torch.ops.bitforbit.linear.default
 
-__all__ = ["MODES", "decode", "embedding", "linear"]
+__all__ = ["MODES", "decode", "decode_into", "embedding", "empty", "linear"]

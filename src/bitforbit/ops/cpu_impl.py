@@ -50,6 +50,21 @@ def decode(
     return out
 
 
+def decode_into(out: torch.Tensor, parts: checks.Parts, weight: Weight, begin: int) -> None:
+    """Decode rows from ``begin`` on into a contiguous tensor ``[rows, cols]``; no operator, so nothing can trace it.
+
+    Raises UsageError, CorruptTensorError.
+    """
+    _kind, rows, cols, _rows_per_table, dtype = weight
+    end = begin + len(out)
+    if out.dtype != dtype or out.shape[1:] != (cols,) or not out.is_contiguous() or not 0 <= begin <= end <= rows:
+        raise UsageError(
+            f"expected a contiguous {dtype} tensor for rows within 0 to {rows} of {cols} columns, got {out.dtype} of "
+            f"shape {tuple(out.shape)} for rows {begin} to {end}"
+        )
+    _decode(parts, weight, begin, end, checks.flat_bytes(out))
+
+
 def embedding(
     ids: torch.Tensor,
     code: torch.Tensor,
