@@ -24,11 +24,13 @@ class Installer:
         self.ties = Ties(model)
 
     def may_compress(self, name: str) -> bool:
-        """Whether a plain parameter of that full name is one to be compressed."""
+        """Whether the parameter of that full name is one to be compressed; one that is already counts as such."""
         module_name, parameter_name = split(name)
         if self.config.keeps(module_name):
             return False
         module = self.model.get_submodule(module_name)
+        if parameter_name in compressed_parameters(module):
+            return True
         parameter = module._parameters.get(parameter_name)
         if parameter is None or parameter.dim() < 2 or not parameter.is_floating_point():
             return False
