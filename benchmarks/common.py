@@ -50,7 +50,7 @@ def machine() -> dict[str, Any]:
         ),
         platform.processor(),
     )
-    packages = ("bitforbit", "numpy", "zipnn", "zstandard", "torch")
+    packages = ("bitforbit", "numpy", "zipnn", "zstandard", "torch", "transformers")
     versions = {}
     for package in packages:
         try:

@@ -100,7 +100,36 @@ def df11(result: Result) -> str:
     return "\n".join([table(headers, rows), "", "One thread. " + where(result)])
 
 
-SECTIONS: dict[str, Callable[[Result], str]] = {"codec": codec, "df11": df11, "archive": archive}
+def model(result: Result) -> str:
+    """A whole model generating."""
+    reference = result["variants"][0]
+    labels = {"bf16": "BF16 (transformers)", "exact": "exact", "fused": "fused"}
+    rows = [
+        [
+            labels[v["mode"]],
+            f"{v['tokens_per_second']:.2f}",
+            f"{v['tokens_per_second'] / reference['tokens_per_second']:.2f}x",
+            f"{v['first_token_seconds']:.2f} s",
+            f"{v['load_seconds']:.2f} s",
+            f"{v['weight_bytes'] / 1e9:.2f} GB",
+            f"{v['running_peak_beyond_baseline'] / 1e9:.2f} GB",
+            "same bits" if v["logits_equal"] else f"logits within {100 * (v['logits_difference'] or 0):.2g} %",
+        ]
+        for v in result["variants"]
+    ]
+    headers = ["", "tokens/s", "vs BF16", "first token", "load", "weights", "memory while running", "output"]
+    work, exact = result["workload"], next(v for v in result["variants"] if v["mode"] == "exact")
+    linears, weights = (exact["ran"][key].get("fused_exact", 0) for key in ("linears_share", "weight_bytes_share"))
+    intro = (
+        f"Llama of 1.24 B parameters (random weights), {work['prompt_tokens']} prompt tokens, {work['new_tokens']} new "
+        f"ones, {result['threads']} threads, medians of {result['rounds']} rounds in turns. In mode exact "
+        f"{100 * linears:.0f} % of the linears ({100 * weights:.0f} % of their weights) ran fused in torch's order. "
+        "Memory: largest resident size beyond Python and torch."
+    )
+    return "\n".join([intro, "", table(headers, rows), "", where(result)])
+
+
+SECTIONS: dict[str, Callable[[Result], str]] = {"codec": codec, "df11": df11, "archive": archive, "model": model}
 
 
 def render(name: str) -> str:

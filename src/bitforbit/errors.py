@@ -59,6 +59,26 @@ class MissingDependencyError(BitforbitError, ImportError):
     """An optional package is needed for what was asked."""
 
 
+class NoGenerationHeadError(UsageError):
+    """The model is not one that continues text."""
+
+
+class NoTokenizerError(UsageError):
+    """The model directory holds no tokenizer, or none that can be loaded, and text was asked for."""
+
+
+class PromptTooLongError(UsageError):
+    """The prompt leaves no room for an answer in the model's context."""
+
+
+class ModelLoadError(BitforbitError):
+    """transformers could not make a model, or a complete one, of the directory."""
+
+
+class WorkerError(BitforbitError):
+    """A process that measured part of a benchmark ended without a result."""
+
+
 # --- files that are damaged or hostile -----------------------------------------------------------------------
 
 

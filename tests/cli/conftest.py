@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,17 @@ def compressed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("compressed") / "llama"
     assert main(["compress", str(model), str(path), "--json"]) == 0
     return path
+
+
+@pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One thread for torch and for bitforbit: tiny models gain nothing from more, and lose a lot on a busy machine."""
+    import torch
+
+    threads = torch.get_num_threads()
+    monkeypatch.setenv("BITFORBIT_THREADS", "1")
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

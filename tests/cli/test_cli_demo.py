@@ -13,6 +13,7 @@ from cli_models import digests
 from bitforbit import demo, errors
 from bitforbit.archive import compress
 from bitforbit.cli import main
+from bitforbit.integrations import generation
 
 FORMATS = demo.FORMATS if importlib.util.find_spec("bitforbit.archive.dfloat11") else ("planes",)
 
@@ -79,6 +80,13 @@ def test_a_difference_is_noticed(packaged: Path, tmp_path: Path, monkeypatch: py
     assert report.formats[0].equal_files == report.formats[0].files - 1
 
 
+@pytest.fixture
+def no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stand-in is no model that could write text."""
+    monkeypatch.setattr(generation, "missing", lambda: ["torch"])
+
+
+@pytest.mark.usefixtures("no_torch")
 def test_command(
     packaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -95,6 +103,7 @@ def test_command(
         "came back",
         "GB/s",
         str(tmp_path / "kept"),
+        "pip install torch transformers",
     ):
         assert words in out
     assert main(["demo", "--keep", str(tmp_path / "kept")]) == 2
@@ -103,8 +112,10 @@ def test_command(
     value = json.loads(capsys.readouterr().out)
     assert value["exact"] is True
     assert value["kept"] is None
+    assert value["generation"] is None
 
 
+@pytest.mark.usefixtures("no_torch")
 def test_inexact_exits_with_1(
     monkeypatch: pytest.MonkeyPatch, packaged: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -122,3 +133,42 @@ def test_absent_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setattr(demo, "_PACKAGED", tmp_path / "absent")
     assert main(["demo"]) == 2
     assert "reinstall" in capsys.readouterr().err
+
+
+# --- the part that writes text ---------------------------------------------------------------------------------------
+
+TORCH = pytest.mark.skipif(bool(generation.missing()), reason="without torch and transformers")
+
+
+@TORCH
+def test_text_from_the_packaged_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--threads", "1"]) == 0
+    out = capsys.readouterr().out
+    for words in ("writes from its compressed weights", "class Stack", "192 of 192", "tokens, one for one"):
+        assert words in out
+    assert main(["demo", "--threads", "1", "--json"]) == 0
+    written = json.loads(capsys.readouterr().out)["generation"]
+    assert written["exact"] is True
+    assert [variant["mode"] for variant in written["variants"]] == ["bf16", "exact", "fused"]
+    plain, exact, _ = written["variants"]
+    assert exact["texts"] == plain["texts"]
+    assert exact["weight_bytes"] < 0.7 * plain["weight_bytes"]
+
+
+@TORCH
+def test_other_text_exits_with_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from bitforbit.integrations.generation import showcase
+
+    real = showcase._write
+
+    def wrong(loaded: object) -> object:
+        ids, *rest = real(loaded)  # type: ignore[arg-type]
+        if loaded.mode == "exact":  # type: ignore[attr-defined]
+            ids[1][-1] += 1
+        return ids, *rest
+
+    monkeypatch.setattr(showcase, "_write", wrong)
+    assert main(["demo", "--threads", "1"]) == 1
+    out = capsys.readouterr().out
+    assert "NOT EXACT" in out
+    assert "191 of 192" in out

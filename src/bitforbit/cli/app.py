@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from bitforbit import __version__
-from bitforbit.cli import compress, decompress, demo, info, inspect, verify
+from bitforbit.cli import bench, chat, compress, decompress, demo, info, inspect, run, verify
 
 app = typer.Typer(
     name="bitforbit",
@@ -21,6 +21,9 @@ app.command("compress")(compress.command)
 app.command("decompress")(decompress.command)
 app.command("verify")(verify.command)
 app.command("inspect")(inspect.command)
+app.command("run")(run.command)
+app.command("chat")(chat.command)
+app.command("bench")(bench.command)
 app.command("info")(info.command)
 app.command("demo")(demo.command)
 

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bitforbit.cli import EXIT_VERIFICATION_FAILED, options, output
+from bitforbit.cli import EXIT_VERIFICATION_FAILED, inference, options, output
 from bitforbit.cli.progress import progress_bar
 
 if TYPE_CHECKING:
     from bitforbit.demo import DemoReport
+    from bitforbit.integrations.generation.showcase import Showcase
 
 
 def command(
@@ -23,17 +24,65 @@ def command(
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
-    """Compress and restore the small Llama that comes with bitforbit, with both formats, and compare every byte."""
+    """Compress and restore the small Llama that comes with bitforbit, with both formats, and compare every byte.
+
+    Then, if torch and transformers are installed, let it write text from compressed weights and compare every token.
+    """
     from bitforbit import demo
+    from bitforbit.integrations import generation
 
     with progress_bar(silent=quiet or json) as progress:
         report = demo.run(keep=keep, threads=options.thread_count(threads), progress=progress)
-    if json:
-        output.print_json(report.to_json())
-    else:
+    if not json:
         show(report)
-    if not report.exact:
+    written = None if generation.missing() else _write_text(report.model, threads, silent=quiet or json)
+    if json:
+        output.print_json({**report.to_json(), "generation": None if written is None else written.to_json()})
+    else:
+        output.print_line()
+        show_text(written)
+    if not (report.exact and (written is None or written.exact)):
         raise typer.Exit(EXIT_VERIFICATION_FAILED)
+
+
+def _write_text(model: str, threads: int | None, *, silent: bool) -> Showcase:
+    with inference.spinner("Generating text ...", silent=silent):
+        from bitforbit.integrations.generation.showcase import write_text
+
+        # The model is so small that more threads do not help by themselves, and they hurt on a busy machine.
+        return write_text(Path(model), inference.compute_threads(threads or 1))
+
+
+def show_text(written: Showcase | None) -> None:
+    """Print what the model wrote, and how the variants compare; without torch, how to get that."""
+    if written is None:
+        output.print_line("To see the model write text from its compressed weights too: pip install torch transformers")
+        return
+    reference, *variants = written.variants
+    output.print_facts("It writes from its compressed weights, such as", [])
+    for line in (written.prompts[0] + reference.texts[0]).splitlines():
+        output.print_line(f"  | {line}".rstrip())
+    output.print_line()
+    rows = [
+        [
+            _VARIANTS[v.mode],
+            output.size(v.weight_bytes),
+            output.percent(v.weight_bytes, reference.weight_bytes),
+            "-" if v is reference else f"{v.equal_tokens} of {v.tokens}",
+        ]
+        for v in (reference, *variants)
+    ]
+    output.print_table(["variant", "weights in memory", "of BF16", "tokens as BF16"], rows)
+    output.print_line()
+    prompts, settings = len(written.prompts), written.settings
+    verdict = "mode exact wrote the BF16 model's tokens, one for one" if written.exact else "NOT EXACT"
+    output.print_line(
+        f"{prompts} prompts, sampled at temperature {settings.temperature} with the same seed: {verdict}; "
+        f"{output.duration(written.seconds)}"
+    )
+
+
+_VARIANTS = {"bf16": "BF16 (transformers)", "exact": "exact", "fused": "fused (its own order of sums)"}
 
 
 def show(report: DemoReport) -> None:

@@ -8,11 +8,14 @@ from typing import Annotated
 import typer
 
 Source = Annotated[
-    str, typer.Argument(metavar="SRC", help="Model directory, .safetensors file, or Hub model (org/name[@revision]).")
+    str,
+    typer.Argument(
+        metavar="SRC", help="Model directory, .safetensors file, or Hub model (org/name or org/name@commit)."
+    ),
 ]
 Destination = Annotated[Path, typer.Argument(metavar="DST", help="What to write; must not exist yet.")]
 Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, help="Number of threads [default: BITFORBIT_THREADS, else all CPUs].")
+    int | None, typer.Option("--threads", min=1, help="Number of threads; default: BITFORBIT_THREADS, else all CPUs.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]

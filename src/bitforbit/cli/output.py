@@ -50,11 +50,11 @@ def print_json(value: Mapping[str, Any]) -> None:
     print(json.dumps(value))
 
 
-def print_facts(title: str, facts: Iterable[tuple[str, str]]) -> None:
-    """A short table of names and values under a title."""
+def print_facts(title: str, facts: Iterable[tuple[str, str]], *, to_errors: bool = False) -> None:
+    """A short table of names and values under a title; ``to_errors`` sends it to standard error."""
     from rich.markup import escape
 
-    console = _console()
+    console = _console(to_errors)
     console.print(f"[bold]{escape(title)}[/bold]", soft_wrap=True)
     rows = list(facts)
     width = max((len(name) for name, _ in rows), default=0)
@@ -96,7 +96,7 @@ def print_line(text: str = "") -> None:
     _console().print(escape(text), soft_wrap=True)
 
 
-def _console() -> Any:
+def _console(to_errors: bool = False) -> Any:
     from rich.console import Console
 
-    return Console(highlight=False)
+    return Console(highlight=False, stderr=to_errors)

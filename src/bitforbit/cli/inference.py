@@ -1,0 +1,161 @@
+"""What the commands that generate text share: options, loading with a word of what happens, the closing figures."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bitforbit.cli import output
+from bitforbit.cli.source import resolve
+
+if TYPE_CHECKING:
+    from bitforbit.integrations.generation.directory import ModelDirectory
+    from bitforbit.integrations.generation.load import LoadedModel
+    from bitforbit.integrations.generation.shares import Shares
+    from bitforbit.integrations.generation.text import Generation
+
+
+class Mode(StrEnum):
+    """Modes of computing with compressed weights."""
+
+    exact = "exact"
+    fused = "fused"
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="DIR",
+        help="Model directory (of bitforbit, plain or DFloat11), or Hub model (org/name or org/name@commit).",
+    ),
+]
+ModeOption = Annotated[
+    Mode,
+    typer.Option("--mode", help="exact: the bits of the BF16 model. fused: products in an order of their own, faster."),
+]
+NewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", "-n", min=1, metavar="N", help="Write at most this many tokens.")
+]
+Temperature = Annotated[
+    float, typer.Option("--temperature", min=0.0, metavar="T", help="0: the most probable token; above: sampled.")
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, metavar="S", help="Seed of the sampling.")]
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", min=1, help="Number of threads; default: BITFORBIT_THREADS, else torch's choice."),
+]
+
+
+def compute_threads(threads: int | None) -> int:
+    """Set torch's number of threads: the option, else ``BITFORBIT_THREADS``, else what torch has chosen."""
+    import os
+
+    from bitforbit.cpu import default_threads
+    from bitforbit.integrations.generation.load import set_threads
+
+    if threads is None and os.environ.get("BITFORBIT_THREADS"):
+        threads = default_threads()
+    return set_threads(threads)
+
+
+def open_model(source: str, *, silent: bool) -> ModelDirectory:
+    """The directory of a source, fetched from the Hub if need be. Raises a UsageError or MissingDependencyError."""
+    from bitforbit.integrations.generation.directory import open_directory
+
+    return open_directory(resolve(source, silent=silent))
+
+
+def load_model(directory: ModelDirectory, mode: Mode, threads: int, *, silent: bool) -> LoadedModel:
+    """Load, with a spinner on a terminal meanwhile."""
+    from bitforbit.integrations.generation.load import load
+
+    doing = {"plain": "Loading and compressing", "dfloat11": "Loading and converting"}.get(directory.kind, "Loading")
+    with spinner(f"{doing} {directory.path} ...", silent=silent):
+        return load(directory, mode.value, threads=threads)
+
+
+@contextmanager
+def spinner(text: str, *, silent: bool) -> Iterator[Any]:
+    """A line with a spinner on standard error for the ``with`` block; nothing if ``silent`` or no terminal."""
+    if silent or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.markup import escape
+
+    with Console(stderr=True).status(escape(text)) as status:
+        yield status
+
+
+def write(text: str) -> None:
+    """Text as it comes, to standard output."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def figures(
+    loaded: LoadedModel, generations: Iterable[Generation], shares: Shares, peak: int | None, threads: int
+) -> dict[str, Any]:
+    """What both commands report with ``--json``. Rates are over all generations, None where not measurable."""
+    done = list(generations)
+    rated = [g for g in done if g.tokens_per_second]
+    later = sum(len(g.token_ids) - 1 for g in rated)
+    seconds = sum((len(g.token_ids) - 1) / g.tokens_per_second for g in rated if g.tokens_per_second)
+    return {
+        "model": str(loaded.directory.path),
+        "stored_as": loaded.directory.kind,
+        "mode": loaded.mode,
+        "threads": threads,
+        "prompt_tokens": sum(g.prompt_tokens for g in done),
+        "new_tokens": sum(len(g.token_ids) for g in done),
+        "load_seconds": loaded.seconds,
+        "first_token_seconds": done[0].first_token_seconds if done else None,
+        "tokens_per_second": later / seconds if seconds else None,
+        "seconds": sum(g.seconds for g in done),
+        "weight_bytes": loaded.weight_bytes,
+        "peak_bytes": peak,
+        "ran": shares.to_json(),
+    }
+
+
+def show_figures(values: dict[str, Any], shares: Shares) -> None:
+    """The figures on standard error, so that standard output holds the text alone."""
+    rate, first, peak = values["tokens_per_second"], values["first_token_seconds"], values["peak_bytes"]
+    facts = [
+        ("tokens", f"{values['new_tokens']} after a prompt of {values['prompt_tokens']}"),
+        ("speed", "-" if rate is None else f"{rate:.3g} tokens/s with {values['threads']} thread(s)"),
+        ("first token", "-" if first is None else f"after {output.duration(first)}"),
+        ("loading", output.duration(values["load_seconds"])),
+        ("memory", f"weights {output.size(values['weight_bytes'])}, process at most {_size(peak)}"),
+        ("linears", ran(shares)),
+        ("mode", _MODES[values["mode"]]),
+    ]
+    output.print_facts("", facts, to_errors=True)
+
+
+_MODES = {
+    "exact": "exact: the bits of the BF16 model",
+    "fused": "fused: the weights are exact, sums are in an order of our own",
+}
+
+
+def ran(shares: Shares) -> str:
+    """Such as ``"92.0 % fused in torch's order, 8.0 % decoded (weights: 97.1 %, 2.9 %)"``."""
+    names = {"fused_exact": "fused in torch's own order", "fused": "fused", "decoded": "decoded first"}
+    linears = {way: count for way, count in shares.linears.items() if count}
+    if not linears:
+        return "none with compressed weights"
+    total, total_bytes = sum(shares.linears.values()), sum(shares.weight_bytes.values())
+    nbytes = {way: output.percent(shares.weight_bytes[way], total_bytes) for way in linears}
+    return ", ".join(
+        f"{output.percent(count, total)} {names[way]} ({nbytes[way]} of weights)" for way, count in linears.items()
+    )
+
+
+def _size(nbytes: int | None) -> str:
+    return "unknown" if nbytes is None else output.size(nbytes)
