@@ -55,7 +55,7 @@ $(VENV)/stamp-torch: $(VENV)/stamp-venv
 	@touch $@
 
 $(VENV)/stamp-run: $(VENV)/stamp-torch pyproject.toml constraints.txt
-	$(PIP_INSTALL) '.[torch]'
+	$(PIP_INSTALL) '.[transformers]'
 	@touch $@ $(VENV)/stamp-base
 
 # The extras' stamps do not depend on the sources. They install the package too, hence stamp-base.

@@ -218,7 +218,9 @@ def test_threads_of_pytorch() -> None:
     script = """
 import os, sys, torch
 from test_linear import check_threads
+from bitforbit.cpu.threads import share_openmp_threads
 torch.ones(1 << 20).sum()
+assert share_openmp_threads()
 check_threads(4)
 child = os.fork()
 if not child:

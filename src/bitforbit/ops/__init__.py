@@ -6,8 +6,11 @@ with less overhead than the packets in ``torch.ops``.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
+from bitforbit.cpu import threads as _threads
 from bitforbit.ops import autocast as _autocast
 from bitforbit.ops import autograd as _autograd
 from bitforbit.ops import cpu_impl as _cpu_impl
@@ -20,6 +23,8 @@ _schema.define()
 _cpu_impl.register()
 _autograd.register()
 _autocast.register()
+# Our kernels run between torch's, whose idle threads spin.
+_threads.share_openmp_threads(prefer=str(Path(torch.__file__).parent))
 
 decode = torch.ops.bitforbit.decode.default
 embedding = torch.ops.bitforbit.embedding.default
