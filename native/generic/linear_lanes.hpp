@@ -1,12 +1,13 @@
 // Family `lanes` (definition: isa/scalar/linear_lanes.cpp), written once for every vector instruction set.
 //
 // Included by isa/*/linear_lanes.cpp with V, the vector interface of the codec, and L, that of the sums
-// (isa/*/lanes.hpp). Outline: with few tokens and whole tiles, groups go from the decoder's registers straight into the
-// products (L::multiply_tiles). Else a panel of some tiles is decoded to a buffer that stays in L1 and multiplied by
-// blocks of rows and tokens whose lanes stay in registers; between panels the lanes wait in memory. Plain BF16 is one
-// large panel.
+// (isa/*/lanes.hpp). Outline: with one token, groups go from the decoder's registers straight into the products
+// (L::multiply_tiles). Else a panel of some tiles is decoded to a buffer that stays in L1 and multiplied by blocks of
+// rows and tokens whose lanes stay in registers; between panels the lanes wait in memory. Decoding and products use
+// other units of the CPU: where registers suffice (L::kBeside), the next panel is decoded beside the products.
 #pragma once
 
+#include "generic/lanes_panel.hpp"
 #include "generic/planes.hpp"
 #include "isa/x86_mxcsr.hpp"
 #include "linear_block.hpp"
@@ -14,145 +15,8 @@
 namespace bitforbit {
 namespace {
 
-inline constexpr std::size_t kLanes = 16, kChunk = 32;
-inline constexpr std::size_t kPanelTiles = 8;  // 16 rows x 512 columns x 2 bytes: half of a 32 KiB L1
-
-inline constexpr std::size_t kPanelChunks = 2 * kPanelTiles;
-inline constexpr std::size_t kAhead = 16384;  // bytes of sign_mantissa that are asked for in advance
-
-inline std::size_t chunks_of(std::size_t cols) { return (cols + kChunk - 1) / kChunk; }
-
-// Packed activations: panel after panel, in each token after token, so that a panel's lie together and tokens do not
-// meet in the same sets of the cache. The last panel is as wide as its columns.
-template <class L>
-struct Inputs {
-  const std::uint8_t* at;
-  std::size_t stride;  // bytes from token to token
-
-  Inputs(const LinearProduct& p, std::size_t panel, std::size_t tile = 0) {
-    const std::size_t first = panel * kPanelChunks, left = chunks_of(p.cols) - first;
-    stride = (left < kPanelChunks ? left : kPanelChunks) * L::kInputBytes;
-    at = p.x + first * p.tokens * L::kInputBytes + tile * 2 * L::kInputBytes;
-  }
-};
-
-// Calls place(token, first column, columns, where its packed bytes go) for the stretches of one panel and token each.
-template <class L, class Place>
-inline void pack_panels(const LinearInput& in, std::uint8_t* packed, Place place) {
-  constexpr std::size_t kColumns = kPanelChunks * kChunk;
-  for (std::size_t column = 0; column < in.cols; column += kColumns) {
-    const std::size_t n = in.cols - column < kColumns ? in.cols - column : kColumns;
-    for (std::size_t t = 0; t < in.tokens; ++t) {
-      place(t, column, n, packed);
-      packed += chunks_of(n) * L::kInputBytes;
-    }
-  }
-}
-
 inline void rotate_exponents(const std::uint8_t* table, std::uint8_t* rotated) {
   for (std::size_t i = 0; i < kTableBytes; ++i) rotated[i] = static_cast<std::uint8_t>(table[i] >> 1 | table[i] << 7);
-}
-
-// Hardware prefetchers stop at the end of a page, and what a group needs lies in several. To L2, far ahead: 1.6 times
-// the speed of asking for L1 on Zen 4.
-inline void prefetch_group(const DecodeBlock& b, std::size_t g) {
-  __builtin_prefetch(b.planes[0] + 64 * g + kAhead, 0, 2);
-  if (g % 4 == 0) __builtin_prefetch(b.digits + 16 * g + kAhead / 4, 0, 2);
-}
-
-// Lanes of R rows and T tokens over some chunks, from memory (kStream: rows are asked for in advance) or from a panel.
-// weight: [R, w_stride bytes] of BF16; x as packed, tokens x_stride bytes apart; lanes: [T, 16, kLanes], of which R
-// rows are used.
-template <class L, bool kStream, int R, int T>
-inline void multiply_chunks(const std::uint8_t* weight, std::size_t w_stride, const std::uint8_t* x,
-                            std::size_t x_stride, std::size_t chunks, float* lanes) {
-  for (int part = 0; part < L::kParts; ++part) {
-    typename L::Sum sum[R][T];
-    for (int r = 0; r < R; ++r) {
-      for (int t = 0; t < T; ++t) sum[r][t] = L::load_sum(lanes + (t * kBlockRows + r) * kLanes, part);
-    }
-    for (std::size_t c = 0; c < chunks; ++c) {
-      typename L::Weights w[R];
-      for (int r = 0; r < R; ++r) {
-        const std::uint8_t* from = weight + r * w_stride + c * 2 * kChunk;
-        if constexpr (kStream) __builtin_prefetch(from + kAhead / 4, 0, 2);
-        w[r] = L::load_weights(from, part);
-      }
-      for (int t = 0; t < T; ++t) {
-        const typename L::Inputs v = L::load_inputs(x + t * x_stride + c * L::kInputBytes, part);
-        for (int r = 0; r < R; ++r) sum[r][t] = L::step(sum[r][t], w[r], v);
-      }
-    }
-    for (int r = 0; r < R; ++r) {
-      for (int t = 0; t < T; ++t) L::store_sum(lanes + (t * kBlockRows + r) * kLanes, part, sum[r][t]);
-    }
-  }
-}
-
-template <class L, bool kStream, int T>
-inline void multiply_rows(const std::uint8_t* weight, std::size_t w_stride, std::size_t rows, const std::uint8_t* x,
-                          std::size_t x_stride, std::size_t chunks, float* lanes) {
-  std::size_t r = 0;
-  for (; r + L::kRows <= rows; r += L::kRows) {
-    multiply_chunks<L, kStream, L::kRows, T>(weight + r * w_stride, w_stride, x, x_stride, chunks, lanes + r * kLanes);
-  }
-  for (; r < rows; ++r) {
-    multiply_chunks<L, kStream, 1, T>(weight + r * w_stride, w_stride, x, x_stride, chunks, lanes + r * kLanes);
-  }
-}
-
-// Tokens outermost: a panel and the activations of a few tokens fit L1 together.
-template <class L, bool kStream>
-inline void multiply_panel(const std::uint8_t* weight, std::size_t w_stride, std::size_t rows, Inputs<L> x,
-                           std::size_t tokens, std::size_t chunks, float* lanes) {
-  const auto multiply = [&]<int T>() {
-    multiply_rows<L, kStream, T>(weight, w_stride, rows, x.at, x.stride, chunks, lanes);
-  };
-  while (tokens) {
-    // As equal as possible: 7 tokens are 4 + 3, not 6 + 1.
-    const std::size_t parts = (tokens + L::kMostTokens - 1) / L::kMostTokens, n = (tokens + parts - 1) / parts;
-    if (n == 1) {
-      multiply.template operator()<1>();
-    } else if (n == 2) {
-      multiply.template operator()<2>();
-    } else if (n == 3) {
-      multiply.template operator()<3>();
-    } else if (n == 4) {
-      multiply.template operator()<4>();
-    } else if (n == 5) {
-      if constexpr (L::kMostTokens >= 5) multiply.template operator()<5>();
-    } else {
-      if constexpr (L::kMostTokens >= 6) multiply.template operator()<6>();
-    }
-    tokens -= n, x.at += n * x.stride, lanes += n * kBlockRows * kLanes;
-  }
-}
-
-template <class L>
-std::size_t packed_bytes(std::size_t tokens, std::size_t cols, bool) {
-  return tokens * chunks_of(cols) * L::kInputBytes;
-}
-
-// Lanes of all tokens, then a panel.
-inline std::size_t lanes_bytes(std::size_t tokens) { return tokens * kBlockRows * kLanes * sizeof(float); }
-inline std::size_t scratch_bytes(std::size_t tokens, std::size_t) {
-  return lanes_bytes(tokens) + kBlockRows * kPanelTiles * 2 * kGroup;
-}
-
-template <class L>
-void write_sums(const LinearProduct& p, const float* lanes, std::size_t rows, float* sums) {
-  for (std::size_t t = 0; t < p.tokens; ++t) {
-    for (std::size_t r = 0; r < rows; ++r) {
-      sums[t * p.sums_stride + r] = L::add_lanes(lanes + (t * kBlockRows + r) * kLanes);
-    }
-  }
-}
-
-// The tail of the next block follows on this one's; a tile uses about 90 bytes.
-inline void prefetch_next_tail(const DecodeBlock& b, std::size_t tile) {
-  const std::size_t bytes = (b.n2 + 63) / 64 * 16 + (b.n3 + 63) / 64 * 16 + b.n4;
-  __builtin_prefetch(b.level2 + bytes + 128 * tile, 0, 2);
-  __builtin_prefetch(b.level2 + bytes + 128 * tile + 64, 0, 2);
 }
 
 // Expands a block's tail, exponents rotated right by one bit: bits [7] and [6:0] then stand where the two bytes of a
@@ -171,57 +35,169 @@ bool expand_tail(const DecodeBlock& b) {
   return decode_level<V>(b.level2, b.n2, V::make_table(rotated + 3), b.exponents3, b.n3, b.exponents2) == b.n3;
 }
 
+// The groups of a block in order.
+template <class V, class L>
+struct Groups {
+  typename V::Table table;
+  const std::uint8_t *digits, *sign_mantissa, *exponents2;
+  const std::uint8_t* next_tail;  // that of the next block follows on this one's
+  std::size_t used = 0, n2;
+
+  explicit Groups(const DecodeBlock& b) : digits(b.digits), sign_mantissa(b.planes[0]), exponents2(b.exponents2) {
+    std::uint8_t rotated[kTableBytes];
+    rotate_exponents(b.table, rotated);
+    table = V::make_table(rotated);
+    n2 = b.n2;
+    next_tail = b.level2 + (b.n2 + 63) / 64 * 16 + (b.n3 + 63) / 64 * 16 + b.n4;
+  }
+
+  // Asked before every tile, this bounds the reads of exponents2: at most a tile past n2, within its slack.
+  bool ran_out() const { return used > n2; }
+
+  // Group `ahead` from here; advance() then passes several. Hardware prefetchers stop at the end of a page, and what a
+  // group needs lies in several. To L2, far ahead: 1.6 times the speed of asking for L1 on Zen 4.
+  auto group(std::size_t ahead = 0) {
+    __builtin_prefetch(sign_mantissa + 64 * ahead + kAhead, 0, 2);
+    if (ahead % 4 == 0) __builtin_prefetch(digits + 16 * ahead + kAhead / 4, 0, 2);
+    return L::join(V::exponents(table, digits + 16 * ahead, exponents2, used), sign_mantissa + 64 * ahead);
+  }
+  void advance(std::size_t groups) { digits += 16 * groups, sign_mantissa += 64 * groups; }
+  void prefetch_next_tail() {  // once per tile, which uses about 90 bytes
+    __builtin_prefetch(next_tail, 0, 2);
+    __builtin_prefetch(next_tail + 64, 0, 2);
+    next_tail += 128;
+  }
+};
+
+// Decodes the next panel beside the products of the last one: N groups after every tile.
+template <class V, class L, int N>
+struct Decoding : Nothing {
+  Groups<V, L> groups;
+  std::uint8_t* out;
+  std::size_t left;  // groups, a multiple of N and of 16
+
+  void after_tile() {
+    if (!left) return;
+    if (groups.ran_out()) {
+      left = 0;
+      return;
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) groups.group(static_cast<std::size_t>(i)).store(out + i * kTileRowBytes);
+    groups.advance(N);
+    out += N * kTileRowBytes;
+    left -= N;
+    if (left % kBlockRows == 0) groups.prefetch_next_tail();
+  }
+};
+
+// Lanes of all tokens, then two panels.
+inline constexpr std::size_t kPanelBytes = kBlockRows * kPanelTiles * kTileRowBytes;
+inline std::size_t lanes_bytes(std::size_t tokens) { return tokens * kBlockRows * kLanes * sizeof(float); }
+inline std::size_t scratch_bytes(std::size_t tokens, std::size_t) { return lanes_bytes(tokens) + 2 * kPanelBytes; }
+
+template <class L>
+void write_sums(const LinearProduct& p, const float* lanes, std::size_t rows, float* sums) {
+  for (std::size_t t = 0; t < p.tokens; ++t) {
+    for (std::size_t r = 0; r < rows; ++r) {
+      sums[t * p.sums_stride + r] = L::add_lanes(lanes + (t * kBlockRows + r) * kLanes);
+    }
+  }
+}
+
+inline std::size_t panel_tiles(std::size_t tile, std::size_t tiles) {
+  return tiles - tile < kPanelTiles ? tiles - tile : kPanelTiles;
+}
+
+// Whole tiles, a panel at a time.
+template <class V, class L>
+bool multiply_panels(const LinearProduct& p, Groups<V, L>& groups, std::size_t rows, std::size_t tiles,
+                     std::uint8_t* panel, float* lanes) {
+  for (std::size_t tile = 0; tile < tiles; tile += kPanelTiles) {
+    const std::size_t n = panel_tiles(tile, tiles);
+    std::uint8_t* out = panel;
+    for (std::size_t i = 0; i < n; ++i) {
+      if (groups.ran_out()) return false;
+      groups.prefetch_next_tail();
+      for (std::size_t row = 0; row < rows; ++row, out += kTileRowBytes) {
+        groups.group(0).store(out);
+        groups.advance(1);
+      }
+    }
+    Nothing nothing;
+    multiply_panel<L>({panel, kTileRowBytes, rows * kTileRowBytes}, rows, Inputs<L>(p, tile), p.tokens, 2 * n, lanes,
+                      nothing);
+  }
+  return true;
+}
+
+// The same, blocks of 16 rows, each panel decoded beside the products of the one before.
+template <class V, class L, int N>
+bool multiply_beside(const LinearProduct& p, Groups<V, L>& groups, std::size_t tiles, std::uint8_t* panels,
+                     float* lanes) {
+  Decoding<V, L, N> decoding{{}, groups, panels, panel_tiles(0, tiles) * kBlockRows};
+  while (decoding.left) decoding.after_tile();
+  for (std::size_t tile = 0; tile < tiles; tile += kPanelTiles) {
+    const std::uint8_t* panel = panels + tile / kPanelTiles % 2 * kPanelBytes;
+    const std::size_t n = panel_tiles(tile, tiles);
+    if (tile + n < tiles) {
+      decoding.out = panels + (tile / kPanelTiles + 1) % 2 * kPanelBytes;
+      decoding.left = panel_tiles(tile + n, tiles) * kBlockRows;
+    }
+    multiply_panel<L>({panel, kTileRowBytes, kBlockRows * kTileRowBytes}, kBlockRows, Inputs<L>(p, tile), p.tokens,
+                      2 * n, lanes, decoding);
+    while (decoding.left) decoding.after_tile();
+  }
+  groups = decoding.groups;
+  return !groups.ran_out();
+}
+
+template <class V, class L>
+bool multiply_tiles(const LinearProduct& p, Groups<V, L>& groups, std::size_t rows, std::size_t tiles,
+                    std::uint8_t* panels, float* lanes) {
+  if constexpr (L::kDirect) {
+    if (rows == kBlockRows && p.tokens == 1) return L::multiply_tiles(groups, tiles, p.x, lanes);
+  }
+  __builtin_memset(lanes, 0, lanes_bytes(p.tokens));
+  if constexpr (L::kBeside) {
+    if (rows == kBlockRows) {
+      // A panel's products take 4 * ceil(tokens / 4) passes, after each of whose tiles N groups are decoded.
+      const std::size_t passes = (p.tokens + kTokensAtOnce - 1) / kTokensAtOnce;
+      if (passes == 1) return multiply_beside<V, L, 4>(p, groups, tiles, panels, lanes);
+      if (passes < 4) return multiply_beside<V, L, 2>(p, groups, tiles, panels, lanes);
+      return multiply_beside<V, L, 1>(p, groups, tiles, panels, lanes);
+    }
+  }
+  return multiply_panels(p, groups, rows, tiles, panels, lanes);
+}
+
 template <class V, class L>
 bool multiply(const LinearProduct& p, const DecodeBlock* blocks, std::size_t) {
   const FlushDenormals flushing;
   const DecodeBlock& b = blocks[0];
   if (!expand_tail<V>(b)) return false;
-  std::uint8_t rotated[kTableBytes];
-  rotate_exponents(b.table, rotated);
-  const auto table = V::make_table(rotated);
-
   float* lanes = reinterpret_cast<float*>(p.scratch);
   std::uint8_t* panel = p.scratch + lanes_bytes(p.tokens);
   const std::size_t tiles = b.cols / kGroup;
-  std::size_t used = 0, g = 0, tile = 0;
-  if (p.tokens == 1 && b.rows == kBlockRows && L::kDirect) {
-    used = L::multiply_tiles(table, b, tiles, p.x, lanes);
-    if (used > b.n2) return false;
-    g = tiles * kBlockRows, tile = tiles;
-  } else {
-    __builtin_memset(lanes, 0, lanes_bytes(p.tokens));
-  }
-  const auto decode_group = [&](std::uint8_t* out) {
-    prefetch_group(b, g);
-    L::join(V::exponents(table, b.digits + 16 * g, b.exponents2, used), b.planes[0] + 64 * g).store(out);
-    ++g;
-  };
-  while (tile < tiles) {
-    const std::size_t n = tiles - tile < kPanelTiles ? tiles - tile : kPanelTiles;
-    for (std::size_t i = 0; i < n; ++i) {
-      if (used > b.n2) return false;  // bounds the reads of exponents2: at most a tile past n2, within its slack
-      prefetch_next_tail(b, tile + i);
-      for (std::size_t row = 0; row < b.rows; ++row) decode_group(panel + (row * kPanelTiles + i) * 2 * kGroup);
-    }
-    multiply_panel<L, false>(panel, kPanelTiles * 2 * kGroup, b.rows, Inputs<L>(p, tile / kPanelTiles), p.tokens, 2 * n,
-                             lanes);
-    tile += n;
-  }
+  Groups<V, L> groups(b);
+  if (!multiply_tiles(p, groups, b.rows, tiles, panel, lanes)) return false;
   if (const std::size_t rest = b.cols % kGroup) {
-    __builtin_memset(panel, 0, kBlockRows * 2 * kGroup);
+    __builtin_memset(panel, 0, kBlockRows * kTileRowBytes);
     const Edge edge{rest, b.rows * rest, 0, 2};
     for (std::size_t first = 0; first < edge.run; first += kGroup) {
-      if (used > b.n2) return false;
-      alignas(64) std::uint8_t buffer[2 * kGroup];
-      decode_group(buffer);
+      if (groups.ran_out()) return false;
+      alignas(64) std::uint8_t buffer[kTileRowBytes];
+      groups.group(0).store(buffer);
+      groups.advance(1);
       edge.each(first, [&](std::size_t row, std::size_t at, std::size_t from, std::size_t n) {
-        __builtin_memcpy(panel + row * 2 * kGroup + at, buffer + from, n);
+        __builtin_memcpy(panel + row * kTileRowBytes + at, buffer + from, n);
       });
     }
-    multiply_panel<L, false>(panel, 2 * kGroup, b.rows, Inputs<L>(p, tiles / kPanelTiles, tiles % kPanelTiles),
-                             p.tokens, chunks_of(rest), lanes);
+    Nothing nothing;
+    multiply_panel<L>({panel, kTileRowBytes, 0}, b.rows, Inputs<L>(p, tiles), p.tokens, chunks_of(rest), lanes,
+                      nothing);
   }
-  if (used != b.n2) return false;
+  if (groups.used != b.n2) return false;
   write_sums<L>(p, lanes, b.rows, p.sums);
   return true;
 }
@@ -232,21 +208,21 @@ void multiply_dense(const LinearProduct& p, const std::uint8_t* weight, std::siz
   float* lanes = reinterpret_cast<float*>(p.scratch);
   std::uint8_t* panel = p.scratch + lanes_bytes(p.tokens);
   __builtin_memset(lanes, 0, lanes_bytes(p.tokens));
-  const std::size_t stride = 2 * p.cols, whole = p.cols / kChunk, rest = p.cols % kChunk;
-  const std::size_t step = p.tokens == 1 ? whole : kPanelChunks;  // one token's panels lie together
-  for (std::size_t chunk = 0; chunk < whole; chunk += step) {
-    const std::size_t n = whole - chunk < step ? whole - chunk : step;
-    multiply_panel<L, true>(weight + chunk * 2 * kChunk, stride, rows, Inputs<L>(p, chunk / kPanelChunks), p.tokens, n,
-                            lanes);
+  const std::size_t stride = 2 * p.cols, tiles = p.cols / kGroup, rest = p.cols % kGroup;
+  const std::size_t step = p.tokens == 1 ? tiles : kPanelTiles;  // one token's panels lie together
+  Stream stream;
+  for (std::size_t tile = 0; tile < tiles; tile += step) {
+    const std::size_t n = tiles - tile < step ? tiles - tile : step;
+    multiply_panel<L>({weight + tile * kTileRowBytes, stride, kTileRowBytes}, rows, Inputs<L>(p, tile), p.tokens, 2 * n,
+                      lanes, stream);
   }
   if (rest) {
-    __builtin_memset(panel, 0, kBlockRows * 2 * kChunk);
+    __builtin_memset(panel, 0, kBlockRows * kTileRowBytes);
     for (std::size_t r = 0; r < rows; ++r) {
-      __builtin_memcpy(panel + r * 2 * kChunk, weight + r * stride + whole * 2 * kChunk, 2 * rest);
+      __builtin_memcpy(panel + r * kTileRowBytes, weight + r * stride + tiles * kTileRowBytes, 2 * rest);
     }
-    Inputs<L> x(p, whole / kPanelChunks);
-    x.at += whole % kPanelChunks * L::kInputBytes;
-    multiply_panel<L, false>(panel, 2 * kChunk, rows, x, p.tokens, 1, lanes);
+    Nothing nothing;
+    multiply_panel<L>({panel, kTileRowBytes, 0}, rows, Inputs<L>(p, tiles), p.tokens, chunks_of(rest), lanes, nothing);
   }
   write_sums<L>(p, lanes, rows, p.sums);
 }

@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "generic/linear_lanes.hpp"
+#include "generic/lanes_panel.hpp"
 
 namespace bitforbit {
 namespace {

@@ -9,8 +9,8 @@ namespace {
 
 struct Lanes256 {
   static constexpr int kParts = 2;
-  static constexpr bool kDirect = false;
-  static constexpr std::size_t kInputBytes = 128, kMostTokens = 4, kRows = 2;
+  static constexpr std::size_t kInputBytes = 128, kRows = 2;
+  static constexpr bool kDirect = false, kBeside = false;
   using Sum = __m256;
   struct Weights {
     __m256 odd, even;
@@ -52,7 +52,6 @@ struct Lanes256 {
     return {{_mm256_xor_si256(sm.a, a), _mm256_xor_si256(sm.b, b)},
             {_mm256_xor_si256(e.a, a), _mm256_xor_si256(e.b, b)}};
   }
-  static std::size_t multiply_tiles(__m256i, const DecodeBlock&, std::size_t, const std::uint8_t*, float*) { return 0; }
 };
 
 }  // namespace

@@ -44,43 +44,40 @@ struct Lanes512 : S {
   }
 
   // Rows kRow to 15 of a tile. A recursion, as compilers keep arrays in registers only if the indices are constants.
-  template <std::size_t kRow>
-  static inline __attribute__((always_inline)) void multiply_rows(typename V::Table table, const DecodeBlock& b,
-                                                                  std::size_t g, std::size_t& used,
-                                                                  typename S::Inputs v0, typename S::Inputs v1,
-                                                                  Sum* sum) {
+  template <std::size_t kRow, class Groups>
+  static inline __attribute__((always_inline)) void multiply_rows(Groups& groups, typename S::Inputs v0,
+                                                                  typename S::Inputs v1, Sum* sum) {
     if constexpr (kRow < kBlockRows) {
-      prefetch_group(b, g + kRow);
-      const Group512 w =
-          join(V::exponents(table, b.digits + 16 * (g + kRow), b.exponents2, used), b.planes[0] + 64 * (g + kRow));
+      const Group512 w = groups.group(kRow);
       sum[kRow] = S::step(sum[kRow], S::weights(w.w0), v0);
       sum[kRow] = S::step(sum[kRow], S::weights(w.w1), v1);
-      multiply_rows<kRow + 1>(table, b, g, used, v0, v1, sum);
+      multiply_rows<kRow + 1>(groups, v0, v1, sum);
     }
   }
 
-  // One token, tiles of 16 rows: a register per row. Returns the exponents used, more than n2 if they ran out.
-  static inline std::size_t multiply_tiles(typename V::Table table, const DecodeBlock& block, std::size_t tiles,
-                                           const std::uint8_t* x, float* lanes) {
-    const DecodeBlock b = block;
-    std::size_t used = 0;
+  // One token, tiles of 16 rows: a register per row. False: the exponents ran out.
+  template <class Groups>
+  static inline bool multiply_tiles(Groups& all, std::size_t tiles, const std::uint8_t* x, float* lanes) {
+    Groups groups = all;  // in registers
     Sum sum[kBlockRows];
 #pragma GCC unroll 16
     for (std::size_t row = 0; row < kBlockRows; ++row) sum[row] = _mm512_setzero_ps();
-    for (std::size_t tile = 0; tile < tiles && used <= b.n2; ++tile, x += 2 * S::kInputBytes) {
-      prefetch_next_tail(b, tile);
-      multiply_rows<0>(table, b, tile * kBlockRows, used, S::load_inputs(x, 0), S::load_inputs(x + S::kInputBytes, 0),
-                       sum);
+    for (std::size_t tile = 0; tile < tiles && !groups.ran_out(); ++tile, x += 2 * S::kInputBytes) {
+      groups.prefetch_next_tail();
+      multiply_rows<0>(groups, S::load_inputs(x, 0), S::load_inputs(x + S::kInputBytes, 0), sum);
+      groups.advance(kBlockRows);
     }
 #pragma GCC unroll 16
     for (std::size_t row = 0; row < kBlockRows; ++row) _mm512_storeu_ps(lanes + row * kLanes, sum[row]);
-    return used;
+    all = groups;
+    return !groups.ran_out();
   }
 };
 
 // FMA on FP32: per chunk 16 odd, then 16 even columns of the activations.
 struct FmaSums512 {
-  static constexpr std::size_t kInputBytes = 128, kMostTokens = 4, kRows = 4;
+  static constexpr std::size_t kInputBytes = 128, kRows = 4;
+  static constexpr bool kBeside = true;
   struct Weights {
     __m512 odd, even;
   };

@@ -5,5 +5,13 @@
 #include "isa/avx512/vector.hpp"
 
 namespace bitforbit {
-const LinearOps kLanesAvx512 = lanes_ops<Avx512, Lanes512<Avx512, FmaSums512>>("avx512", true, true);
-}
+namespace {
+
+struct Sums : FmaSums512 {
+  static constexpr bool kBeside = false;  // expanding digits takes too many registers here
+};
+
+}  // namespace
+
+const LinearOps kLanesAvx512 = lanes_ops<Avx512, Lanes512<Avx512, Sums>>("avx512", true, true);
+}  // namespace bitforbit

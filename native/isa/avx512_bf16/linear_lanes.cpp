@@ -8,7 +8,8 @@ namespace bitforbit {
 namespace {
 
 struct Bf16Sums {
-  static constexpr std::size_t kInputBytes = 64, kMostTokens = 6, kRows = 4;
+  static constexpr std::size_t kInputBytes = 64, kRows = 4;
+  static constexpr bool kBeside = true;
   using Weights = __m512i;
   using Inputs = __m512i;
 
