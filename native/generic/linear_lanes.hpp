@@ -173,7 +173,7 @@ bool expand_tail(const DecodeBlock& b) {
 
 template <class V, class L>
 bool multiply(const LinearProduct& p, const DecodeBlock* blocks, std::size_t) {
-  const FlushDenormals flushing;
+  const typename L::Flush flushing;
   const DecodeBlock& b = blocks[0];
   if (!expand_tail<V>(b)) return false;
   std::uint8_t rotated[kTableBytes];
@@ -228,7 +228,7 @@ bool multiply(const LinearProduct& p, const DecodeBlock* blocks, std::size_t) {
 
 template <class L>
 void multiply_dense(const LinearProduct& p, const std::uint8_t* weight, std::size_t rows) {
-  const FlushDenormals flushing;
+  const typename L::Flush flushing;
   float* lanes = reinterpret_cast<float*>(p.scratch);
   std::uint8_t* panel = p.scratch + lanes_bytes(p.tokens);
   __builtin_memset(lanes, 0, lanes_bytes(p.tokens));
@@ -252,8 +252,8 @@ void multiply_dense(const LinearProduct& p, const std::uint8_t* weight, std::siz
 }
 
 template <class V, class L>
-constexpr LinearOps lanes_ops(const char* isa, bool bf16, bool f32) {
-  return {"lanes",          isa, nullptr, bf16, f32, false, 1, packed_bytes<L>, L::pack, scratch_bytes, multiply<V, L>,
+constexpr LinearOps lanes_ops(const char* isa, bool bf16, bool f32, const char* family = "lanes") {
+  return {family,           isa, nullptr, bf16, f32, false, 1, packed_bytes<L>, L::pack, scratch_bytes, multiply<V, L>,
           multiply_dense<L>};
 }
 
