@@ -51,16 +51,24 @@ struct LinearOps {
 };
 
 extern const LinearOps kLanesScalar;
+extern const LinearOps kPairwiseScalar;
 extern const LinearOps kVdpbf16Scalar;
+extern const LinearOps kEmulatedScalar;
 extern const LinearOps kTdpbf16Scalar;
 #if BITFORBIT_X86
 extern const LinearOps kLanesAvx2;
 extern const LinearOps kLanesAvx512;
 extern const LinearOps kLanesAvx512Vbmi2;
 extern const LinearOps kLanesAvx512Bf16;
+extern const LinearOps kPairwiseAvx512;
+extern const LinearOps kPairwiseAvx512Vbmi2;
 extern const LinearOps kVdpbf16Avx2;
 extern const LinearOps kVdpbf16Avx512;
+extern const LinearOps kVdpbf16Avx512Vbmi2;
 extern const LinearOps kVdpbf16Avx512Bf16;
+extern const LinearOps kEmulatedAvx2;
+extern const LinearOps kEmulatedAvx512;
+extern const LinearOps kEmulatedAvx512Vbmi2;
 extern const LinearOps kTdpbf16Amx;
 #endif
 

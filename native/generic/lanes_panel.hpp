@@ -108,14 +108,14 @@ inline void multiply_rows(Rows w, std::size_t rows, Inputs<L> x, std::size_t chu
 }
 
 // Any number of tokens, four at a time. Tokens outermost: a panel and the activations of four tokens fit L1.
-inline constexpr std::size_t kTokensAtOnce = 4;
+inline constexpr std::size_t kPanelTokens = 4;
 
 template <class L, class Beside>
 inline void multiply_panel(Rows w, std::size_t rows, Inputs<L> x, std::size_t tokens, std::size_t chunks, float* lanes,
                            Beside& beside) {
-  for (; tokens >= kTokensAtOnce; tokens -= kTokensAtOnce) {
-    multiply_rows<L, kTokensAtOnce>(w, rows, x, chunks, lanes, beside);
-    x.at += kTokensAtOnce * x.stride, lanes += kTokensAtOnce * kBlockRows * kLanes;
+  for (; tokens >= kPanelTokens; tokens -= kPanelTokens) {
+    multiply_rows<L, kPanelTokens>(w, rows, x, chunks, lanes, beside);
+    x.at += kPanelTokens * x.stride, lanes += kPanelTokens * kBlockRows * kLanes;
   }
   if (tokens == 3) multiply_rows<L, 3>(w, rows, x, chunks, lanes, beside);
   if (tokens == 2) multiply_rows<L, 2>(w, rows, x, chunks, lanes, beside);

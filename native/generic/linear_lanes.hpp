@@ -162,7 +162,7 @@ bool multiply_tiles(const LinearProduct& p, Groups<V, L>& groups, std::size_t ro
   if constexpr (L::kBeside) {
     if (rows == kBlockRows) {
       // A panel's products take 4 * ceil(tokens / 4) passes, after each of whose tiles N groups are decoded.
-      const std::size_t passes = (p.tokens + kTokensAtOnce - 1) / kTokensAtOnce;
+      const std::size_t passes = (p.tokens + kPanelTokens - 1) / kPanelTokens;
       if (passes == 1) return multiply_beside<V, L, 4>(p, groups, tiles, panels, lanes);
       if (passes < 4) return multiply_beside<V, L, 2>(p, groups, tiles, panels, lanes);
       return multiply_beside<V, L, 1>(p, groups, tiles, panels, lanes);
@@ -173,7 +173,7 @@ bool multiply_tiles(const LinearProduct& p, Groups<V, L>& groups, std::size_t ro
 
 template <class V, class L>
 bool multiply(const LinearProduct& p, const DecodeBlock* blocks, std::size_t) {
-  const FlushDenormals flushing;
+  const typename L::Flush flushing;
   const DecodeBlock& b = blocks[0];
   if (!expand_tail<V>(b)) return false;
   float* lanes = reinterpret_cast<float*>(p.scratch);
@@ -204,7 +204,7 @@ bool multiply(const LinearProduct& p, const DecodeBlock* blocks, std::size_t) {
 
 template <class L>
 void multiply_dense(const LinearProduct& p, const std::uint8_t* weight, std::size_t rows) {
-  const FlushDenormals flushing;
+  const typename L::Flush flushing;
   float* lanes = reinterpret_cast<float*>(p.scratch);
   std::uint8_t* panel = p.scratch + lanes_bytes(p.tokens);
   __builtin_memset(lanes, 0, lanes_bytes(p.tokens));
@@ -228,8 +228,8 @@ void multiply_dense(const LinearProduct& p, const std::uint8_t* weight, std::siz
 }
 
 template <class V, class L>
-constexpr LinearOps lanes_ops(const char* isa, bool bf16, bool f32) {
-  return {"lanes",          isa, nullptr, bf16, f32, false, 1, packed_bytes<L>, L::pack, scratch_bytes, multiply<V, L>,
+constexpr LinearOps lanes_ops(const char* isa, bool bf16, bool f32, const char* family = "lanes") {
+  return {family,           isa, nullptr, bf16, f32, false, 1, packed_bytes<L>, L::pack, scratch_bytes, multiply<V, L>,
           multiply_dense<L>};
 }
 

@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "generic/planes.hpp"
 #include "linear_block.hpp"
 
 namespace bitforbit {
@@ -50,10 +51,21 @@ inline std::size_t pairs_per_sum(const LinearProduct& p) {
   return wanted && wanted < all ? wanted : all;
 }
 
-// In place of a Flush or Keep where `step` flushes denormals whatever the mode.
+// In place of a Flush or Keep where the mode does not matter, or is as it should be.
 struct NoScope {
   NoScope() {}
 };
+
+template <bool kScope, class Scope>
+struct EitherScope {
+  using Type = Scope;
+};
+template <class Scope>
+struct EitherScope<false, Scope> {
+  using Type = NoScope;
+};
+template <bool kScope, class Scope>
+using Either = typename EitherScope<kScope, Scope>::Type;
 
 // The sums of T tokens: of the K block under way, and of the blocks before it.
 template <class P, int T>
@@ -169,6 +181,36 @@ void ordered_multiply_dense(const LinearProduct& p, const std::uint8_t* weight, 
 }
 
 inline std::size_t ordered_scratch_bytes(std::size_t, std::size_t cols) { return kBlockRows * cols * 2; }
+
+// A block decoded to rows by V, then multiplied like plain BF16.
+template <class V, class P>
+bool multiply_decoded(const LinearProduct& p, const DecodeBlock* blocks, std::size_t) {
+  DecodeBlock b = blocks[0];
+  b.out = p.scratch, b.out_stride = 2 * b.cols;
+  if (!decode_tiles<V, Kind::kBF16, false>(b)) return false;
+  ordered_multiply_dense<P>(p, p.scratch, b.rows);
+  return true;
+}
+
+template <class P>
+constexpr LinearOps ordered_ops(const char* family, const char* isa, bool vcvtneps2bf16,
+                                bool (*multiply)(const LinearProduct&, const DecodeBlock*, std::size_t),
+                                bool (*usable)() = nullptr) {
+  return {
+      .family = family,
+      .isa = isa,
+      .usable = usable,
+      .bf16 = true,
+      .f32 = false,
+      .vcvtneps2bf16 = vcvtneps2bf16,
+      .blocks_at_once = 1,
+      .packed_bytes = ordered_packed_bytes,
+      .pack = ordered_pack,
+      .scratch_bytes = ordered_scratch_bytes,
+      .multiply = multiply,
+      .multiply_dense = ordered_multiply_dense<P>,
+  };
+}
 
 }  // namespace
 }  // namespace bitforbit

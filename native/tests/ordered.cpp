@@ -17,7 +17,8 @@ struct Implementations {
 };
 
 std::vector<Implementations> all_families() {
-  std::vector<Implementations> families{{&kVdpbf16Scalar, {}}, {&kTdpbf16Scalar, {}}};
+  std::vector<Implementations> families{
+      {&kVdpbf16Scalar, {}}, {&kTdpbf16Scalar, {}}, {&kEmulatedScalar, {}}, {&kPairwiseScalar, {}}};
   for (Implementations& family : families) {
     for (const LinearOps* ops : linear_implementations()) {
       const bool same = std::string_view(ops->family) == family.portable->family && ops != family.portable;

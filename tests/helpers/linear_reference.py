@@ -48,6 +48,20 @@ def fma(a: F32, b: F32, c: F32) -> F32:
         return np.where(tiny, np.copysign(np.float32(0), total.astype(np.float32)), total.astype(np.float32))
 
 
+def fma_kept(a: F32, b: F32, c: F32) -> F32:
+    """a * b + c rounded once to nearest even; denormals count. a and b are BF16 values."""
+    with np.errstate(all="ignore"):
+        product = a.astype(np.float64) * b  # exact
+        addend = c.astype(np.float64)
+        total = np.asarray(product + addend)
+        other = total - product
+        lost = (product - (total - other)) + (addend - other)
+        words = total.view(np.int64)
+        step = np.where((lost > 0) == (total > 0), 1, -1)
+        inexact = np.isfinite(total) & (lost != 0) & (words & 1 == 0)
+        return np.where(inexact, words + step, words).view(np.float64).astype(np.float32)
+
+
 def add(a: F32, b: F32) -> F32:
     return fma(np.ones_like(a), a, b)
 
@@ -64,6 +78,23 @@ def lanes(weight: U16, x: F32) -> F32:
             lane = fma(*np.broadcast_arrays(w[:, :, chunk, :, k], v[:, :, chunk, :, k]), lane)
     for n in (8, 4, 2, 1):
         lane = add(lane[..., :n], lane[..., n : 2 * n])
+    return lane[..., 0]
+
+
+def lanes_pairwise(weight: U16, x: F32, k_block: int = 0) -> F32:
+    """Sums [tokens, rows] in the order of family ``lanes_pairwise``."""
+    rows, cols = weight.shape
+    padding = ((0, 0), (0, -cols % 32))
+    w = np.pad(from_bf16(weight), padding).reshape(1, rows, -1, 16, 2)
+    v = np.pad(x, padding).reshape(len(x), 1, -1, 16, 2)
+    lane = np.zeros((len(x), rows, 16), np.float32)
+    for chunk in range(w.shape[2]):
+        for k in (1, 0):
+            lane = fma_kept(*np.broadcast_arrays(w[:, :, chunk, :, k], v[:, :, chunk, :, k]), lane)
+    with np.errstate(all="ignore"):
+        lane = lane[..., :8] + lane[..., 8:]
+        for _ in range(3):
+            lane = lane[..., 0::2] + lane[..., 1::2]
     return lane[..., 0]
 
 
@@ -86,7 +117,7 @@ def in_blocks(weight: U16, x: F32, k_block: int, unit: int, add_columns: Callabl
     return total
 
 
-def vdpbf16(weight: U16, x: F32, k_block: int) -> F32:
+def vdpbf16(weight: U16, x: F32, k_block: int, fma: Callable[[F32, F32, F32], F32] = fma) -> F32:
     """Sums [tokens, rows] in the order of family ``vdpbf16``."""
 
     def pair(acc: F32, w: F32, v: F32) -> F32:
@@ -95,6 +126,11 @@ def vdpbf16(weight: U16, x: F32, k_block: int) -> F32:
         return acc
 
     return in_blocks(weight, x, k_block, 2, pair)
+
+
+def vdpbf16_emulated(weight: U16, x: F32, k_block: int) -> F32:
+    """Sums [tokens, rows] in the order of family ``vdpbf16_emulated``."""
+    return vdpbf16(weight, x, k_block, fma_kept)
 
 
 def tdpbf16(weight: U16, x: F32, k_block: int) -> F32:
@@ -109,7 +145,13 @@ def tdpbf16(weight: U16, x: F32, k_block: int) -> F32:
     return in_blocks(weight, x, k_block, 32, step)
 
 
-REFERENCES = {"lanes": lambda weight, x, k_block: lanes(weight, x), "vdpbf16": vdpbf16, "tdpbf16": tdpbf16}
+REFERENCES = {
+    "lanes": lambda weight, x, k_block: lanes(weight, x),
+    "lanes_pairwise": lanes_pairwise,
+    "vdpbf16": vdpbf16,
+    "vdpbf16_emulated": vdpbf16_emulated,
+    "tdpbf16": tdpbf16,
+}
 """Family -> function of (weight, x, k_block)."""
 
 

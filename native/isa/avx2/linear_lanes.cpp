@@ -33,6 +33,8 @@ struct Lanes256 {
   }
   static void pack(const LinearInput& in, std::uint8_t* packed) { pack_odd_even<Lanes256>(in, packed); }
 
+  using Flush = FlushDenormals;
+
   static float add_lanes(const float* lanes) {  // l and l + 8, then 4, 2, 1
     const __m256 a = _mm256_add_ps(_mm256_loadu_ps(lanes), _mm256_loadu_ps(lanes + 8));
     const __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));

@@ -1,4 +1,4 @@
-// Family `vdpbf16` with AVX2 and FMA, denormals flushed by MXCSR.
+// Families `vdpbf16` and `vdpbf16_emulated` with AVX2 and FMA.
 #include "generic/ordered.hpp"
 
 #include "generic/planes.hpp"
@@ -8,12 +8,14 @@
 namespace bitforbit {
 namespace {
 
+// kFlush: denormals are zeros, as for VDPBF16PS.
+template <bool kFlush>
 struct FmaAvx2 {
   struct Lanes {
     __m256 low, high;
   };
-  using Flush = FlushDenormals;
-  using Keep = KeepDenormals;
+  using Flush = Either<kFlush, FlushDenormals>;
+  using Keep = Either<kFlush, KeepDenormals>;
 
   static void fence(Lanes& a) { asm volatile("" : "+x"(a.low), "+x"(a.high)); }
   static Lanes zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
@@ -44,30 +46,12 @@ struct FmaAvx2 {
   }
 };
 
-bool multiply(const LinearProduct& p, const DecodeBlock* blocks, std::size_t) {
-  DecodeBlock b = blocks[0];
-  b.out = p.scratch, b.out_stride = 2 * b.cols;
-  if (!decode_tiles<Avx2, Kind::kBF16, false>(b)) return false;
-  ordered_multiply_dense<FmaAvx2>(p, p.scratch, b.rows);
-  return true;
-}
-
 bool has_fma() { return __builtin_cpu_supports("fma"); }
 
 }  // namespace
 
-const LinearOps kVdpbf16Avx2{
-    .family = "vdpbf16",
-    .isa = "avx2",
-    .usable = has_fma,
-    .bf16 = true,
-    .f32 = false,
-    .vcvtneps2bf16 = true,
-    .blocks_at_once = 1,
-    .packed_bytes = ordered_packed_bytes,
-    .pack = ordered_pack,
-    .scratch_bytes = ordered_scratch_bytes,
-    .multiply = multiply,
-    .multiply_dense = ordered_multiply_dense<FmaAvx2>,
-};
+const LinearOps kVdpbf16Avx2 =
+    ordered_ops<FmaAvx2<true>>("vdpbf16", "avx2", true, multiply_decoded<Avx2, FmaAvx2<true>>, has_fma);
+const LinearOps kEmulatedAvx2 =
+    ordered_ops<FmaAvx2<false>>("vdpbf16_emulated", "avx2", false, multiply_decoded<Avx2, FmaAvx2<false>>, has_fma);
 }  // namespace bitforbit

@@ -33,6 +33,8 @@ struct Lanes512 : S {
 
   static Sum load_sum(const float* p, int) { return _mm512_loadu_ps(p); }
   static void store_sum(float* p, int, Sum s) { _mm512_storeu_ps(p, s); }
+  using Flush = FlushDenormals;
+
   static float add_lanes(const float* lanes) { return add_lanes16(lanes); }
 
   // From exponents rotated right by one bit, [7] exponent[0], [6:0] exponent[7:1], and [7] sign, [6:0] mantissa.
@@ -93,6 +95,21 @@ struct FmaSums512 {
     return _mm512_fmadd_ps(w.even, x.even, _mm512_fmadd_ps(w.odd, x.odd, sum));
   }
   static void pack(const LinearInput& in, std::uint8_t* packed) { pack_odd_even<FmaSums512>(in, packed); }
+};
+
+// Family `lanes_pairwise` of the same lanes.
+template <class L>
+struct Pairwise : L {
+  struct Flush {
+    Flush() {}
+  };
+
+  static float add_lanes(const float* lanes) {  // l and l + 8, then neighbours
+    const __m256 a = _mm256_add_ps(_mm256_loadu_ps(lanes), _mm256_loadu_ps(lanes + 8));
+    const __m256 b = _mm256_hadd_ps(a, a);  // (0 + 1), (2 + 3) of either half, twice
+    const __m256 c = _mm256_hadd_ps(b, b);
+    return _mm_cvtss_f32(_mm_add_ss(_mm256_castps256_ps128(c), _mm256_extractf128_ps(c, 1)));
+  }
 };
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Family `lanes` with AVX-512 and FMA.
+// Families `lanes` and `lanes_pairwise` with AVX-512 and FMA.
 #include "generic/linear_lanes.hpp"
 
 #include "isa/avx512/lanes.hpp"
@@ -14,4 +14,6 @@ struct Sums : FmaSums512 {
 }  // namespace
 
 const LinearOps kLanesAvx512 = lanes_ops<Avx512, Lanes512<Avx512, Sums>>("avx512", true, true);
+const LinearOps kPairwiseAvx512 =
+    lanes_ops<Avx512, Pairwise<Lanes512<Avx512, Sums>>>("avx512", true, false, "lanes_pairwise");
 }  // namespace bitforbit

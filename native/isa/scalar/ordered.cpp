@@ -2,6 +2,7 @@
 // K, cut into blocks of k_block columns (0: all of them), each of which starts at +0; block sums are added in order.
 //
 // Family `vdpbf16` (k_block rounded up to 2): for every pair of columns sum = fma(odd), then sum = fma(even).
+// Family `vdpbf16_emulated`: the same, but denormals count (oneDNN on AVX-512 without that instruction).
 // Family `tdpbf16` (k_block rounded up to 32): for every 32 columns the even products, in order, and the odd ones
 // apart, each from +0, by fma; then even + odd; then that is added to the sum. Each of these steps flushes denormals,
 // its inputs and its results; only the addition of block sums does not. Columns behind the last one are zeros, to a
@@ -16,6 +17,8 @@ namespace {
 
 constexpr std::size_t kStep = 32;
 
+enum class Family { kPairs, kEmulatedPairs, kTiles };
+
 std::size_t pad(std::size_t n) { return (n + kStep - 1) / kStep * kStep; }
 
 std::size_t packed_bytes(std::size_t tokens, std::size_t cols, bool) { return 4 * tokens * pad(cols); }
@@ -27,12 +30,14 @@ void pack(const LinearInput& in, std::uint8_t* packed) {
 std::size_t scratch_bytes(std::size_t, std::size_t cols) { return kBlockRows * cols * 2; }
 
 // Sum of columns [begin, end), from +0. w(k) and x[k] are zeros from the last column on.
-template <class Weight>
-float sum_vdpbf16(Weight w, const float* x, std::size_t begin, std::size_t end) {
+inline float fma_kept(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+
+template <float (*kFma)(float, float, float), class Weight>
+float sum_pairs(Weight w, const float* x, std::size_t begin, std::size_t end) {
   float sum = 0;
   for (std::size_t k = begin; k < end; k += 2) {
-    sum = fma_flushed(w(k + 1), x[k + 1], sum);
-    sum = fma_flushed(w(k), x[k], sum);
+    sum = kFma(w(k + 1), x[k + 1], sum);
+    sum = kFma(w(k), x[k], sum);
   }
   return sum;
 }
@@ -51,9 +56,9 @@ float sum_tdpbf16(Weight w, const float* x, std::size_t begin, std::size_t end) 
   return sum;
 }
 
-template <bool Tile>
+template <Family F>
 void multiply_dense(const LinearProduct& p, const std::uint8_t* weight, std::size_t rows) {
-  constexpr std::size_t kUnit = Tile ? kStep : 2;
+  constexpr std::size_t kUnit = F == Family::kTiles ? kStep : 2;
   const std::size_t wanted = (p.k_block + kUnit - 1) / kUnit * kUnit;
   const std::size_t block = wanted && wanted < p.cols ? wanted : p.cols;
   for (std::size_t t = 0; t < p.tokens; ++t) {
@@ -64,7 +69,9 @@ void multiply_dense(const LinearProduct& p, const std::uint8_t* weight, std::siz
       float total = 0;
       for (std::size_t begin = 0; begin < p.cols; begin += block) {
         const std::size_t end = begin + block < p.cols ? begin + block : p.cols;
-        const float sum = Tile ? sum_tdpbf16(w, x, begin, end) : sum_vdpbf16(w, x, begin, end);
+        const float sum = F == Family::kTiles   ? sum_tdpbf16(w, x, begin, end)
+                          : F == Family::kPairs ? sum_pairs<fma_flushed>(w, x, begin, end)
+                                                : sum_pairs<fma_kept>(w, x, begin, end);
         total = begin ? total + sum : sum;
       }
       p.sums[t * p.sums_stride + r] = total;
@@ -72,16 +79,16 @@ void multiply_dense(const LinearProduct& p, const std::uint8_t* weight, std::siz
   }
 }
 
-template <bool Tile>
+template <Family F>
 bool multiply(const LinearProduct& p, const DecodeBlock* blocks, std::size_t) {
   DecodeBlock b = blocks[0];
   b.out = p.scratch, b.out_stride = 2 * b.cols;
   if (!decode_tiles<Scalar, Kind::kBF16, false>(b)) return false;
-  multiply_dense<Tile>(p, p.scratch, b.rows);
+  multiply_dense<F>(p, p.scratch, b.rows);
   return true;
 }
 
-template <bool Tile>
+template <Family F>
 constexpr LinearOps scalar_ops(const char* family) {
   return {
       .family = family,
@@ -89,18 +96,19 @@ constexpr LinearOps scalar_ops(const char* family) {
       .usable = nullptr,
       .bf16 = true,
       .f32 = false,
-      .vcvtneps2bf16 = true,
+      .vcvtneps2bf16 = F != Family::kEmulatedPairs,
       .blocks_at_once = 1,
       .packed_bytes = packed_bytes,
       .pack = pack,
       .scratch_bytes = scratch_bytes,
-      .multiply = multiply<Tile>,
-      .multiply_dense = multiply_dense<Tile>,
+      .multiply = multiply<F>,
+      .multiply_dense = multiply_dense<F>,
   };
 }
 
 }  // namespace
 
-const LinearOps kVdpbf16Scalar = scalar_ops<false>("vdpbf16");
-const LinearOps kTdpbf16Scalar = scalar_ops<true>("tdpbf16");
+const LinearOps kVdpbf16Scalar = scalar_ops<Family::kPairs>("vdpbf16");
+const LinearOps kEmulatedScalar = scalar_ops<Family::kEmulatedPairs>("vdpbf16_emulated");
+const LinearOps kTdpbf16Scalar = scalar_ops<Family::kTiles>("tdpbf16");
 }  // namespace bitforbit

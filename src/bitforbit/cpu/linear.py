@@ -16,7 +16,7 @@ from bitforbit.cpu.planes import Bytes
 from bitforbit.errors import CorruptTensorError, UsageError
 
 _ITEM_BYTES = {"BF16": 2, "F32": 4}
-_WITHOUT_BLOCKS = frozenset({"lanes"})
+_WITHOUT_BLOCKS = frozenset({"lanes", "lanes_pairwise"})
 
 
 @dataclass(frozen=True)

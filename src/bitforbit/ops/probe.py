@@ -21,12 +21,12 @@ from bitforbit.ops.probe_matrix import chunk_rows, repeated
 Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """(x [tokens, cols], weight [rows, cols], bias [rows] or None) -> [tokens, rows], all BF16."""
 
-UNITS = {"vdpbf16": 32, "tdpbf16": 32}
-"""Families that may be torch's order, with the columns that every size of their K blocks is a multiple of."""
+UNITS = {"vdpbf16": 32, "tdpbf16": 32, "vdpbf16_emulated": 32, "lanes_pairwise": 0}
+"""Families that may be torch's order; every size of their K blocks is a multiple of so many columns (0: no blocks)."""
 
 _CHUNK_BYTES = 1 << 19
 _SIEVE_ROWS = 16
-_LIKELY_BLOCKS = (512, 1024, 0, 2048, 256, 4096)  # as found on CPUs with AVX-512 BF16 and with AMX
+_LIKELY_BLOCKS = (512, 1024, 0, 768, 2048, 256, 4096)  # as found on CPUs with AMX, AVX-512 BF16, plain AVX-512
 _TELLING = 0.2  # share of outputs that an order known to be another must change, or the inputs prove nothing
 
 
@@ -73,10 +73,11 @@ def find_order(
 
 def candidates(cols: int, families: Sequence[str]) -> Iterator[Order]:
     """Orders to try, the likely ones first: every family with every size of K blocks that is a multiple of its unit."""
-    likely = [block for block in _LIKELY_BLOCKS if block < cols]
+    half = -(-cols // 8) * 4  # oneDNN without AVX-512 BF16 halves what is a little too much for one block
+    likely = list(dict.fromkeys(block for block in (*_LIKELY_BLOCKS, half) if block < cols))
     for family in families:
-        yield from (Order(family, block) for block in likely)
-    for family in families:
+        yield from (Order(family, block) for block in likely if UNITS[family] or not block)
+    for family in filter(UNITS.get, families):
         unit = UNITS[family]
         yield from (Order(family, block) for block in range(unit, cols, unit) if block not in likely)
 
@@ -124,8 +125,11 @@ def wide(rng: np.random.Generator, rows: int, cols: int, tokens: int, has_bias: 
 def tiny(rng: np.random.Generator, rows: int, cols: int, tokens: int, has_bias: bool) -> Inputs:
     """Products and sums around the smallest normal number, where it shows which steps flush denormals."""
     scale = 2.0**-63
+    few = rng.random((rows, cols)) < 8 / cols  # of many products the sums would be too large
     bias = _bf16(rng.standard_normal(rows) * scale**2) if has_bias else None
-    return Inputs(_bf16(_spread(rng, rows, cols) * scale), _bf16(_spread(rng, tokens, cols) * scale), bias)
+    return Inputs(
+        _bf16(np.where(few, _spread(rng, rows, cols) * scale, 0)), _bf16(_spread(rng, tokens, cols) * scale), bias
+    )
 
 
 def _bf16(values: np.ndarray[tuple[int, ...], np.dtype[np.floating]]) -> torch.Tensor:

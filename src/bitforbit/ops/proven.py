@@ -30,7 +30,7 @@ MOST_TOKENS = 48
 LEAST_ROWS, LEAST_COLS = 16, 64
 """Below, there is nothing to gain."""
 
-FAST_ON = frozenset({"avx512_bf16"})
+FAST_ON = frozenset({"avx2", "avx512", "avx512_vbmi2", "avx512_bf16"})
 """Instruction sets whose products of these families beat decoding and torch's product."""
 
 
