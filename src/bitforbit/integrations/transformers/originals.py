@@ -27,7 +27,7 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 from bitforbit.errors import UsageError
 from bitforbit.integrations.transformers.ties import is_compressed, split, stored_name
 from bitforbit.nn import PARTS, compressed_parameters
-from bitforbit.nn.weight import decode
+from bitforbit.nn.values import decode
 
 _GROUPS_AT_ONCE = 3
 """Converted groups that are held: a layer's stacks of experts, whose tensors alternate in the file."""
