@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,3 +14,11 @@ from helpers.models import build_model
 def model(tmp_path: Path) -> Path:
     """A small sharded model directory."""
     return build_model(tmp_path / "model")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is found out about this machine while testing stays out of the user's cache, and the other way round."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BITFORBIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -221,7 +221,17 @@ def test_the_mode_can_be_changed_without_a_warning_about_anything_else(directori
     assert model.lm_head._bitforbit_mode == "fused"
 
 
-def test_a_pipeline(directories: Directories) -> None:
+@pytest.mark.parametrize("name", ["llama-tied", "mixtral", "llava"])
+def test_the_loading_report_is_that_of_the_plain_model(name: str, directories: Directories) -> None:
+    plain, native = directories(name)
+    auto = zoo.auto_class(name)
+    _, expected = auto.from_pretrained(plain, output_loading_info=True)
+    assert auto.from_pretrained(native, output_loading_info=True)[1] == expected
+    config = BitforbitConfig()
+    assert auto.from_pretrained(plain, output_loading_info=True, quantization_config=config)[1] == expected
+
+
+def test_beam_search(directories: Directories) -> None:
     plain, native = directories("llama")
     a, b = (tf.AutoModelForCausalLM.from_pretrained(d) for d in (plain, native))
     ids = zoo.inputs("llama", 1)["input_ids"]

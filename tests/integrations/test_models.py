@@ -39,7 +39,7 @@ def test_native_directory(name: str, directories: Directories, threads: int) -> 
     assert {n for n, p in reference.named_parameters() if p.dim() >= 2 and p.numel() >= 4096} <= compressed_names(model)
     for batch in (1, 4):
         assert torch.equal(zoo.logits(model, name, batch), zoo.logits(reference, name, batch)), batch
-        if name in zoo.CAUSAL:
+        if name in zoo.CAUSAL and threads == 1:
             assert torch.equal(zoo.generated(model, name, batch), zoo.generated(reference, name, batch))
 
 

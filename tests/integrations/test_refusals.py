@@ -183,7 +183,7 @@ def test_shards_that_were_swapped(sharded: Path) -> None:
 
 def test_plain_weights_under_a_compressed_config(directories: Directories, native: Path) -> None:
     shutil.copy(directories("llama")[0] / "model.safetensors", native)
-    with pytest.raises(errors.UsageError, match="as config.json says, got others"):
+    with pytest.raises(errors.UsageError, match=r"as config\.json says, got others"):
         load(native)
 
 

@@ -39,4 +39,4 @@ def test_peak_of_compress_model():
     assert plain > 23 * matrix
     assert peak < plain + 3 * matrix  # parameter by parameter: never a second model
     assert after < 0.72 * plain
-    assert in_use < after + 2 * matrix  # one decoded weight at a time
+    assert in_use < after + 4 * matrix  # a decoded weight at a time, or a probe of the product

@@ -5,7 +5,8 @@ import torch
 
 from bitforbit import ops
 from bitforbit.cpu.linear import LANES, Order
-from bitforbit.ops import exact, stats
+from bitforbit.errors import OrderMismatchError
+from bitforbit.ops import proven, stats
 from torch_helpers import assert_same_bits, encode, gaussian
 
 ROWS, COLS = 48, 96
@@ -20,7 +21,7 @@ def asked(monkeypatch) -> list[tuple[object, ...]]:
         calls.append(key)
         return LANES
 
-    monkeypatch.setattr(exact, "_lookup", lookup)
+    monkeypatch.setattr(proven, "lookup", lookup)
     return calls
 
 
@@ -61,9 +62,40 @@ def test_other_inputs_are_not_asked_about(asked):
 
 
 def test_unproven_products_are_decoded(monkeypatch):
-    monkeypatch.setattr(exact, "_lookup", lambda *key: None)
+    monkeypatch.setattr(proven, "lookup", lambda *key: None)
     weight, x = gaussian((ROWS, COLS)), gaussian((5, COLS), seed=1)
     parts, how = encode(weight)
     stats.reset()
     assert_same_bits(ops.linear(x, *parts, None, *how, "exact"), torch.nn.functional.linear(x, weight))
     assert stats.snapshot()["decoded"].linears == 1
+
+
+def test_with_nan_the_decoded_product_decides(asked):
+    weight, x = gaussian((ROWS, COLS)), gaussian((5, COLS), seed=1)
+    weight[3, 4], x[2, 7] = float("nan"), float("inf")
+    parts, how = encode(weight)
+    stats.reset()
+    assert_same_bits(ops.linear(x, *parts, None, *how, "exact"), torch.nn.functional.linear(x, weight))
+    assert asked
+    assert stats.snapshot()["decoded"].linears == 1
+
+
+def test_a_wrong_proof_is_noticed(asked, monkeypatch):
+    """The order of fused mode is not torch's: with cancelling sums the bits differ."""
+    monkeypatch.setenv("BITFORBIT_PARANOID", "1.0")
+    weight = gaussian((64, 512))
+    weight[:, 256:] = -weight[:, :256]
+    parts, how = encode(weight)
+    half = gaussian((4, 256), seed=1)
+    x = torch.cat((half, half), 1)
+    with pytest.raises(OrderMismatchError, match="the proof is withdrawn"):
+        ops.linear(x, *parts, None, *how, "exact")
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_torch_is_matched_whatever_was_proven(tokens):
+    weight, bias = gaussian((256, 512)), gaussian((256,), seed=3)
+    parts, how = encode(weight)
+    for b in (None, bias):
+        for x in (gaussian((tokens, 512), seed=1), gaussian((1, tokens, 512), seed=2)):
+            assert_same_bits(ops.linear(x, *parts, b, *how, "exact"), torch.nn.functional.linear(x, weight, b))

@@ -13,17 +13,23 @@ import importlib
 import importlib.util
 import sys
 import warnings
-from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.abc import Loader
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
 
 PLUGINS = {"transformers.quantizers.auto": "bitforbit.integrations.transformers.register"}
 """Module of another library -> module of ours that is imported once the other one is there."""
 
 
-class _Then(Loader):
-    """Loads a module as its own loader does, then imports our plug-in."""
+# No base classes from importlib.abc below: making classes with that metaclass costs more than all the rest.
+
+
+class _Then:
+    """A loader that loads a module as its own loader does, then imports our plug-in."""
 
     def __init__(self, loader: Loader, plugin: str) -> None:
         self._loader = loader
@@ -41,7 +47,7 @@ class _Then(Loader):
         _import(self._plugin)
 
 
-class _Finder(MetaPathFinder):
+class _Finder:
     """Finds the modules of :data:`PLUGINS` as all other finders do, and nothing else."""
 
     def __init__(self) -> None:
@@ -58,7 +64,7 @@ class _Finder(MetaPathFinder):
         finally:
             self._busy = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _Then(spec.loader, PLUGINS[fullname])
+            spec.loader = _Then(spec.loader, PLUGINS[fullname])  # type: ignore[assignment]
         return spec
 
 

@@ -10,7 +10,7 @@ from bitforbit.codecs.planes.layout import BLOCK_ROWS
 from bitforbit.cpu import linear as products
 from bitforbit.cpu import planes
 from bitforbit.errors import UsageError
-from bitforbit.ops import checks, exact, stats
+from bitforbit.ops import checks, exact, proven, stats
 from bitforbit.ops.schema import LIBRARY, MODES
 from bitforbit.ops.scratch import SCRATCH
 
@@ -138,17 +138,33 @@ def linear(
             f"expected x of dtype {dtype} and shape [..., {cols}], got {x.dtype} and {tuple(shape)}; "
             "cast x, or decompress the model and cast that"
         )
-    parts = (code, digits, sign_mantissa, tails)
-    if kind == "BF16":
-        order = products.LANES if mode == "fused" else exact.order_for(x, bias, rows)
-        if order is not None:
-            stats.count("fused" if mode == "fused" else "fused_exact", rows * cols * dtype.itemsize)
-            return _product(x, parts, bias, (rows, cols, rows_per_table), order)
+    parts, weight = (code, digits, sign_mantissa, tails), (kind, rows, cols, rows_per_table, dtype)
     nbytes = rows * cols * dtype.itemsize
+    if kind == "BF16":
+        if mode == "fused":
+            stats.count("fused", nbytes)
+            return _product(x, parts, bias, (rows, cols, rows_per_table), products.LANES)
+        order = exact.order_for(x, bias, rows)
+        if order is not None:
+            out = _product(x, parts, bias, (rows, cols, rows_per_table), order)
+            if proven.settled(out):
+                has_bias = bias is not None
+                proven.recheck(
+                    rows, cols, torch.get_num_threads(), has_bias, out, lambda: _decoded(x, parts, bias, weight)
+                )
+                stats.count("fused_exact", nbytes)
+                return out
     stats.count("decoded", nbytes)
+    return _decoded(x, parts, bias, weight)
+
+
+def _decoded(x: torch.Tensor, parts: checks.Parts, bias: torch.Tensor | None, weight: Weight) -> torch.Tensor:
+    """Decode the weight, then torch's product."""
+    _kind, rows, cols, _rows_per_table, dtype = weight
+    nbytes = rows * cols * dtype.itemsize
     buffer = SCRATCH.borrow(nbytes)
     try:
-        _decode(parts, (kind, rows, cols, rows_per_table, dtype), 0, rows, buffer.bytes(nbytes))
+        _decode(parts, weight, 0, rows, buffer.bytes(nbytes))
         return functional.linear(x, buffer.matrix(rows, cols, dtype), bias)
     finally:
         SCRATCH.give_back(buffer)

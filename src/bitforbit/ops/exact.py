@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-from collections.abc import Callable
-
 import torch
 
 from bitforbit.cpu.linear import Order
-
-Lookup = Callable[[int, int, int, int, bool, torch.dtype], Order | None]
-"""(rows, cols, tokens, threads, has_bias, dtype) -> the order that was proven to be torch's, or None."""
-
-
-def _prover() -> Lookup | None:
-    if importlib.util.find_spec("bitforbit.ops.proven") is None:
-        return None
-    found: Lookup = importlib.import_module("bitforbit.ops.proven").lookup
-    return found
-
-
-_lookup = _prover()
+from bitforbit.ops import proven
 
 
 def order_for(x: torch.Tensor, bias: torch.Tensor | None, rows: int) -> Order | None:
     """The order proven for ``functional.linear(x, weight, bias)`` with a BF16 weight ``[rows, x.shape[-1]]``."""
-    if _lookup is None or not _is_one_product(x, bias):
+    if not _is_one_product(x, bias):
         return None
     cols = x.shape[-1]
-    return _lookup(rows, cols, x.numel() // cols, torch.get_num_threads(), bias is not None, x.dtype)
+    return proven.lookup(rows, cols, x.numel() // cols, torch.get_num_threads(), bias is not None, x.dtype)
 
 
 def _is_one_product(x: torch.Tensor, bias: torch.Tensor | None) -> bool:

@@ -6,6 +6,7 @@ deterministic, faster than the hash, and also right for tensors whose layout in 
 
 from __future__ import annotations
 
+import bisect
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -61,13 +62,14 @@ class WeightNames:
         return name == self.index or re.fullmatch(shard, name) is not None
 
 
-@dataclass(frozen=True, slots=True)
 class ModelBytes:
     """The tensors of one shard, from the model."""
 
-    originals: Originals
-    header: Header
-    name: str
+    def __init__(self, originals: Originals, header: Header, name: str) -> None:
+        self._originals = originals
+        self._entries = [entry for entry in header.by_offset() if entry.nbytes]
+        self._begins = [entry.begin for entry in self._entries]
+        self._name = name
 
     @contextmanager
     def opened(self) -> Iterator[Read]:
@@ -75,13 +77,13 @@ class ModelBytes:
         yield self._read
 
     def _read(self, out: Bytes, begin: int) -> None:
-        for entry in self.header.tensors:
-            if begin <= entry.begin and entry.end <= begin + len(out) and entry.nbytes:
-                data, _, _ = tensors.to_bytes(self.originals.value(entry.name))
-                np.copyto(out[entry.begin - begin : entry.end - begin], data)
+        first, last = (bisect.bisect_left(self._begins, at) for at in (begin, begin + len(out)))
+        for entry in self._entries[first:last]:
+            data, _, _ = tensors.to_bytes(self._originals.value(entry.name))
+            np.copyto(out[entry.begin - begin : entry.end - begin], data)
 
     def __str__(self) -> str:
-        return self.name
+        return self._name
 
 
 def write_weights(

@@ -7,7 +7,7 @@ in checkpoints.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +48,7 @@ class Originals:
         """``as_in_checkpoint``: undo the conversions that loading made. Raises UsageError for what is no tensor."""
         self._model = model
         self._open: OrderedDict[int, dict[str, torch.Tensor]] = OrderedDict()
-        self._groups = list(_groups(model, distinct_names(model), as_in_checkpoint))
+        self._groups = _groups(model, distinct_names(model), as_in_checkpoint)
         self._group_of: dict[str, int] = {}
         self.shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         self.sources: dict[str, tuple[str, ...]] = {}
@@ -123,24 +123,26 @@ def _compressed_names(model: PreTrainedModel) -> Iterable[str]:
             yield f"{prefix}.{name}" if prefix else name
 
 
-def _groups(model: PreTrainedModel, names: Iterable[str], as_in_checkpoint: bool) -> Iterable[_Group]:
+def _groups(model: PreTrainedModel, names: Sequence[str], as_in_checkpoint: bool) -> list[_Group]:
     """As transformers' revert_weight_conversion sorts them; that one needs all values at once."""
-    transforms = [transform.reverse_transform() for transform in _conversions(model)[::-1]] if as_in_checkpoint else []
+    conversions = _conversions(model) if as_in_checkpoint else None
+    if conversions is None:
+        return [_Group((name,), name) for name in names]
+    transforms = [transform.reverse_transform() for transform in conversions[::-1]]
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    together: dict[str, list[str]] = {}
+    groups: dict[str, _Group] = {}
     for name in sorted(names, key=dot_natural_key):
         key, pattern = rename_source_key(name, renamings, converters, reverse=True)
-        if pattern is None:
-            yield _Group((name,), key)
-        else:
-            together.setdefault(key, []).append(name)
-    for inputs in together.values():
-        yield _Group(tuple(inputs), None)
+        before = groups[key].inputs if key in groups else ()
+        groups[key] = _Group((*before, name), key if pattern is None else None)
+    return list(groups.values())
 
 
-def _conversions(model: PreTrainedModel) -> list[WeightTransform]:
+def _conversions(model: PreTrainedModel) -> list[WeightTransform] | None:
+    """What loading did to the checkpoint's tensors, or would have done; None for nothing."""
     used: list[WeightTransform] | None = getattr(model, "_weight_conversions", None)
     if used is not None:
         return used
-    return [t for t in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(t, PrefixChange)]
+    known = get_model_conversion_mapping(model, add_legacy=False)
+    return [t for t in known if not isinstance(t, PrefixChange)] or None

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils.hub import create_and_tag_model_card
 
 from bitforbit.errors import UsageError
 from bitforbit.integrations.transformers import native
@@ -130,13 +132,13 @@ class _Repository:
         name = options.pop("repo_id", directory.name)
         if token is not None:
             options["token"] = token
-        from huggingface_hub import HfApi
-
         self._repo_id = HfApi().create_repo(name, exist_ok=True, **options).repo_id
         self._stamps = model._get_files_timestamps(directory)
 
     def upload(self) -> None:
-        """Send the files that have changed."""
+        """Send the files that have changed, and a model card."""
+        card = create_and_tag_model_card(self._repo_id, self._model.model_tags, token=self._token)
+        card.save(self._directory / "README.md")
         self._model._upload_modified_files(
             self._directory,
             self._repo_id,

@@ -23,7 +23,7 @@ from bitforbit.archive.shard_reader import ShardReader
 from bitforbit.codecs.base import Bytes
 from bitforbit.errors import ChecksumError, MissingPartError, NotCompressedError, UsageError
 from bitforbit.format import checksum
-from bitforbit.format.header import Header, read_header
+from bitforbit.format.header import Header, TensorEntry, read_header
 from bitforbit.format.layout import Shard, is_shard, open_shard
 from bitforbit.format.manifest import read_manifest
 from bitforbit.format.record import TensorRecord
@@ -85,6 +85,7 @@ class NativeSource:
         self.anchors: dict[str, Sequence[str]] = {}
         self.consumed: dict[str, Sequence[str]] = {}
         self._shards: dict[str, Shard] = {}
+        self._entries: dict[str, TensorEntry] = {}
         self._readers: dict[Path, ShardReader] = {}
         largest = max((e.nbytes for header in headers.values() for e in header.tensors), default=0)
         pipe = Pipeline(threads, largest, None)
@@ -107,6 +108,7 @@ class NativeSource:
                 self.anchors[anchor] = (entry.name,)
                 self.consumed[anchor] = parts
                 self._shards[entry.name] = shard
+                self._entries[entry.name] = entry
 
     def record(self, name: str) -> TensorRecord:
         """How a compressed tensor is stored."""
@@ -118,9 +120,8 @@ class NativeSource:
         shard = self._shards[name]
         record, reader = self.record(name), self._readers[shard.path]
         out = tensors.empty("torch", record.dtype, record.shape)
-        entry = next(entry for entry in shard.original.tensors if entry.name == name)
         with reader.opened() as fd:
-            reader.tensor(fd, entry, tensors.writable_bytes(out, record.dtype, record.shape))
+            reader.tensor(fd, self._entries[name], tensors.writable_bytes(out, record.dtype, record.shape))
         return {name: out}
 
     def check(self, name: str, parts: Sequence[torch.Tensor]) -> None:
