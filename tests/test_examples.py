@@ -15,3 +15,15 @@ def test_damaged_files(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(module["DAMAGE"]) == 10
     assert module["main"]() == 0
     assert capsys.readouterr().out.count("Error:") == 10
+
+
+def test_generate(capsys: pytest.CaptureFixture[str]) -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert runpy.run_path(str(EXAMPLES / "generate.py"))["main"]() == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert capsys.readouterr().out.count("the same tokens") == 2

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bitforbit.cli import EXIT_VERIFICATION_FAILED, inference, options, output
-from bitforbit.cli.plot import check_plot
 from bitforbit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -42,6 +41,8 @@ def command(
     generation.require("bitforbit bench")
     modes = _modes(mode)
     if plot is not None:
+        from bitforbit.cli.plot import check_plot
+
         check_plot(plot)
     directory = inference.open_model(source, silent=quiet or json)
 

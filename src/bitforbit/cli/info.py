@@ -9,9 +9,9 @@ from bitforbit.cli import options, output
 
 _PACKAGES = {
     "required": ("numpy", "ml_dtypes", "xxhash", "typer", "rich"),
-    "optional": ("huggingface_hub", "matplotlib", "torch", "transformers"),
+    "optional": ("huggingface_hub", "matplotlib", "torch", "transformers", "accelerate", "peft"),
 }
-_VARIABLES = ("BITFORBIT_ISA", "BITFORBIT_THREADS")
+_VARIABLES = ("BITFORBIT_ISA", "BITFORBIT_THREADS", "BITFORBIT_CACHE", "BITFORBIT_PARANOID")
 
 
 def command(json: options.Json = False) -> None:

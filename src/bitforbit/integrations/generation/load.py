@@ -98,17 +98,18 @@ def load(directory: ModelDirectory, mode: Mode, *, threads: int | None = None) -
     if mode == "bf16" and stored_compressed:
         from bitforbit import decompress_model
 
+        stored_plain = [*model.parameters(), *model.buffers()]
         model = decompress_model(model)
-        _let_go_of_files(model)
+        _let_go_of_files(model, stored_plain)
     return LoadedModel(directory, model.eval(), mode, time.perf_counter() - begin)
 
 
-def _let_go_of_files(model: Any) -> None:
-    """Copy tensors that are views of a mapped file, which would keep all of the file in memory."""
-    with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size():
-                tensor.data = tensor.detach().clone()
+def _let_go_of_files(model: Any, loaded: list[torch.Tensor]) -> None:
+    """Copy what is left of the loaded tensors: one view of a mapped file keeps all of it in memory."""
+    ids = {id(tensor) for tensor in loaded}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if id(tensor) in ids:
+            tensor.data = tensor.detach().clone()
 
 
 def _check_complete(directory: ModelDirectory, info: dict[str, Any]) -> None:
