@@ -100,7 +100,29 @@ def df11(result: Result) -> str:
     return "\n".join([table(headers, rows), "", "One thread. " + where(result)])
 
 
-SECTIONS: dict[str, Callable[[Result], str]] = {"codec": codec, "df11": df11, "archive": archive}
+def cpu_linear(result: Result) -> str:
+    """Products of every linear of Llama-3.1-8B."""
+    labels = list(result["products"][0]["gb_per_s"])
+    rows = [
+        [
+            r["name"],
+            f"{r['rows']} x {r['cols']}",
+            str(r["tokens"]),
+            str(r["threads"]),
+            *(f"{r['gb_per_s'][label]:.1f} ({r['speedup'][label]:.2f}x)" for label in labels),
+        ]
+        for r in result["products"]
+    ]
+    intro = "GB/s of BF16 weights multiplied, and how many times torch's speed that is; no weights in any cache:"
+    return "\n".join([intro, "", table(["linear", "N x K", "tokens", "threads", *labels], rows), "", where(result)])
+
+
+SECTIONS: dict[str, Callable[[Result], str]] = {
+    "codec": codec,
+    "df11": df11,
+    "archive": archive,
+    "cpu_linear": cpu_linear,
+}
 
 
 def render(name: str) -> str:
