@@ -1,15 +1,17 @@
 """Products with compressed matrices against torch's BF16 linear and our own, on every linear of Llama-3.1-8B.
 
-Each column is a way of multiplying. Several copies of a matrix take turns, so that none is in a cache; the columns take
-turns too, and each one's fastest round counts. Before anything is timed, the compressed products must equal those from
-plain BF16 in the same order, bit for bit.
+Each column is a way of multiplying: ``exact`` is what exact mode does (the order proven to be torch's, else ``decoded``:
+decode, then torch's product). Several copies of a matrix take turns, so that none is in a cache; the columns take turns
+too, and medians count. Before anything is timed, the compressed products must equal those from plain BF16 in the same
+order bit for bit, and outputs of exact mode are compared with torch's.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -133,7 +135,57 @@ def torch_linear(matrix: Matrix, inputs: Inputs, threads: int) -> Callable[[], o
     return run
 
 
-COLUMNS: dict[str, Column] = {"torch": torch_linear, "fused": compressed(LANES), "own BF16": plain(LANES)}
+def proven(matrix: Matrix, inputs: Inputs, threads: int) -> Order | None:
+    """The order in which torch computes this product, if exact mode knows one."""
+    import torch
+
+    from bitforbit.ops import proven as orders
+
+    torch.set_num_threads(threads)
+    return orders.lookup(matrix.rows, matrix.cols, inputs.tokens, threads, False, torch.bfloat16)
+
+
+def decoded(matrix: Matrix, inputs: Inputs, threads: int) -> Callable[[], object]:
+    """Decode to memory that is used again, then torch's product."""
+    scratch = planes.empty(2 * matrix.rows * matrix.cols)
+    product = torch_linear(replace(matrix, plain=[scratch]), inputs, threads)
+    shape = (matrix.rows, matrix.cols, matrix.rows_per_table)
+
+    def run() -> None:
+        for parts in matrix.parts:
+            planes.decode(parts, "BF16", False, shape, (0, matrix.rows), scratch, threads)
+            product()
+
+    return run
+
+
+def exact(matrix: Matrix, inputs: Inputs, threads: int) -> Callable[[], object]:
+    """What exact mode does."""
+    order = proven(matrix, inputs, threads)
+    return compressed(order)(matrix, inputs, threads) if order else decoded(matrix, inputs, threads)
+
+
+COLUMNS: dict[str, Column] = {
+    "torch": torch_linear,
+    "exact": exact,
+    "fused": compressed(LANES),
+    "decoded": decoded,
+    "own BF16": plain(LANES),
+}
+
+
+def differing(matrix: Matrix, inputs: Inputs, threads: int) -> int:
+    """Outputs of exact mode whose bits are not torch's."""
+    import torch
+
+    order = proven(matrix, inputs, threads)
+    if order is None:
+        return 0
+    weight = torch.from_numpy(matrix.plain[0]).view(torch.bfloat16).view(matrix.rows, matrix.cols)
+    x = torch.from_numpy(inputs.x).view(torch.bfloat16).view(-1, matrix.cols)
+    expected = torch.nn.functional.linear(x, weight).view(torch.int16).view(-1)
+    compressed(order)(replace(matrix, parts=matrix.parts[:1]), inputs, threads)()
+    return int((torch.from_numpy(inputs.out).view(torch.int16) != expected).sum())
 
 
 def check(order: Order, matrix: Matrix, inputs: Inputs) -> None:
@@ -147,9 +199,9 @@ def check(order: Order, matrix: Matrix, inputs: Inputs) -> None:
         raise AssertionError(f"{order}: the products of {matrix.rows} x {matrix.cols} differ")
 
 
-def fastest(functions: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """Least seconds of each function; they take turns for about that long in all, at least five rounds."""
-    best = dict.fromkeys(functions, float("inf"))
+def medians(functions: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+    """Median seconds of each function; they take turns for about that long in all, at least five rounds."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
         function()  # warm-up
     end = time.perf_counter() + seconds
@@ -158,9 +210,9 @@ def fastest(functions: dict[str, Callable[[], object]], seconds: float) -> dict[
         for name, function in functions.items():
             begin = time.perf_counter()
             function()
-            best[name] = min(best[name], time.perf_counter() - begin)
+            times[name].append(time.perf_counter() - begin)
         rounds += 1
-    return best
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def measure(
@@ -182,12 +234,15 @@ def measure(
                 check(order, matrix, inputs)
             for workers in threads or sorted({1, cpu.default_threads()}):
                 functions = {label: column(matrix, inputs, workers) for label, column in columns.items()}
-                speeds = {label: round(nbytes / s / 1e9, 2) for label, s in fastest(functions, seconds).items()}
+                speeds = {label: round(nbytes / s / 1e9, 2) for label, s in medians(functions, seconds).items()}
                 print(f"{name} {rows} x {cols}, {count} tokens, {workers} threads: {speeds}", flush=True)
+                order = proven(matrix, inputs, workers)
                 results.append(
                     {
                         "name": name, "rows": rows, "cols": cols, "tokens": count, "threads": workers,
                         "bits_per_weight": round(matrix.bits_per_weight, 4), "gb_per_s": speeds,
+                        "order": None if order is None else [order.family, order.k_block],
+                        "differing": differing(matrix, inputs, workers),
                     }
                 )  # fmt: skip
     return results

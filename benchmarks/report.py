@@ -129,7 +129,44 @@ def model(result: Result) -> str:
     return "\n".join([intro, "", table(headers, rows), "", where(result)])
 
 
-SECTIONS: dict[str, Callable[[Result], str]] = {"codec": codec, "df11": df11, "archive": archive, "model": model}
+LAYER = {"q, o": 2, "k, v": 2, "gate, up": 2, "down": 1}
+"""How often each matrix of benchmarks/cpu_linear.py occurs in a layer."""
+
+
+def cpu_linear(result: Result) -> str:
+    """Products with the matrices of a layer of Llama-3.1-8B together, and the range over the single ones."""
+    products = result["products"]
+    labels = [label for label in products[0]["gb_per_s"] if label != "torch"]
+    headers = ["tokens", "threads", "torch BF16", *labels, "proven", "differing outputs"]
+    rows = []
+    for tokens, threads in dict.fromkeys((r["tokens"], r["threads"]) for r in products):
+        chosen = [r for r in products if (r["tokens"], r["threads"]) == (tokens, threads)]
+        layer = [(r, LAYER[r["name"]] * r["rows"] * r["cols"]) for r in chosen if r["name"] in LAYER]
+        seconds = {k: sum(size / r["gb_per_s"][k] for r, size in layer) for k in ("torch", *labels)}
+        cells = []
+        for label in labels:
+            ratios = [r["speedup"][label] for r in chosen]
+            cells.append(f"{seconds['torch'] / seconds[label]:.2f}x ({min(ratios):.2f}-{max(ratios):.2f})")
+        speed = sum(size for _, size in layer) / seconds["torch"]
+        proven = sum(r["order"] is not None for r in chosen)
+        rows.append(
+            [str(tokens), str(threads), f"{speed:.1f} GB/s", *cells, f"{proven} of {len(chosen)}"]
+            + [str(sum(r["differing"] for r in chosen))]
+        )
+    intro = (
+        "The linears of one layer of Llama-3.1-8B (in brackets: from the slowest to the fastest single matrix, LM head "
+        "included), no weights in any cache, against `torch.nn.functional.linear` on BF16 in the same process:"
+    )
+    return "\n".join([intro, "", table(headers, rows), "", where(result)])
+
+
+SECTIONS: dict[str, Callable[[Result], str]] = {
+    "codec": codec,
+    "df11": df11,
+    "archive": archive,
+    "cpu_linear": cpu_linear,
+    "model": model,
+}
 
 
 def render(name: str) -> str:
