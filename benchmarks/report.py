@@ -148,11 +148,9 @@ def cpu_linear(result: Result) -> str:
             ratios = [r["speedup"][label] for r in chosen]
             cells.append(f"{seconds['torch'] / seconds[label]:.2f}x ({min(ratios):.2f}-{max(ratios):.2f})")
         speed = sum(size for _, size in layer) / seconds["torch"]
-        proven = sum(r["order"] is not None for r in chosen)
-        rows.append(
-            [str(tokens), str(threads), f"{speed:.1f} GB/s", *cells, f"{proven} of {len(chosen)}"]
-            + [str(sum(r["differing"] for r in chosen))]
-        )
+        proven = f"{sum(r['order'] is not None for r in chosen)} of {len(chosen)}"
+        differing = str(sum(r["differing"] for r in chosen))
+        rows.append([str(tokens), str(threads), f"{speed:.1f} GB/s", *cells, proven, differing])
     intro = (
         "The linears of one layer of Llama-3.1-8B (in brackets: from the slowest to the fastest single matrix, LM head "
         "included), no weights in any cache, against `torch.nn.functional.linear` on BF16 in the same process:"
