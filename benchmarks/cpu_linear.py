@@ -1,9 +1,9 @@
 """Products with compressed matrices against torch's BF16 linear and our own, on every linear of Llama-3.1-8B.
 
 Each column is a way of multiplying: ``exact`` is what exact mode does (the order proven to be torch's, else
-``decoded``: decode, then torch's product). Several copies of a matrix take turns, so that none is in a cache; the columns take turns
-too, and medians count. Before anything is timed, the compressed products must equal those from plain BF16 in the same
-order bit for bit, and outputs of exact mode are compared with torch's.
+``decoded``: decode, then torch's product). Several copies of a matrix take turns, so that none is in a cache; the
+columns take turns too, and medians count. Before anything is timed, the compressed products must equal those from plain
+BF16 in the same order bit for bit, and outputs of exact mode are compared with torch's.
 """
 
 from __future__ import annotations
