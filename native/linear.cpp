@@ -142,11 +142,11 @@ void over_blocks(std::size_t rows, std::size_t cols, const LinearArguments& a, c
 
 std::span<const LinearOps* const> linear_implementations() {
   static constexpr const LinearOps* kAll[] = {
-      &kLanesScalar,         &kPairwiseScalar, &kVdpbf16Scalar,       &kEmulatedScalar,     &kTdpbf16Scalar,
+      &kLanesScalar,         &kPairwiseScalar,      &kVdpbf16Scalar,    &kEmulatedScalar,    &kTdpbf16Scalar,
 #if BITFORBIT_X86
-      &kLanesAvx2,           &kLanesAvx512,    &kLanesAvx512Vbmi2,    &kLanesAvx512Bf16,    &kPairwiseAvx512,
-      &kPairwiseAvx512Vbmi2, &kVdpbf16Avx2,    &kVdpbf16Avx512,       &kVdpbf16Avx512Vbmi2, &kVdpbf16Avx512Bf16,
-      &kEmulatedAvx2,        &kEmulatedAvx512, &kEmulatedAvx512Vbmi2, &kTdpbf16Amx,
+      &kLanesAvx2,           &kLanesAvx512,         &kLanesAvx512Vbmi2, &kLanesAvx512Bf16,   &kPairwiseAvx512,
+      &kPairwiseAvx512Vbmi2, &kVdpbf16Avx2,         &kVdpbf16Avx512,    &kVdpbf16Avx512Bf16, &kEmulatedAvx2,
+      &kEmulatedAvx512,      &kEmulatedAvx512Vbmi2, &kTdpbf16Amx,
 #endif
   };
   return kAll;

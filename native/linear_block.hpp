@@ -64,7 +64,6 @@ extern const LinearOps kPairwiseAvx512;
 extern const LinearOps kPairwiseAvx512Vbmi2;
 extern const LinearOps kVdpbf16Avx2;
 extern const LinearOps kVdpbf16Avx512;
-extern const LinearOps kVdpbf16Avx512Vbmi2;
 extern const LinearOps kVdpbf16Avx512Bf16;
 extern const LinearOps kEmulatedAvx2;
 extern const LinearOps kEmulatedAvx512;

@@ -27,11 +27,15 @@ constexpr std::size_t kTokensAtOnce = 16;   // tokens that share one decoded til
 
 inline std::size_t ordered_tiles(std::size_t cols) { return (cols + kGroup - 1) / kGroup; }
 
+// Tokens of a run for which kernels exist: the next of 1 to 8, 12 and 16.
+constexpr std::size_t padded_tokens(std::size_t n) { return n <= 8 ? n : n <= 12 ? 12 : 16; }
+
 inline std::size_t ordered_packed_bytes(std::size_t tokens, std::size_t cols, bool) {
-  return tokens * ordered_tiles(cols) * kGroup * 2;
+  const std::size_t rest = tokens % kTokensAtOnce;
+  return (tokens - rest + padded_tokens(rest)) * ordered_tiles(cols) * kGroup * 2;
 }
 
-// [runs of 16 tokens][tiles][tokens of the run][64 columns], zeros behind the last column.
+// [runs of 16 tokens][tiles][padded tokens of the run][64 columns], zeros behind the last column and token.
 inline void ordered_pack(const LinearInput& in, std::uint8_t* packed) {
   for (std::size_t first = 0; first < in.tokens; first += kTokensAtOnce) {
     const std::size_t n = in.tokens - first < kTokensAtOnce ? in.tokens - first : kTokensAtOnce;
@@ -41,6 +45,9 @@ inline void ordered_pack(const LinearInput& in, std::uint8_t* packed) {
         std::memcpy(packed, in.x + 2 * (t * in.cols + column), 2 * width);
         std::memset(packed + 2 * width, 0, 2 * (kGroup - width));
       }
+      const std::size_t padding = (padded_tokens(n) - n) * 2 * kGroup;
+      std::memset(packed, 0, padding);
+      packed += padding;
     }
   }
 }
@@ -121,10 +128,10 @@ struct Sums {
     }
   }
 
-  // Writes the sums of `rows` rows: [T, stride].
-  void finish(float* out, std::size_t stride, std::size_t rows) {
+  // Writes the sums of some tokens and rows: [tokens, stride].
+  void finish(float* out, std::size_t stride, std::size_t tokens, std::size_t rows) {
     if (pairs_left != pairs_per_sum) end_block();
-    for (int t = 0; t < T; ++t) {
+    for (std::size_t t = 0; t < tokens; ++t) {
       alignas(64) float lanes[kBlockRows];
       P::store(lanes, before[t]);
       std::memcpy(out + t * stride, lanes, rows * sizeof(float));
@@ -132,10 +139,17 @@ struct Sums {
   }
 };
 
-// Rows of plain BF16 times T tokens. x: [tiles][T][64].
+// The activations of a run of tokens and where its sums go.
+struct Run {
+  const std::uint8_t* x;  // [tiles][T][64] of BF16
+  float* sums;            // [tokens, sums_stride]
+  std::size_t tokens;     // at most T
+};
+
+// Rows of plain BF16 times T tokens.
 template <class P, int T>
-void multiply_rows(const LinearProduct& p, const std::uint8_t* weight, std::size_t rows, const std::uint8_t* x,
-                   float* out) {
+void multiply_rows(const LinearProduct& p, const std::uint8_t* weight, std::size_t rows, const Run& run) {
+  const std::uint8_t* x = run.x;
   alignas(64) std::uint8_t pairs[kPairs * 64], edge[kBlockRows * kGroup * 2];
   const typename P::Flush flush;
   Sums<P, T> sums(pairs_per_sum(p));
@@ -152,32 +166,31 @@ void multiply_rows(const LinearProduct& p, const std::uint8_t* weight, std::size
     }
     sums.tile(pairs, x, (width + 1) / 2);
   }
-  sums.finish(out, p.sums_stride, rows);
+  sums.finish(run.sums, p.sums_stride, run.tokens, rows);
 }
 
 // Calls kernel<T> for the T of this run of tokens.
 template <int T, class Kernel>
 void with_tokens(std::size_t tokens, Kernel kernel) {
   if constexpr (T > 0) {
-    if (tokens == T) return kernel.template operator()<T>();
-    with_tokens<T - 1>(tokens, kernel);
+    if (padded_tokens(tokens) == T) return kernel.template operator()<T>();
+    with_tokens<(T > 8 ? T == 16 ? 12 : 8 : T - 1)>(tokens, kernel);
   }
 }
 
-// body<T>(packed activations, sums) for every run of at most 16 tokens.
+// body<T>(run) for every run of at most 16 tokens.
 template <class Body>
 void over_tokens(const LinearProduct& p, Body body) {
   for (std::size_t first = 0; first < p.tokens; first += kTokensAtOnce) {
     const std::size_t n = p.tokens - first < kTokensAtOnce ? p.tokens - first : kTokensAtOnce;
-    const std::uint8_t* x = p.x + first * ordered_tiles(p.cols) * kGroup * 2;
-    float* out = p.sums + first * p.sums_stride;
-    with_tokens<static_cast<int>(kTokensAtOnce)>(n, [&]<int T>() { body.template operator()<T>(x, out); });
+    const Run run{p.x + first * ordered_tiles(p.cols) * kGroup * 2, p.sums + first * p.sums_stride, n};
+    with_tokens<static_cast<int>(kTokensAtOnce)>(n, [&]<int T>() { body.template operator()<T>(run); });
   }
 }
 
 template <class P>
 void ordered_multiply_dense(const LinearProduct& p, const std::uint8_t* weight, std::size_t rows) {
-  over_tokens(p, [&]<int T>(const std::uint8_t* x, float* out) { multiply_rows<P, T>(p, weight, rows, x, out); });
+  over_tokens(p, [&]<int T>(const Run& run) { multiply_rows<P, T>(p, weight, rows, run); });
 }
 
 inline std::size_t ordered_scratch_bytes(std::size_t, std::size_t cols) { return kBlockRows * cols * 2; }

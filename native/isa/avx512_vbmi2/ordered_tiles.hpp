@@ -81,7 +81,8 @@ struct Tiles {
     top += kGroup * kBlockRows;
   }
 
-  void decode(std::uint8_t* pairs) {
+  // Not inlined: compiled once, it is called once per tile.
+  __attribute__((noinline)) void decode(std::uint8_t* pairs) {
     Exponents next = exponents;  // a copy that stays in registers
     __m512i row[16], run[4][4];
 #pragma GCC unroll 16
@@ -135,10 +136,11 @@ struct Tiles {
 
 // One block of whole tiles times T tokens. False: more threes than the tail has exponents.
 template <class P, int T>
-bool multiply_tiles(const LinearProduct& p, const DecodeBlock& b, const std::uint8_t* x, float* out) {
+bool multiply_tiles(const LinearProduct& p, const DecodeBlock& b, const Run& run) {
   constexpr std::size_t kTileBytes = kPairs * 64, kInputBytes = 2 * kGroup * T;
   alignas(64) std::uint8_t pairs[2][kTileBytes];
   const std::size_t tiles = b.cols / kGroup;
+  const std::uint8_t* x = run.x;
   const typename P::Flush flush;
   Sums<P, T> sums(pairs_per_sum(p));
   Tiles decoder(b);
@@ -146,26 +148,28 @@ bool multiply_tiles(const LinearProduct& p, const DecodeBlock& b, const std::uin
   decoder.decode(pairs[0]);
   std::size_t tile = 0;
   while (tile < tiles) {
-    // Tiles that end neither the matrix nor inside a K block, so that the sums can stay in registers.
-    const std::size_t left = tiles - 1 - tile, whole = sums.pairs_left / kPairs;
-    const std::size_t run = T < kInterleaveFrom ? 0 : left < whole ? left : whole;
-    if (run) {
-      typename P::Lanes sum[T];
-      for (int t = 0; t < T; ++t) sum[t] = sums.now[t];
-      for (std::size_t i = 0; i < run; ++i, ++tile, x += kInputBytes) {
-        if (decoder.exponents.used > b.n2) return false;  // bounds the reads of exponents2: a tile past the end
-        decoder.fetch_ahead();
-        prefetch_next_tail(b, tile);
-        const std::uint8_t* now = pairs[tile % 2];
-        decoder.decode_between(pairs[(tile + 1) % 2], [&](std::size_t pair) {
+    if constexpr (T >= kInterleaveFrom) {
+      // Tiles that end neither the matrix nor inside a K block, so that the sums can stay in registers.
+      const std::size_t left = tiles - 1 - tile, whole = sums.pairs_left / kPairs,
+                        end = tile + (left < whole ? left : whole);
+      if (tile < end) {
+        sums.pairs_left -= (end - tile) * kPairs;
+        typename P::Lanes sum[T];
+        for (int t = 0; t < T; ++t) sum[t] = sums.now[t];
+        for (; tile < end; ++tile, x += kInputBytes) {
+          if (decoder.exponents.used > b.n2) return false;  // bounds the reads of exponents2: a tile past the end
+          decoder.fetch_ahead();
+          prefetch_next_tail(b, tile);
+          const std::uint8_t* now = pairs[tile % 2];
+          decoder.decode_between(pairs[(tile + 1) % 2], [&](std::size_t pair) {
 #pragma GCC unroll 16
-          for (int t = 0; t < T; ++t) P::step(sum[t], now + 64 * pair, x + 2 * kGroup * t + 4 * pair);
-        });
+            for (int t = 0; t < T; ++t) P::step(sum[t], now + 64 * pair, x + 2 * kGroup * t + 4 * pair);
+          });
+        }
+        for (int t = 0; t < T; ++t) sums.now[t] = sum[t];
+        if (!sums.pairs_left) sums.end_block();
+        continue;
       }
-      for (int t = 0; t < T; ++t) sums.now[t] = sum[t];
-      sums.pairs_left -= run * kPairs;
-      if (!sums.pairs_left) sums.end_block();
-      continue;
     }
     if (decoder.exponents.used > b.n2) return false;
     sums.tile(pairs[tile % 2], x, kPairs);
@@ -176,7 +180,7 @@ bool multiply_tiles(const LinearProduct& p, const DecodeBlock& b, const std::uin
       decoder.decode(pairs[tile % 2]);
     }
   }
-  sums.finish(out, p.sums_stride, kBlockRows);
+  sums.finish(run.sums, p.sums_stride, run.tokens, kBlockRows);
   return decoder.exponents.used == b.n2;
 }
 
@@ -186,7 +190,7 @@ bool ordered_multiply(const LinearProduct& p, const DecodeBlock* blocks, std::si
   if (b.rows != kBlockRows || b.cols % kGroup) return multiply_decoded<Avx512Vbmi2, P>(p, blocks, 1);
   if (!expand_tail<Avx512Vbmi2>(b)) return false;
   bool good = true;
-  over_tokens(p, [&]<int T>(const std::uint8_t* x, float* out) { good = good && multiply_tiles<P, T>(p, b, x, out); });
+  over_tokens(p, [&]<int T>(const Run& run) { good = good && multiply_tiles<P, T>(p, b, run); });
   return good;
 }
 
