@@ -17,7 +17,7 @@ from integrations import zoo
 from integrations.conftest import Directories
 
 
-@pytest.fixture(params=["llama", "llama-tied", "qwen3", "gemma3"])
+@pytest.fixture(params=["llama", "llama-tied", "qwen3", "gemma3", "qwen2-vl", "llava"])
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -31,7 +31,7 @@ def test_outputs_and_weights(name: str, directories: Directories, tmp_path: Path
     plain, native = directories(name)
     df11 = write(plain, tmp_path / "df11")
     assert not (df11 / "bitforbit.json").exists()
-    auto = tf.AutoModelForCausalLM
+    auto = zoo.auto_class(name)
     model, expected = auto.from_pretrained(df11, quantization_config=BitforbitConfig()), auto.from_pretrained(plain)
     assert torch.equal(zoo.logits(model, name, 2), zoo.logits(expected, name, 2))
     again = auto.from_pretrained(native)
@@ -39,6 +39,12 @@ def test_outputs_and_weights(name: str, directories: Directories, tmp_path: Path
         assert compressed_parameters(module) == compressed_parameters(other), prefix
     for (key, value), (_, other) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
         assert torch.equal(value, other), key
+
+
+def test_units_that_transformers_converts(directories: Directories, tmp_path: Path) -> None:
+    df11 = write(directories("mixtral")[0], tmp_path / "df11")
+    with pytest.raises(errors.UsageError, match=r"experts\.0\.w1\.weight: transformers merges"):
+        tf.AutoModelForCausalLM.from_pretrained(df11, quantization_config=BitforbitConfig())
 
 
 def test_saved_as_a_native_directory(directories: Directories, tmp_path: Path) -> None:

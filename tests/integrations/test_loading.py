@@ -188,7 +188,7 @@ def test_tied_by_config_but_stored_with_two_values(directories: Directories, tmp
 
 def test_kept_modules(directories: Directories) -> None:
     plain, native = directories("llama")
-    config = BitforbitConfig(modules_to_not_convert=["lm_head", "layers.0"])
+    config = BitforbitConfig(modules_to_not_convert=["lm_*", "layers.0"])
     for directory in (plain, native):
         model = tf.AutoModelForCausalLM.from_pretrained(directory, quantization_config=config)
         assert type(model.lm_head) is torch.nn.Linear

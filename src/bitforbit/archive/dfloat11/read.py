@@ -94,9 +94,13 @@ class Df11Directory:
     def decode(self, threads: int = 1) -> Iterator[RestoredTensor]:
         """Every tensor, in the order of ``tensors``; at most one decoded unit is held. Raises Df11FormatError."""
         for info in self._plain:
-            yield RestoredTensor(info.name, info.dtype, info.shape, self._stored[info.name].map())
+            yield self.plain_tensor(info)
         for unit in self._units:
             yield from self.decode_unit(unit, threads)
+
+    def plain_tensor(self, info: TensorInfo) -> RestoredTensor:
+        """A tensor of no unit; its data are read from the file when they are touched."""
+        return RestoredTensor(info.name, info.dtype, info.shape, self._stored[info.name].map())
 
     @property
     def units(self) -> Mapping[str, tuple[str, ...]]:

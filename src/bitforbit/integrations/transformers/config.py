@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -23,9 +24,9 @@ class BitforbitConfig(QuantizationConfigMixin):
 
     mode: ``"exact"``, outputs bit-identical to the uncompressed model, or ``"fused"``, exact weights multiplied by our
     own kernel in an order of summation of its own. modules_to_not_convert: modules whose parameters stay as they are,
-    each a name or a run of components of one (``"lm_head"``, ``"layers.0"``). verify: check the checksum of every
-    compressed tensor that is loaded. threads: for compression while loading; default ``BITFORBIT_THREADS``, else all
-    CPUs.
+    each a name or a run of components of one, with ``*`` (``"lm_head"``, ``"layers.0"``). verify: check the checksum of
+    every compressed tensor that is loaded. threads: for compression while loading; default ``BITFORBIT_THREADS``, else
+    all CPUs.
 
     The other arguments are those that a compressed directory's ``config.json`` holds.
 
@@ -90,4 +91,4 @@ class BitforbitConfig(QuantizationConfigMixin):
 
     def keeps(self, module: str) -> bool:
         """Whether the parameters of a module, by its full name, stay as they are."""
-        return any(f".{name}." in f".{module}." for name in self.modules_to_not_convert)
+        return any(fnmatchcase(f".{module}.", f"*.{name}.*") for name in self.modules_to_not_convert)

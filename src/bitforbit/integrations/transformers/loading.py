@@ -36,7 +36,7 @@ class Load:
     def __init__(
         self, model: PreTrainedModel, config: BitforbitConfig, dtype: torch.dtype, files: list[str] | None
     ) -> None:
-        """Opens the files; ``files`` gains those that transformers does not know of.
+        """Opens the files.
 
         Raises what the sources raise, and UsageError for what a compressed model cannot do.
         """
@@ -47,8 +47,10 @@ class Load:
         self.where = str(Path(files[0]).parent) if files else "state_dict"
         self._config = config
         self._main_dtype = dtype
+        self._files = files if files is not None else []
         self._dtypes = plan.Dtypes(model, dtype)
-        self._source = self._open(files)
+        self._is_df11 = bool(files) and getattr(model.config, DF11_CONFIG, None) is not None
+        self._source = None if self._is_df11 else self._open_native()
         self._found: dict[str, Destination] = {}
         self._kept: list[tuple[str, str]] = []
         self._plain_dtypes: dict[str, torch.dtype] = {}
@@ -57,21 +59,26 @@ class Load:
     def __deepcopy__(self, memo: dict[int, Any]) -> Load:
         return self
 
-    def _open(self, files: list[str] | None) -> Source | None:
-        threads = self._config.threads or default_threads()
-        if files and getattr(self.model.config, DF11_CONFIG, None) is not None:
-            shapes = {n: tuple(p.shape) for n, p in self.model.named_parameters(remove_duplicate=False) if p.dim() == 2}
-            source, files[:] = df11_source(files, threads, shapes)
-            return source
-        native = native_source(files or (), threads)
+    def _open_native(self) -> Source | None:
+        native = native_source(self._files, self._threads)
         if native is not None:
             _check_dtype(native, self._main_dtype, Path(self.where))
         return native
 
+    def _open_df11(self, stock: Sequence[WeightTransform]) -> Source:
+        """The list of files gains those that transformers does not know of."""
+        shapes = plan.ParameterShapes(self.model, stock)
+        source, self._files[:] = df11_source(self._files, self._threads, shapes)
+        return source
+
+    @property
+    def _threads(self) -> int:
+        return self._config.threads or default_threads()
+
     @property
     def from_compressed(self) -> bool:
         """Whether the files hold a compressed checkpoint."""
-        return self._source is not None
+        return self._is_df11 or self._source is not None
 
     def needs_compression(self, name: str) -> bool:
         """Whether a parameter is compressed as an ordinary checkpoint loads.
@@ -85,8 +92,10 @@ class Load:
     def plan(self, stock: Sequence[WeightTransform]) -> list[WeightTransform]:
         """What the loader is to do instead of ``stock``, and the model's compressed parameters without data.
 
-        Raises ShapeMismatchError, MissingTensorError or UsageError.
+        Raises ShapeMismatchError, MissingTensorError or UsageError, and what a DFloat11 directory raises when opened.
         """
+        if self._is_df11:
+            self._source = self._open_df11(stock)
         source = self._source
         if source is None:
             return list(stock)
@@ -109,13 +118,8 @@ class Load:
                 self.arrivals[arrival] = anchor
                 names[anchor] = transforms.token(len(targets))
                 targets.append(arrival)
-            elif len(originals) == 1:
+            else:  # one tensor only: ParameterShapes refuses DFloat11 units of which transformers converts any
                 names[anchor] = originals[0]
-            else:
-                raise UsageError(
-                    f"{self.where}: {originals[0]!r} is one of the tensors that transformers merges or splits, which "
-                    "works with bitforbit's own format only; decompress the model (bitforbit decompress) and load that"
-                )
         self._note_plain_dtypes(source)
         self.model._keys_to_ignore_on_load_unexpected = {
             *(self.model._keys_to_ignore_on_load_unexpected or ()),

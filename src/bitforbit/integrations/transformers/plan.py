@@ -7,7 +7,7 @@ rules apply to the names of the original checkpoint, so they are asked with thos
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from bitforbit.errors import MissingTensorError, ShapeMismatchError
+from bitforbit.errors import MissingTensorError, ShapeMismatchError, UsageError
 from bitforbit.integrations.transformers.source import StoredTensor
 
 
@@ -98,6 +98,33 @@ def _all_targets(first: str, transforms: Sequence[WeightTransform]) -> Iterable[
         targets = list(transform.target_patterns) if isinstance(transform, WeightConverter) else []
         if len(targets) > 1 and targets[0] in first:
             yield from (first.replace(targets[0], target) for target in targets)
+
+
+class ParameterShapes(Mapping[str, tuple[int, ...]]):
+    """Shapes of the tensors of a checkpoint, by the names that they have there, as the model's parameters have them.
+
+    Raises UsageError when asked for a tensor that transformers merges or splits: its shape is not the parameter's.
+    """
+
+    def __init__(self, model: PreTrainedModel, transforms: Sequence[WeightTransform]) -> None:
+        self._model = model
+        self._transforms = transforms
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+    def __getitem__(self, name: str) -> tuple[int, ...]:
+        destination = destinations(self._model, [name], self._transforms)[name]
+        if destination.converted:
+            raise UsageError(
+                f"{name}: transformers merges or splits this tensor as it loads, which works with bitforbit's own "
+                "format only; decompress the DFloat11 model (bitforbit decompress) and load the result"
+            )
+        return self._shapes[destination.target]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
 
 
 class Dtypes:

@@ -17,7 +17,7 @@ import torch
 
 from bitforbit import dtypes, tensors
 from bitforbit.archive.buffers import aligned_buffer, read_exactly
-from bitforbit.archive.dfloat11.read import Df11Directory
+from bitforbit.archive.dfloat11.read import Df11Directory, RestoredTensor, TensorInfo
 from bitforbit.archive.pipeline import Pipeline
 from bitforbit.archive.shard_reader import ShardReader
 from bitforbit.codecs.base import Bytes
@@ -30,6 +30,9 @@ from bitforbit.format.record import TensorRecord
 from bitforbit.format.spec import INDEX_SUFFIX, MANIFEST_NAME, SHARD_SUFFIX, part_name
 
 DF11_CONFIG = "dfloat11_config"
+
+_MARK = ".luts"
+"""Suffix of the smallest tensor of a DFloat11 unit."""
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, array_name) for array_name, name in dtypes.ARRAY_NAMES.items() if hasattr(torch, array_name)
@@ -157,7 +160,7 @@ class Df11Source:
     """
 
     def __init__(self, directory: Path, threads: int, shapes: Mapping[str, Sequence[int]]) -> None:
-        """``shapes`` are those of the model's matrices by name: the files state sizes only."""
+        """``shapes`` are those of the matrices by name: the files state sizes only."""
         try:
             self._directory = Df11Directory(directory, shapes=shapes)
         except NotCompressedError as e:
@@ -165,31 +168,42 @@ class Df11Source:
                 f"{e}; from the Hub, fetch all files first (huggingface_hub.snapshot_download) and load that directory"
             ) from None
         self._threads = threads
-        infos = {info.name: info for info in self._directory.tensors}
-        units = {name: unit for unit, names in self._directory.units.items() for name in names}
-        self.tensors = {
-            info.name: StoredTensor(info.name, info.dtype, info.shape, _anchor(units.get(info.name)))
-            for info in infos.values()
-        }
-        self.anchors: dict[str, Sequence[str]] = {f"{u}.luts": names for u, names in self._directory.units.items()}
-        self.consumed: dict[str, Sequence[str]] = {
-            f"{unit}.luts": self._directory.stored_names(unit) for unit in self._directory.units
-        }
+        self._plain: dict[str, TensorInfo] = {}
+        self.tensors: dict[str, StoredTensor] = {}
+        self.anchors: dict[str, Sequence[str]] = {}
+        self.consumed: dict[str, Sequence[str]] = {}
+        for unit, names in self._directory.units.items():
+            anchor = _anchor(unit)
+            self.anchors[anchor] = names
+            self.consumed[anchor] = self._directory.stored_names(unit)
+        unit_of = {name: anchor for anchor, names in self.anchors.items() for name in names}
+        for info in self._directory.tensors:
+            if info.name not in unit_of and len(info.shape) >= 2 and info.dtype in dtypes.FLOAT_LAYOUTS:
+                # A matrix that DFloat11 leaves plain is a unit of its own, to be compressed like the others.
+                self._plain[info.name] = info
+                self.anchors[info.name] = self.consumed[info.name] = (info.name,)
+                unit_of[info.name] = info.name
+            self.tensors[info.name] = StoredTensor(info.name, info.dtype, info.shape, unit_of.get(info.name))
 
     def restore(self, anchor: str) -> dict[str, torch.Tensor]:
         """See :class:`Source`."""
-        unit = anchor.removesuffix(".luts")
-        return {
-            tensor.name: torch.from_numpy(tensor.data).view(torch.bfloat16).reshape(tensor.shape)
-            for tensor in self._directory.decode_unit(unit, self._threads)
-        }
+        if anchor in self._plain:
+            restored = [self._directory.plain_tensor(self._plain[anchor])]
+        else:
+            restored = list(self._directory.decode_unit(anchor.removesuffix(_MARK), self._threads))
+        return {t.name: _tensor(t) for t in restored}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Df11Source:
         return self
 
 
-def _anchor(unit: str | None) -> str | None:
-    return None if unit is None else f"{unit}.luts"
+def _tensor(restored: RestoredTensor) -> torch.Tensor:
+    data = restored.data if restored.data.flags.writeable else restored.data.copy()
+    return torch.from_numpy(data).view(TORCH_DTYPES[restored.dtype]).reshape(restored.shape)
+
+
+def _anchor(unit: str) -> str:
+    return f"{unit}{_MARK}"
 
 
 def _bytes(part: torch.Tensor) -> Bytes:
