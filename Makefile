@@ -27,7 +27,7 @@ PY_DIRS := $(wildcard src tests benchmarks examples fuzz)
 .PHONY: help demo test test-floor check format native-test fuzz bench gpu clean
 
 help:
-	@echo 'make demo         compress a small model, restore it, compare every byte'
+	@echo 'make demo         compress a small model, restore it, compare every byte, generate text with it'
 	@echo 'make test         run the Python tests'
 	@echo 'make test-floor   run the tests of the transformers plug-in with the oldest transformers supported'
 	@echo 'make check        formatting, linting, types, import direction'
@@ -68,7 +68,7 @@ $(VENV)/stamp-dev: $(VENV)/stamp-torch pyproject.toml constraints.txt
 	@touch $@ $(VENV)/stamp-test $(VENV)/stamp-base
 
 $(VENV)/stamp-bench: $(VENV)/stamp-torch pyproject.toml constraints.txt
-	$(PIP_INSTALL) '.[bench,hub,plot]'
+	$(PIP_INSTALL) '.[bench,hub,plot,transformers]'
 	@touch $@ $(VENV)/stamp-base
 
 $(VENV)/stamp-cmake: $(VENV)/stamp-venv constraints.txt
