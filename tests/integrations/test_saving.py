@@ -96,12 +96,15 @@ def test_variant(size: str, directories: Directories, tmp_path: Path) -> None:
 
 
 def test_kept_modules_are_stored_plain(directories: Directories, tmp_path: Path) -> None:
+    plain, _ = directories("llama")
     config = BitforbitConfig(modules_to_not_convert=["lm_head"])
-    model = tf.AutoModelForCausalLM.from_pretrained(directories("llama")[0], quantization_config=config)
-    model.save_pretrained(tmp_path)
-    again = tf.AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(again.lm_head) is torch.nn.Linear
-    assert isinstance(again.model.layers[0].mlp.up_proj, Compressed)
+    one = tf.AutoModelForCausalLM.from_pretrained(plain, quantization_config=config)
+    other = bitforbit.compress_model(tf.AutoModelForCausalLM.from_pretrained(plain), skip=["lm_head"])
+    for i, model in enumerate((one, other)):
+        model.save_pretrained(tmp_path / str(i))
+        again = tf.AutoModelForCausalLM.from_pretrained(tmp_path / str(i))
+        assert type(again.lm_head) is torch.nn.Linear
+        assert isinstance(again.model.layers[0].mlp.up_proj, Compressed)
 
 
 def test_config_of_the_saved_model(directories: Directories, tmp_path: Path) -> None:

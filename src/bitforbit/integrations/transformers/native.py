@@ -31,9 +31,7 @@ from bitforbit.format.header import Header, parse_header
 from bitforbit.format.layout import Shard, open_shard
 from bitforbit.format.manifest import FileEntry, Manifest
 from bitforbit.format.spec import INDEX_SUFFIX, LENGTH_BYTES, MANIFEST_NAME, SHARD_SUFFIX
-from bitforbit.integrations.transformers.config import BitforbitConfig
 from bitforbit.integrations.transformers.originals import Originals
-from bitforbit.integrations.transformers.ties import split
 
 _CODEC = "planes"
 _CONFIG = "config.json"
@@ -87,19 +85,19 @@ class ModelBytes:
 
 
 def write_weights(
-    originals: Originals, staging: Path, names: WeightNames, max_shard_size: int | str, config: BitforbitConfig
+    originals: Originals, staging: Path, names: WeightNames, max_shard_size: int | str, threads: int | None
 ) -> list[FileEntry]:
-    """Write all shards, and the index if there are several."""
+    """Write all shards, and the index if there are several. What is plain in the model is stored plain."""
     empty = {n: torch.empty(shape, dtype=dtype, device="meta") for n, (dtype, shape) in originals.shapes.items()}
     plan = huggingface_hub.split_torch_state_dict_into_shards(
         empty, filename_pattern=f"{names.stem}{{suffix}}{SHARD_SUFFIX}", max_shard_size=max_shard_size
     )
     largest = max((t.numel() * t.element_size() for t in empty.values()), default=0)
-    pipe = Pipeline(config.threads, largest, None)
+    pipe = Pipeline(threads, largest, None)
     shards: dict[str, Shard] = {}
     entries = []
     for file, tensor_names in plan.filename_to_tensors.items():
-        entries.append(_write_shard(originals, tensor_names, staging / file, config, pipe))
+        entries.append(_write_shard(originals, tensor_names, staging / file, pipe))
         shards[file] = open_shard(staging / file)
     if plan.is_sharded:
         parameters = sum(tensor.numel() for tensor in empty.values())
@@ -114,20 +112,15 @@ def write_weights(
     return entries
 
 
-def _write_shard(
-    originals: Originals, names: Sequence[str], path: Path, config: BitforbitConfig, pipe: Pipeline
-) -> FileEntry:
+def _write_shard(originals: Originals, names: Sequence[str], path: Path, pipe: Pipeline) -> FileEntry:
     layout = [(name, _NAMES[originals.shapes[name][0]], originals.shapes[name][1]) for name in names]
     head, entries = library_layout(layout, {"format": "pt"})
     size = len(head) + (entries[-1].end if entries else 0)
     header = parse_header(head[LENGTH_BYTES:], size, str(path))
 
-    def select(name: str) -> bool:
-        return not all(config.keeps(split(source)[0]) for source in originals.sources[name])
-
     source = ModelBytes(originals, header, path.name)
     with path.open("wb+") as out:
-        digests = ShardWriter(source, header, registry.get(_CODEC, 1), select, pipe).write(out)
+        digests = ShardWriter(source, header, registry.get(_CODEC, 1), originals.is_compressed, pipe).write(out)
         out.flush()
         stored = hash_stored(out.fileno())
     return FileEntry(path.name, "shard", digests.size, digests.sha256 or "", stored.size, stored.xxh3_128)

@@ -58,6 +58,10 @@ class Originals:
                 self.sources[name] = group.inputs
                 self._group_of[name] = index
 
+    def is_compressed(self, name: str) -> bool:
+        """Whether the model holds any of what this tensor is made of in compressed form."""
+        return any(is_compressed(self._model, source) for source in self.sources[name])
+
     def value(self, name: str) -> torch.Tensor:
         """A tensor of the checkpoint, contiguous, in CPU memory."""
         index = self._group_of[name]

@@ -92,7 +92,9 @@ def _save(
         staging = Path(temporary)
         _save_config(model, staging)
         entries = native.write_others(staging)
-        entries += native.write_weights(Originals(model, as_in_checkpoint), staging, names, max_shard_size, config)
+        entries += native.write_weights(
+            Originals(model, as_in_checkpoint), staging, names, max_shard_size, config.threads
+        )
         native.publish(staging, directory, entries)
     for name in stale - {entry.path for entry in entries}:
         (directory / name).unlink()
