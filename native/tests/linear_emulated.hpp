@@ -7,5 +7,6 @@ namespace bitforbit {
 #if BITFORBIT_X86
 extern const LinearOps kLanesAvx512Vbmi2Emulated;
 extern const LinearOps kLanesAvx512Bf16Emulated;
+extern const LinearOps kPairwiseAvx512Vbmi2Emulated;
 #endif
 }  // namespace bitforbit

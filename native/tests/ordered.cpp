@@ -6,6 +6,7 @@
 #include "linear.hpp"
 #include "tests/amx_emulated.hpp"
 #include "tests/check.hpp"
+#include "tests/linear_emulated.hpp"
 #include "tests/planes_cases.hpp"
 
 namespace bitforbit::testing {
@@ -26,6 +27,7 @@ std::vector<Implementations> all_families() {
     }
   }
 #if BITFORBIT_X86
+  if (find_implementation("avx512")) families[3].others.push_back(&kPairwiseAvx512Vbmi2Emulated);
   if (find_implementation("avx512_vbmi2")) families[1].others.push_back(&kTdpbf16AmxEmulated);
   if (find_implementation("avx2")) CHECK(!families[0].others.empty());
 #endif

@@ -67,6 +67,7 @@ __m512 emulated_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
 #define _mm512_dpbf16_ps emulated_dpbf16_ps
 #define kLanesAvx512Vbmi2 kLanesAvx512Vbmi2Emulated
 #define kLanesAvx512Bf16 kLanesAvx512Bf16Emulated
+#define kPairwiseAvx512Vbmi2 kPairwiseAvx512Vbmi2Emulated
 #define _mm512_permutexvar_epi8 emulated_permutexvar_epi8
 #define _mm512_mask_expand_epi8 emulated_mask_expand_epi8
 #define _mm512_maskz_compress_epi8 emulated_maskz_compress_epi8
