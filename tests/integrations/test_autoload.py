@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+import bitforbit
 from integrations.conftest import Directories
 
-SOURCE = Path(__file__).parents[2] / "src"
+# The package under test, installed or not.
+SOURCE = Path(bitforbit.__file__).parents[1]
 
 
 def run(code: str, **environment: str) -> str:
