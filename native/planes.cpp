@@ -23,6 +23,9 @@ std::size_t tail_digits_bytes(std::size_t n) { return ceil_div(n, kGroup) * (kGr
 // Elements that a thread should get at least, or starting it costs more than it saves.
 constexpr std::size_t kElementsPerTask = 1 << 17;
 
+// Outputs from here on are written past the caches: below, whoever reads them next finds them there.
+constexpr std::size_t kStreamBytes = 32 << 20;
+
 std::size_t blocks_per_task(const Layout& layout) {
   return std::max<std::size_t>(1, kElementsPerTask / std::max<std::size_t>(1, layout.cols * kBlockRows));
 }
@@ -214,6 +217,8 @@ void decode_planes(const PlanesParts& parts, const Layout& layout, std::size_t b
   if (begin >= end) return;
   const std::size_t first = begin / kBlockRows, last = (end - 1) / kBlockRows, row_bytes = layout.row_bytes();
   const std::size_t per_task = blocks_per_task(layout);
+  const bool stream = layout.kind == Kind::kBF16 && !layout.wide && (end - begin) * row_bytes >= kStreamBytes &&
+                      (row_bytes | reinterpret_cast<std::uintptr_t>(out)) % 64 == 0;
 
   parallel_for(ceil_div(last - first + 1, per_task), 1, threads, [&](std::size_t task) {
     const std::size_t task_first = first + task * per_task, task_last = std::min(last, task_first + per_task - 1);
@@ -231,6 +236,7 @@ void decode_planes(const PlanesParts& parts, const Layout& layout, std::size_t b
       if (partial && !whole.size()) whole = Buffer(kBlockRows * row_bytes);
       b.out = partial ? whole.data() : out + (block_begin - begin) * row_bytes;
       b.out_stride = row_bytes;
+      b.stream = stream && !partial;
       if (!ops.decode(b)) throw reader.contradiction(i);
       if (partial)
         std::memcpy(out + (from - begin) * row_bytes, whole.data() + (from - block_begin) * row_bytes,

@@ -35,6 +35,7 @@ struct DecodeBlock {
   const std::uint8_t* exponents4;  // the raw exponents, readable for kSlack bytes past n4
   std::uint8_t* out;
   std::size_t out_stride;  // bytes from row to row
+  bool stream;             // the output outgrows the caches: plain BF16, every row on a 64-byte boundary
 };
 
 // One block to encode. Scratch buffers hold groups * 64 + kSlack bytes.

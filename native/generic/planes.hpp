@@ -13,6 +13,8 @@
 namespace bitforbit {
 namespace {
 
+inline constexpr std::size_t kPrefetchAhead = 16384;
+
 // Expands ceil(n / 64) groups of 2-bit digits to exponents: digits 0-2 through `table`, each 3 by the next byte of
 // `next`. Returns how many bytes of `next` were used, or more than `n_next` as soon as that many do not suffice.
 template <class V>
@@ -57,6 +59,7 @@ bool decode_tiles(const DecodeBlock& b) {
   for (std::size_t tile = 0; tile < tiles; ++tile) {
     for (std::size_t row = 0; row < b.rows; ++row, ++g) {
       if (used > b.n2) return false;  // bounds the reads of exponents2: at most 64 past n2, within its slack
+      __builtin_prefetch(b.planes[0] + plane_stride(K, 0) * g + kPrefetchAhead, 0, 2);  // see linear_lanes.hpp
       join64<V, K, Wide>(exponents(), b.planes, g, b.out + row * b.out_stride + tile * kGroup * kItem);
     }
   }

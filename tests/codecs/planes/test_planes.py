@@ -15,6 +15,7 @@ from bitforbit.codecs.base import EncodedTensor
 from bitforbit.codecs.planes import PlanesCodec, naive
 from bitforbit.codecs.planes.layout import PLANE_WIDTHS, Layout, matrix_view
 from bitforbit.errors import CorruptTensorError, UnknownIsaError, UsageError
+from helpers.bits import assert_bitwise_equal
 
 CODEC = PlanesCodec()
 ISAS = [name for name, supported in cpu.implementations().items() if supported]
@@ -307,3 +308,20 @@ def test_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("BITFORBIT_THREADS", bad)
         with pytest.raises(UsageError):
             cpu.default_threads()
+
+
+@pytest.mark.parametrize("cols", [4096, 4128])
+def test_outputs_that_outgrow_the_caches(cols: int) -> None:
+    """From 32 MiB on, outputs may be written past the caches; where they do not lie on 64-byte boundaries, not."""
+    rows = 4112
+    words = np.random.default_rng(cols).integers(0, 1 << 16, (rows, cols), dtype=np.uint16)
+    words[:, : cols // 2] = words[:, : cols // 2] & 0x81FF | 0x3C00
+    data = words.reshape(-1).view(np.uint8)
+    encoded = CODEC.encode_always(data, "BF16", (rows, cols), "BF16", 2)
+    room = np.empty(data.size + 64, np.uint8)
+    for shift in (-room.ctypes.data % 64, (-room.ctypes.data + 2) % 64):
+        for begin, end in ((0, rows), (5, rows - 3)):
+            out = room[shift : shift + 2 * (end - begin) * cols]
+            out[:] = 0
+            CODEC.decode(encoded, out, (begin, end), 2)
+            assert_bitwise_equal(out, data[2 * begin * cols : 2 * end * cols])
