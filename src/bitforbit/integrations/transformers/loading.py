@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -186,10 +188,10 @@ class Load:
     def close(self) -> None:
         """Check what was loaded. Raises ChecksumError."""
         if isinstance(self._source, NativeSource) and self._config.verify:
-            for name, target in self._kept:
-                module_name, parameter_name = split(target)
-                parameters = self.model.get_submodule(module_name)._parameters
-                self._source.check(name, [parameters[stored_name(parameter_name, part)] for part in PARTS])
+            names, parts = [name for name, _ in self._kept], [self._parts(target) for _, target in self._kept]
+            with ThreadPoolExecutor(self._config.threads or default_threads()) as pool:
+                # In order: of several errors, that of the first tensor.
+                deque(pool.map(self._source.check, names, parts), maxlen=0)
         # What is kept for saving must not keep this load, and with it the files, open.
         used = self.model._weight_conversions
         self.model._weight_conversions = [t.stock if isinstance(t, transforms.Converting) else t for t in used]
@@ -197,6 +199,13 @@ class Load:
             tensor = self.model.get_parameter_or_buffer(target)
             if tensor.dtype != wanted:
                 tensor.data = tensor.data.to(wanted)
+
+    def _parts(self, target: str) -> list[torch.Tensor]:
+        """The parts of a compressed parameter, as they are in memory."""
+        module_name, parameter_name = split(target)
+        parameters = self.model.get_submodule(module_name)._parameters
+        parts = [parameters[stored_name(parameter_name, part)] for part in PARTS]
+        return [part for part in parts if part is not None]
 
 
 def _check_dtype(source: NativeSource, asked: torch.dtype, directory: Path) -> None:
