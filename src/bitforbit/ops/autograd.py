@@ -8,6 +8,7 @@ contiguous; else a ``matmul`` (native/LinearAlgebra.cpp: one ``mm`` over folded 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,7 +50,7 @@ def _grad_x(
 ) -> torch.Tensor:
     rows, cols = weight.shape
     if len(shape) > 2 and not flattened and not _folds(shape, stride):
-        product = grad.reshape(-1, grad.shape[-2], rows).bmm(weight.expand(_product(shape[:-2]), rows, cols))
+        product = grad.reshape(-1, grad.shape[-2], rows).bmm(weight.expand(math.prod(shape[:-2]), rows, cols))
         return product.view(shape)
     flat = grad.reshape(-1, rows)
     if len(shape) > 1 and (stride[-2], stride[-1]) == (1, flat.shape[0]):
@@ -61,10 +62,3 @@ def _folds(shape: Sequence[int], stride: Sequence[int]) -> bool:
     """Whether matmul sees x as one matrix of rows without copying it."""
     empty = any(size == 0 for size in shape)
     return empty or all(stride[i] == stride[i + 1] * shape[i + 1] for i in range(len(shape) - 2))
-
-
-def _product(sizes: Sequence[int]) -> int:
-    product = 1
-    for size in sizes:
-        product *= size
-    return product

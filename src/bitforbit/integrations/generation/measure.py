@@ -65,7 +65,7 @@ class Alone:
     """What one variant did in a process of its own. Sizes in bytes; None where the system does not tell.
 
     ``baseline``: resident after the imports. ``running_peak``: the largest resident size from the first prompt on.
-    ``peak``: the same, with loading. ``digest``: SHA-256 of the logits that chose the first tokens.
+    ``peak``: the same, with loading. ``digest``: SHA-256 of the logits that chose the tokens.
     """
 
     mode: str
@@ -139,12 +139,12 @@ def timed(loaded: LoadedModel, prompts: torch.Tensor, new_tokens: int) -> Timing
     )
 
 
-def logits_digest(loaded: LoadedModel, prompts: torch.Tensor) -> str:
-    """SHA-256 of the bits of the logits after the prompts and after the next token."""
+def logits_digest(loaded: LoadedModel, prompts: torch.Tensor, new_tokens: int) -> str:
+    """SHA-256 of the bits of the logits that chose each of the new tokens."""
     out = loaded.model.generate(
         prompts,
         attention_mask=torch.ones_like(prompts),
-        generation_config=greedy(loaded, 2),
+        generation_config=greedy(loaded, new_tokens),
         output_logits=True,
         return_dict_in_generate=True,
     )
@@ -182,7 +182,7 @@ def measure_alone(path: str, mode: Mode, workload: Workload, threads: int | None
         peak=max(filter(None, (load_peak, running)), default=None),
         first=first,
         warm=warm,
-        digest=logits_digest(loaded, prompts),
+        digest=logits_digest(loaded, prompts, workload.new_tokens),
         ran=ran,
         threads=count,
     )

@@ -18,7 +18,7 @@ import huggingface_hub
 import numpy as np
 import torch
 
-from bitforbit import __version__, dtypes, tensors
+from bitforbit import __version__, tensors
 from bitforbit.archive.dfloat11.stfile import library_layout
 from bitforbit.archive.filesystem import sync_directory, sync_files
 from bitforbit.archive.pipeline import Pipeline
@@ -32,10 +32,10 @@ from bitforbit.format.layout import Shard, open_shard
 from bitforbit.format.manifest import FileEntry, Manifest
 from bitforbit.format.spec import INDEX_SUFFIX, LENGTH_BYTES, MANIFEST_NAME, SHARD_SUFFIX
 from bitforbit.integrations.transformers.originals import Originals
+from bitforbit.ops.checks import dtype_name
 
 _CODEC = "planes"
 _CONFIG = "config.json"
-_NAMES = {getattr(torch, name): ours for name, ours in dtypes.ARRAY_NAMES.items() if hasattr(torch, name)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ def write_weights(
 
 
 def _write_shard(originals: Originals, names: Sequence[str], path: Path, pipe: Pipeline) -> FileEntry:
-    layout = [(name, _NAMES[originals.shapes[name][0]], originals.shapes[name][1]) for name in names]
+    layout = [(name, dtype_name(originals.shapes[name][0]), originals.shapes[name][1]) for name in names]
     head, entries = library_layout(layout, {"format": "pt"})
     size = len(head) + (entries[-1].end if entries else 0)
     header = parse_header(head[LENGTH_BYTES:], size, str(path))
