@@ -1,0 +1,1 @@
+"""The tile layout of BF16 matrices in GPU memory."""
