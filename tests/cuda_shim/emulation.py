@@ -14,6 +14,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from bitforbit.cuda import sources
 from bitforbit.cuda.kernel import Argument, DeviceProperties, Kernel, LaunchConfig
 
@@ -54,12 +56,61 @@ class EmulatedLauncher:
             raise EmulationError(f"{kernel.name}: {message.value.decode()}")
 
 
+class HostBuffer:
+    """Host memory on a 256-byte boundary, of exactly its size as far as the sanitizers are concerned."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._memory = np.full(nbytes + 256, 0xA5, np.uint8)
+        start = -self._memory.ctypes.data % 256
+        self.array = self._memory[start : start + nbytes]
+        self.address = self._memory.ctypes.data + start
+        self.nbytes = nbytes
+
+
+class EmulatedQueue:
+    """The emulation as a stream with memory."""
+
+    def __init__(self, launcher: EmulatedLauncher | None = None) -> None:
+        self.launcher = launcher or EmulatedLauncher()
+
+    @property
+    def properties(self) -> DeviceProperties:
+        """Of the emulated device."""
+        return self.launcher.properties
+
+    def launch(self, kernel: Kernel, config: LaunchConfig, *arguments: Argument) -> None:
+        """Run a kernel to its end. Raises EmulationError."""
+        self.launcher.launch(kernel, config, arguments)
+
+    def empty(self, nbytes: int) -> HostBuffer:
+        """Memory filled with garbage."""
+        return HostBuffer(nbytes)
+
+    def zeros(self, nbytes: int) -> HostBuffer:
+        """Memory of zeros."""
+        buffer = HostBuffer(nbytes)
+        buffer.array[:] = 0
+        return buffer
+
+    def upload(self, data: bytes) -> HostBuffer:
+        """A copy of bytes."""
+        buffer = HostBuffer(len(data))
+        buffer.array[:] = np.frombuffer(data, np.uint8)
+        return buffer
+
+    def download(self, buffer: HostBuffer, nbytes: int | None = None) -> bytes:
+        """The (first) bytes of a buffer."""
+        return bytes(buffer.array[:nbytes].tobytes())
+
+
 def _check_parameters(code: ctypes.CDLL, kernel: Kernel) -> None:
     sizes = (ctypes.c_size_t * 64)()
     count = code.shim_parameters(kernel.name.encode(), sizes)
     declared = [ctypes.sizeof(kind) for kind in kernel.parameters]
     if list(sizes[:count] if count >= 0 else ()) != declared:
-        raise EmulationError(f"{kernel.name}: the text has parameters of {sizes[: max(count, 0)]} bytes, not {declared}")
+        raise EmulationError(
+            f"{kernel.name}: the text has parameters of {sizes[: max(count, 0)]} bytes, not {declared}"
+        )
 
 
 @functools.cache
