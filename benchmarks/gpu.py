@@ -1,9 +1,9 @@
 """Everything that a machine with a GPU can check and measure, in one go: ``make gpu``.
 
 Builds the package into ``build/gpu``, runs the tests that need a GPU, every benchmark of it, and compute-sanitizer. It
-needs no network and installs nothing outside of ``build``. Each step has a limit and all of them share a budget; one that
-fails is reported and does not stop the next. The result, ``gpu-<device>-<date>.json``, is written anew after every step,
-to ``benchmarks/results`` and, with the log, to ``$OUT`` if that is set.
+needs no network and installs nothing outside of ``build``. Each step has a limit and all of them share a budget; one
+that fails is reported and does not stop the next. The result, ``gpu-<device>-<date>.json``, is written anew after every
+step, to ``benchmarks/results`` and, with the log, to ``$OUT`` if that is set.
 
     python3 -m benchmarks.gpu              exits with 1 if a step failed, with 2 if there is no GPU
     python3 -m benchmarks.gpu --dry-run    the same steps, as far as a CPU can go: kernels emulated, sizes tiny
@@ -34,7 +34,8 @@ NO_GPU = 2
 
 BENCHMARKS = ("decode", "model", "load")
 TESTS = ("tests/gpu", "tests/cuda", "tests/ops", "tests/nn")
-SANITIZED = "tests/gpu/test_small.py"
+SANITIZED = "tests/cuda"
+"""Made for the emulation, so its shapes are small."""
 
 
 @dataclass(frozen=True)

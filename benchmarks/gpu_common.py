@@ -1,7 +1,7 @@
 """What the benchmarks on a GPU share: timing by CUDA events over graphs, facts of the device, and a dry run.
 
-The dry run goes through the same code on the CPU, with the kernels emulated and tiny sizes. It checks results and measures
-nothing: where a figure would stand is None.
+The dry run goes through the same code on the CPU, with the kernels emulated and tiny sizes. It checks results and
+measures nothing: where a figure would stand is None.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks.common import ROOT, machine
 Call = Callable[[], object]
 
 L2_MULTIPLE = 4
-"""Data of all rotated calls together, in sizes of the L2 cache: what one call leaves there is gone before its next turn."""
+"""Data of all rotated calls together, in sizes of the L2 cache: what a call leaves there is gone by its next turn."""
 MAX_ROTATIONS = 64
 
 
