@@ -8,7 +8,7 @@ import pytest
 from bitforbit.codecs.base import Bytes
 from bitforbit.cuda.tiles import naive
 from bitforbit.cuda.tiles.layout import PARTS, TileLayout
-from cuda.tile_cases import cases, gaussian
+from helpers.tile_cases import cases, gaussian
 
 CASES = cases()
 

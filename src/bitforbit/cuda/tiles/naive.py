@@ -1,6 +1,6 @@
 """The tile layout, as plainly as it can be written: the reference for the kernels.
 
-:mod:`bitforbit.cuda.tiles.layout` says what is done here. Arrays have the axes [tile, step i, lane l, register r, half h],
+:mod:`bitforbit.cuda.tiles.layout` says what is done here. Arrays have the axes [tile, step, lane, register, half],
 so that a tile's weights in C order are in the order of positions.
 """
 
