@@ -6,8 +6,7 @@ files). On CPU tensors the kernels run in an emulation, if a test has installed 
 
 from __future__ import annotations
 
-from bitforbit.ops.gpu import df11, planes, tiles
-from bitforbit.ops.gpu.convert import pack_tiles, planes_to_tiles
+from bitforbit.ops.gpu import tiles
 from bitforbit.ops.gpu.policy import Policy, scratch_bytes
 from bitforbit.ops.gpu.queues import emulate, queue_for
 from bitforbit.ops.gpu.runtime import check_status, clear, policy, use_policy
@@ -17,8 +16,6 @@ __all__ = [
     "check_status",
     "clear",
     "emulate",
-    "pack_tiles",
-    "planes_to_tiles",
     "policy",
     "queue_for",
     "register",
@@ -30,5 +27,3 @@ __all__ = [
 def register() -> None:
     """Register the operators' kernels; once per process."""
     tiles.register()
-    df11.register()
-    planes.register()

@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
+from bitforbit.cuda import driver, launcher
 from bitforbit.cuda.kernel import Argument, DeviceProperties, Kernel, LaunchConfig, Launcher
 from bitforbit.cuda.queue import Buffer, Queue
 from bitforbit.errors import UsageError
@@ -134,8 +135,6 @@ def capture_id(device: torch.device, stream: int) -> int:
     with torch.cuda.device(device) if device.index != torch.cuda.current_device() else nullcontext():
         if not torch.cuda.is_current_stream_capturing():
             return 0
-    from bitforbit.cuda import driver
-
     return int(driver.get().capture_id(stream))
 
 
@@ -162,10 +161,7 @@ def emulate(queue: Queue) -> Iterator[None]:
 
 
 def _launcher(ordinal: int) -> Launcher:
-    from bitforbit.cuda import launcher
-
-    found: Launcher = launcher.for_device(ordinal)
-    return found
+    return launcher.for_device(ordinal)
 
 
 def addresses(parts: Sequence[torch.Tensor]) -> tuple[tuple[int, int], ...]:
