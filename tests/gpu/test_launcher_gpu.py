@@ -132,6 +132,19 @@ def test_graphs_replay_launches(launcher: CudaLauncher, words: torch.Tensor) -> 
     assert torch.equal(words.cpu(), expected)
 
 
+def test_captures_have_numbers() -> None:
+    def number() -> int:
+        return driver.get().capture_id(torch.cuda.current_stream().cuda_stream)
+
+    found = [number()]
+    for _ in range(2):
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            found += [number(), number()]
+    assert found[0] == number() == 0
+    assert found[1] == found[2] != 0
+    assert found[3] == found[4] not in (0, found[1])
+
+
 def test_a_kernel_may_be_loaded_while_a_graph_is_captured(launcher: CudaLauncher, words: torch.Tensor) -> None:
     late = fresh(launcher)
     graph = torch.cuda.CUDAGraph()
