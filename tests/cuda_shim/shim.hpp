@@ -428,6 +428,15 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
   }
   return ballot;
 }
+inline unsigned __reduce_add_sync(unsigned mask, unsigned value) {
+  uint64_t values[shim::kLanes];
+  shim::exchange("__reduce_add_sync", mask, value, values);
+  unsigned sum = 0;
+  for (unsigned i = 0; i < shim::kLanes; ++i) {
+    if (mask >> i & 1) sum += unsigned(values[i]);
+  }
+  return sum;
+}
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
 
