@@ -21,7 +21,7 @@ from bitforbit.cuda.kernel import Argument, DeviceProperties, Kernel, LaunchConf
 
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parents[1] / "build" / "cuda_shim"
-FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-fno-strict-aliasing", "-pthread", "-w")
+FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-fno-strict-aliasing", "-fno-gnu-unique", "-pthread", "-w")
 HOPPER = DeviceProperties("emulated", (9, 0), 4, 1 << 20, 227 << 10)
 
 

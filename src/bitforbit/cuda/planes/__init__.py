@@ -1,0 +1,1 @@
+"""The ``planes`` format on a GPU (docs/format.md, section 3)."""
