@@ -33,8 +33,8 @@ def exponent_histogram(data: Bytes, kind: str) -> npt.NDArray[np.uint64]:
 class HistogramPlan:
     """What an encoder counts to choose code tables, so that each makes the same choice.
 
-    Histogram i covers ``rows`` rows from row ``i * rows`` on. It looks at one in ``stride`` chunks of 64 columns, the
-    last one, of the rows that are left, at one in ``last_stride``: in row r at the chunks c with c % stride == r % stride.
+    Histogram i covers ``rows`` rows from row ``i * rows`` on. It looks at one in ``stride`` chunks of 64 columns: in
+    row r at the chunks c with c % stride == r % stride. The last one, of the rows that are left, has ``last_stride``.
     """
 
     rows: int

@@ -1,8 +1,8 @@
 // Encodes a matrix in the `planes` format (docs/format.md, section 3). In this order:
 //
-// planes_histograms: exponents of a sample of the elements, one histogram per some rows; the host chooses tables by them.
-// planes_count: how many level-2 digits, level-3 digits and raw exponents each 16-row block has; the host adds them up.
-// planes_write: all parts but `code`, which the host makes.
+// planes_histograms: exponents of a sample of the elements, one histogram per some rows; the host chooses tables by
+// them. planes_count: how many level-2 digits, level-3 digits and raw exponents each 16-row block has; the host adds
+// them up. planes_write: all parts but `code`, which the host makes.
 //
 // The last two give a thread block 16 rows, which it walks in chunks of kChunkGroups groups, four lanes to a group.
 #include "planes_encode.cuh"
@@ -13,10 +13,7 @@ constexpr u32 kChunkGroups = kThreads / 4;
 
 // How an exponent is written: [1:0], [3:2], [5:4] its digits of level 1, 2 and 3, zero where a level has none.
 __device__ __forceinline__ u8 code_of_rank(u32 rank) {
-  return static_cast<u8>(rank < 3   ? rank
-                         : rank < 6 ? 3 | (rank - 3) << 2
-                         : rank < 9 ? 15 | (rank - 6) << 4
-                                    : 63);
+  return static_cast<u8>(rank < 3 ? rank : rank < 6 ? 3 | (rank - 3) << 2 : rank < 9 ? 15 | (rank - 6) << 4 : 63);
 }
 
 // Codes by exponent, [256]: thread e makes that of exponent e. An exponent of several ranks has the lowest.
@@ -51,12 +48,14 @@ __device__ __forceinline__ u64 count(const u32 (&codes)[4]) {
   return n2 | static_cast<u64>(n3) << kCountBits | static_cast<u64>(n4) << 2 * kCountBits;
 }
 
-// --- histograms ---------------------------------------------------------------------------------------------------------
+// --- histograms
+// ---------------------------------------------------------------------------------------------------------
 
 // A thread block per histogram, of `unit` rows. Counted are, in row r, the chunks c of 64 columns with c % stride ==
 // r % stride; `last_stride` is that of the last histogram. counts: [histograms, 256].
 extern "C" __global__ void __launch_bounds__(256)
-    planes_histograms(const u8* data, u64 row_bytes, u64 rows, u32 cols, u64 unit, u64 stride, u64 last_stride, u32* counts) {
+    planes_histograms(const u8* data, u64 row_bytes, u64 rows, u32 cols, u64 unit, u64 stride, u64 last_stride,
+                      u32* counts) {
   SHARED(u32, smem_counts, kWarps * 256);
   const u32 warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   for (u32 w = 0; w < kWarps; ++w) smem_counts[w * 256 + threadIdx.x] = 0;
@@ -84,7 +83,8 @@ extern "C" __global__ void __launch_bounds__(256)
   counts[static_cast<u64>(blockIdx.x) * 256 + threadIdx.x] = sum;
 }
 
-// --- counts -------------------------------------------------------------------------------------------------------------
+// --- counts
+// -------------------------------------------------------------------------------------------------------------
 
 // counts: [blocks, 3], n2, n3 and n4 of each block.
 extern "C" __global__ void __launch_bounds__(256)
@@ -115,7 +115,8 @@ extern "C" __global__ void __launch_bounds__(256)
   if (threadIdx.x < 3) counts[static_cast<u64>(blockIdx.x) * 3 + threadIdx.x] = smem_sums[threadIdx.x];
 }
 
-// --- parts --------------------------------------------------------------------------------------------------------------
+// --- parts
+// --------------------------------------------------------------------------------------------------------------
 
 // Sum of `value` over the threads before this one; `total`: over all. There must be a barrier between two calls.
 __device__ __forceinline__ u64 exclusive_sum(u64 value, u64* smem_sums, u64& total) {
@@ -138,17 +139,39 @@ __device__ __forceinline__ u64 exclusive_sum(u64 value, u64* smem_sums, u64& tot
   return before + sum - value;
 }
 
-// Digits of one level wait here, a byte each, until there are 64 for a group: digit n at byte n % kStage. A chunk adds at
-// most 4096 to the 63 that may be left of the last one.
+// Digits of one level wait here, at bits [1:0] of a byte each, until there are 64 for a group: digit n at byte n %
+// kStage. A chunk adds at most 4096 to the 63 that may be left of the last one.
 constexpr u32 kStage = 8192;
+
+// Puts what a quarter leaves to the tail where it belongs; at2, at3 and at4 are how many came before it.
+__device__ __forceinline__ void stage_tail(const u32 (&codes)[4], const u32 (&exponents)[4], u32 at2, u32 at3, u32 at4,
+                                           u8* smem_level2, u8* smem_level3, u8* raw) {
+#pragma unroll
+  for (u32 k = 0; k < 4; ++k) {
+#pragma unroll
+    for (u32 shift = 0; shift < 32; shift += 8) {
+      // Without a branch: what stays on level 1 goes to this thread's byte behind the stage.
+      const bool leaves = (codes[k] >> shift & 3) == 3;
+      smem_level2[leaves ? at2 % kStage : kStage + threadIdx.x] = static_cast<u8>(codes[k] >> (shift + 2));
+      at2 += leaves;
+    }
+    // Few get to level 3.
+    for (u32 left = codes[k] & codes[k] >> 1 & 0x04040404; left != 0; left &= left - 1) {
+      const u32 shift = __ffs(left) - 3, code = codes[k] >> shift;
+      smem_level3[at3++ % kStage] = static_cast<u8>(code >> 4);
+      if ((code & 63) == 63) raw[at4++] = static_cast<u8>(exponents[k] >> shift);
+    }
+  }
+}
 
 // Stores the groups of digits from `begin` to `end`, at most kChunkGroups, to memory of any alignment.
 __device__ __forceinline__ void store_digits(const u8* smem_digits, u32 begin, u32 end, u8* level) {
+  if (begin + threadIdx.x / kWarp * (kWarp / 4) >= end) return;  // nothing for this warp
   const u32 quarter = threadIdx.x % 4, group = begin + threadIdx.x / 4;
   const bool live = group < end;
   uint4 four = make_uint4(0, 0, 0, 0);
   if (live) four = *reinterpret_cast<const uint4*>(smem_digits + (group * kGroup + kQuarter * quarter) % kStage);
-  const u32 values[4] = {four.x, four.y, four.z, four.w};
+  const u32 values[4] = {four.x & 0x03030303, four.y & 0x03030303, four.z & 0x03030303, four.w & 0x03030303};
   const u32 word = pack2(values, quarter);
   if (!live) return;
   u8* const out = level + static_cast<u64>(group) * 16 + 4 * quarter;
@@ -163,10 +186,10 @@ __device__ __forceinline__ void pad_part(u8* part, u64 used) {
 
 // code: as it will be stored. tail_begins: [blocks], in bytes.
 extern "C" __global__ void __launch_bounds__(256)
-    planes_write(const u8* data, u64 row_bytes, u64 rows, u32 cols, u64 rows_per_table, const u8* code, const u64* tail_begins,
-                 u8* digits, u8* sign_mantissa, u8* tails) {
+    planes_write(const u8* data, u64 row_bytes, u64 rows, u32 cols, u64 rows_per_table, const u8* code,
+                 const u64* tail_begins, u8* digits, u8* sign_mantissa, u8* tails) {
   SHARED(u8, smem_codes, 256);
-  SHARED(u8, smem_level2, kStage);
+  SHARED(u8, smem_level2, kStage + kThreads);
   SHARED(u8, smem_level3, kStage);
   SHARED(u64, smem_sums, kWarps);
   const BlockRows block(data, row_bytes, rows, cols, blockIdx.x);
@@ -175,7 +198,8 @@ extern "C" __global__ void __launch_bounds__(256)
   __syncthreads();
 
   const u64 tables = (rows + rows_per_table - 1) / rows_per_table;
-  const u32* const counts = reinterpret_cast<const u32*>(code + tables * kTableBytes) + static_cast<u64>(blockIdx.x) * 3;
+  const u32* const counts =
+      reinterpret_cast<const u32*>(code + tables * kTableBytes) + static_cast<u64>(blockIdx.x) * 3;
   u8* const level2 = tails + tail_begins[blockIdx.x];
   u8* const level3 = level2 + (static_cast<u64>(counts[0]) + kGroup - 1) / kGroup * 16;
   u8* const raw = level3 + (static_cast<u64>(counts[1]) + kGroup - 1) / kGroup * 16;
@@ -192,12 +216,12 @@ extern "C" __global__ void __launch_bounds__(256)
   for (u32 chunk = 0; chunk < groups; chunk += kChunkGroups) {
     const u32 group = chunk + threadIdx.x / 4;
     const bool live = group < groups;
-    u32 words[kWords] = {}, codes[4] = {}, digits1[4];
-    if (live) block.load(group, quarter, fill, words);
+    u32 words[kWords], codes[4], digits1[4];
+    block.load(group, quarter, fill, words);
     const Quarter values(words);
 #pragma unroll
     for (u32 k = 0; k < 4; ++k) {
-      if (live) codes[k] = codes_of(values.exponents[k], smem_codes);
+      codes[k] = codes_of(values.exponents[k], smem_codes);
       digits1[k] = codes[k] & 0x03030303;
     }
     store_plane<2>(digits, first_group + group, quarter, digits1, live);
@@ -207,16 +231,8 @@ extern "C" __global__ void __launch_bounds__(256)
 
     u64 total;
     const u64 before = exclusive_sum(count(codes), smem_sums, total);
-    u32 at2 = n2 + count2(before), at3 = n3 + count3(before), at4 = n4 + count4(before);
-#pragma unroll
-    for (u32 i = 0; i < kQuarter; ++i) {
-      const u32 rest = codes[i / 4] >> (8 * (i % 4));
-      if ((rest & 3) != 3) continue;
-      smem_level2[at2++ % kStage] = static_cast<u8>(rest >> 2 & 3);
-      if ((rest & 15) != 15) continue;
-      smem_level3[at3++ % kStage] = static_cast<u8>(rest >> 4 & 3);
-      if ((rest & 63) == 63) raw[at4++] = static_cast<u8>(values.exponents[i / 4] >> (8 * (i % 4)));
-    }
+    stage_tail(codes, values.exponents, n2 + count2(before), n3 + count3(before), n4 + count4(before), smem_level2,
+               smem_level3, raw);
     __syncthreads();
     // The next chunk writes to the stage behind its own barrier, in exclusive_sum.
     store_digits(smem_level2, n2 / kGroup, (n2 + count2(total)) / kGroup, level2);

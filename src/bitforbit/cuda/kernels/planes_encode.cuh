@@ -1,8 +1,8 @@
 // How each float kind is read from device memory and split into exponents and planes (docs/format.md, section 3).
 //
-// The unit of work of a thread is a *quarter*: positions 16q to 16q + 15 of a group, q = 0 to 3. Four neighbouring lanes
-// hold a group. Values go by the byte, four positions to a word, word k holding positions 16q + 4k to 16q + 4k + 3.
-// KIND and WIDE are macros: one of the names below; 1 where BF16 is kept as F32 whose low 16 bits are zero.
+// The unit of work of a thread is a *quarter*: positions 16q to 16q + 15 of a group, q = 0 to 3. Four neighbouring
+// lanes hold a group. Values go by the byte, four positions to a word, word k holding positions 16q + 4k to 16q + 4k
+// + 3. KIND and WIDE are macros: one of the names below; 1 where BF16 is kept as F32 whose low 16 bits are zero.
 #pragma once
 
 #include "portable.cuh"
@@ -60,21 +60,32 @@ struct BlockRows {
 
   __device__ u32 groups() const { return groups_in(rows, cols); }
 
-  // A quarter's elements, in the order of positions. Where the matrix has none: `fill`.
+  // A quarter's elements, in the order of positions. Where the matrix has none, behind the last group too: `fill`.
   __device__ __forceinline__ void load(u32 group, u32 quarter, u32 fill, u32 (&words)[kWords]) const {
     const u32 tiles = cols / kGroup;
     if (group < tiles * rows) {
-      const u8* at = first + group % rows * stride + static_cast<u64>(group / rows) * kGroup * kItem;
+      // All blocks but the last have 16 rows, which saves the division.
+      const u32 tile = rows == kBlockRows ? group / kBlockRows : group / rows, row = group - tile * rows;
+      const u8* at = first + row * stride + static_cast<u64>(tile) * kGroup * kItem;
       if (vectors) {
         load_vectors(at, quarter, words);
       } else {
         load_elements(words, [&](u32 i) { return load_element(at + element(quarter, i) * kItem); });
       }
     } else {
+      // Elements k, k + 1, ... of the run over the columns behind the last tile, row by row.
       const u32 edge = cols % kGroup, begin = (group - tiles * rows) * kGroup;
+      u32 k = 0, row = 0, col = 0;
       load_elements(words, [&](u32 i) {
-        const u32 k = begin + element(quarter, i);
-        return k < rows * edge ? load_element(first + k / edge * stride + (tiles * kGroup + k % edge) * u64{kItem}) : fill;
+        if (i == 0 || element(quarter, i) != element(quarter, i - 1) + 1) {
+          k = begin + element(quarter, i);
+          row = edge != 0 ? k / edge : 0, col = k - row * edge;
+        }
+        const u32 word =
+            k < rows * edge ? load_element(first + row * stride + (tiles * kGroup + col) * u64{kItem}) : fill;
+        ++k;
+        if (++col == edge) ++row, col = 0;
+        return word;
       });
     }
   }

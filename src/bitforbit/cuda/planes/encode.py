@@ -160,7 +160,7 @@ def _itemsize(kind: str, wide: bool) -> int:
 def _checked(data: int, kind: str, wide: bool, rows: int, cols: int, row_stride: int | None) -> _Matrix:
     if (kind, wide) not in KINDS:
         raise UsageError(f"expected a kind among {', '.join(PLANE_WIDTHS)}, widened only BF16, got {kind!r}, {wide=}")
-    if not (1 <= rows <= MAX_ROWS and 1 <= cols and rows * cols <= MAX_ELEMENTS):
+    if not (1 <= rows <= MAX_ROWS and cols >= 1 and rows * cols <= MAX_ELEMENTS):
         raise UsageError(f"expected 1 to {MAX_ROWS} rows and 1 to 2^48 elements, got {rows} rows of {cols}")
     if row_stride is not None and row_stride < cols:
         raise UsageError(f"expected a row stride of at least {cols} elements, got {row_stride}")
