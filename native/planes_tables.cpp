@@ -51,9 +51,10 @@ std::size_t sampling(const Layout& layout, std::size_t rows) {
   return stride;
 }
 
-Histogram histogram_of_rows(const std::uint8_t* src, const Layout& layout, std::size_t begin, std::size_t end) {
+Histogram histogram_of_rows(const std::uint8_t* src, const Layout& layout, std::size_t begin, std::size_t end,
+                            std::size_t stride) {
   std::uint32_t tables[4][256] = {};
-  const std::size_t item = layout.item_bytes(), stride = sampling(layout, end - begin);
+  const std::size_t item = layout.item_bytes();
   for (std::size_t row = begin; row < end; ++row) {
     if (stride == 1) {
       count_kind(src + row * layout.row_bytes(), layout.cols, layout.kind, layout.wide, tables);
@@ -134,7 +135,9 @@ CodeTables choose_tables(const std::uint8_t* src, const Layout& layout, int thre
   const HistogramPlan plan = plan_histograms(layout);
   std::vector<Histogram> histograms(plan.count);
   parallel_for(plan.count, 1 + (1 << 18) / (plan.rows * layout.cols + 1), threads, [&](std::size_t i) {
-    histograms[i] = histogram_of_rows(src, layout, i * plan.rows, std::min(layout.rows, (i + 1) * plan.rows));
+    const bool last = i + 1 == plan.count;
+    histograms[i] = histogram_of_rows(src, layout, i * plan.rows, last ? layout.rows : (i + 1) * plan.rows,
+                                      last ? plan.last_stride : plan.stride);
   });
   return choose_tables(std::move(histograms), layout);
 }

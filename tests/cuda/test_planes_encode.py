@@ -105,7 +105,7 @@ def test_all_bit_patterns(queue: Queue, kind: str, wide: bool) -> None:
 
 @pytest.mark.parametrize("style", STYLES)
 def test_long_blocks(queue: Queue, style: str) -> None:
-    """Many chunks of groups, so that what waits for a whole group goes round the stage, whatever the share of levels."""
+    """Many chunks of groups, so that what waits for a whole group goes round the stage, whatever the levels' shares."""
     for rows, cols in ((16, 2560), (20, 1027)):
         check(queue, floats("BF16", False, rows * cols, style), "BF16", False, rows, cols)
 
