@@ -17,8 +17,8 @@ struct CodeTables {
 
 using Histogram = std::array<std::uint32_t, 256>;
 
-// What is counted: one histogram for each `rows` rows. A histogram looks at one in `stride` chunks of 64 columns: in row
-// r at the chunks c with c % stride == r % stride. The last one, of the rows that are left, has `last_stride`.
+// What is counted: one histogram for each `rows` rows. A histogram looks at one in `stride` chunks of 64 columns: in
+// row r at the chunks c with c % stride == r % stride. The last one, of the rows that are left, has `last_stride`.
 struct HistogramPlan {
   std::size_t rows, count, stride, last_stride;
 };
