@@ -1,1 +1,1 @@
-"""The ``planes`` format on a GPU (docs/format.md, section 3)."""
+"""The ``planes`` codec on GPUs: encoding, and decoding straight from its parts."""
