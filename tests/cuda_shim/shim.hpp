@@ -399,6 +399,20 @@ T shuffle(const char* what, unsigned mask, T value, unsigned source) {
 }
 }  // namespace shim
 
+// ldmatrix.sync.aligned.m8n8.x4.shared.b16, with a generic address: ldmatrix.cuh has the meaning.
+inline uint4 ldmatrix_x4(const void* row) {
+  uint64_t rows[shim::kLanes];
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) shim::fail("misaligned ldmatrix");
+  shim::exchange("ldmatrix", 0xFFFFFFFFu, reinterpret_cast<uintptr_t>(row), rows);
+  const unsigned lane = shim::self().lane;
+  unsigned words[4];
+  for (unsigned k = 0; k < 4; ++k) {
+    std::memcpy(&words[k], reinterpret_cast<const char*>(rows[8 * k + lane / 4]) + 4 * (lane % 4), 4);
+  }
+  shim::exchange("ldmatrix", 0xFFFFFFFFu, 0, rows);  // no lane goes on before all have read
+  return {words[0], words[1], words[2], words[3]};
+}
+
 template <class T>
 T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
   const int lane = static_cast<int>(shim::self().lane);
