@@ -22,9 +22,9 @@ from benchmarks import gpu_common
 from benchmarks.common import table
 from benchmarks.gpu_common import Meter, same_bits
 from bitforbit.codecs.base import Bytes
-from bitforbit.codecs.planes.layout import PARTS
 from bitforbit.cpu import default_threads
 from bitforbit.ops import gpu
+from bitforbit.ops.checks import PARTS
 
 STANDARD_DEVIATION = 0.02
 Tensors = Sequence[torch.Tensor]
@@ -198,8 +198,8 @@ def df11(meter: Meter, size: Size) -> list[Row]:
 
     matrix = weights(*size.df11, meter.device)
     words = matrix.cpu().view(torch.int16).numpy().view(np.uint16).reshape(-1)
-    unit = encode.encode(words)
-    geometry, found = gpu.df11_prepare(unit, meter.device)
+    unit = encode.encode_unit([words.reshape(matrix.shape)], threads=default_threads())
+    geometry, found = gpu.df11_prepare(unit.tensors(), meter.device)
     parts = tuple(found.values())
     arguments = (geometry.elements, 0, geometry.elements)
     decode = torch.ops.bitforbit.df11_decode

@@ -50,6 +50,9 @@ def load(folder: Path, dry_run: bool) -> dict[str, Any]:
     """Load one checkpoint and run it once: seconds, peak memory, digest of the logits."""
     from transformers import AutoModelForCausalLM
 
+    from bitforbit.integrations.autoload import autoload
+
+    autoload()  # for a source tree; an installed package needs no call
     device = torch.device("cpu" if dry_run else "cuda")
     if not dry_run:
         torch.zeros(1, device=device)  # CUDA itself has started
