@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks.gpu import Step
 
 from benchmarks import gpu
-from benchmarks.gpu import Step
 
 
 def run(code: str, seconds: float = 20, *arguments: str) -> tuple[dict[str, Any], str]:
