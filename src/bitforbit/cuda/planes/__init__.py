@@ -1,0 +1,1 @@
+"""The ``planes`` codec on GPUs: decoding straight from its parts."""
