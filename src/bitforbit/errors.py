@@ -166,6 +166,37 @@ class Df11ShapeError(BitforbitError, ValueError):
     """A DF11 matrix whose shape can be derived neither from its neighbours nor from the config."""
 
 
+# --- GPUs ----------------------------------------------------------------------------------------------------
+
+
+class GpuUnavailableError(BitforbitError, RuntimeError):
+    """No GPU can be used here: one of the causes below. What runs on the CPU is not touched by it."""
+
+
+class GpuPackageError(GpuUnavailableError, ImportError):
+    """cuda-bindings or NVRTC, the compiler of the kernels, is not installed or cannot be loaded."""
+
+
+class GpuDriverError(GpuUnavailableError):
+    """NVIDIA's driver is missing, too old, or does not start."""
+
+
+class GpuNotFoundError(GpuUnavailableError):
+    """The driver knows no GPU, or not the one that was asked for."""
+
+
+class GpuArchitectureError(GpuUnavailableError):
+    """A GPU that is older than the kernels need, or newer than the installed compiler knows."""
+
+
+class KernelBuildError(BitforbitError, RuntimeError):
+    """A kernel's text that the compiler or the driver does not accept."""
+
+
+class KernelLaunchError(BitforbitError, RuntimeError):
+    """A kernel that could not be enqueued, or a call of the driver that failed."""
+
+
 # --- models in memory ----------------------------------------------------------------------------------------
 
 

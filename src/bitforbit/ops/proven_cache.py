@@ -1,6 +1,6 @@
 """Verdicts of the probe on disk: one JSON file per environment (machine, libraries, settings).
 
-``$BITFORBIT_CACHE``, else ``$XDG_CACHE_HOME/bitforbit``, else ``~/.cache/bitforbit``. The file is only ever replaced as
+They lie in ``bitforbit.cachedir``. The file is only ever replaced as
 a whole; what several processes find is merged. A file that cannot be read is ignored and written anew; a directory that
 cannot be written costs nothing but the time of the next probe.
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 import bitforbit
+from bitforbit.cachedir import directory
 from bitforbit.cpu.linear import Order, families
 
 _VERSION = 1
@@ -54,14 +55,6 @@ def path() -> Path:
     """The file of this environment."""
     name = hashlib.sha256(json.dumps(environment()).encode()).hexdigest()[:16]
     return directory() / f"orders-{name}.json"
-
-
-def directory() -> Path:
-    """Where verdicts are kept."""
-    if chosen := os.environ.get("BITFORBIT_CACHE"):
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME") or ""
-    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "bitforbit"
 
 
 def load(file: Path) -> Verdicts:
