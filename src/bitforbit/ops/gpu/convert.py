@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from bitforbit.codecs.planes import PlanesCodec
 from bitforbit.codecs.planes.layout import BLOCK_ROWS, GROUP, PLANE_WIDTHS, matrix_view
 from bitforbit.cuda import df11 as df11_kernels
 from bitforbit.cuda.df11 import Df11Geometry
@@ -18,11 +20,21 @@ from bitforbit.errors import UsageError
 from bitforbit.ops.checks import Parts, dtype_name
 from bitforbit.ops.gpu import df11, planes, queues, tiles
 from bitforbit.ops.gpu.queues import TensorBuffer
-from bitforbit.ops.gpu.weights import ALIGNMENT
+from bitforbit.ops.gpu.weights import aligned
 
 Tensors = dict[str, torch.Tensor]
-PlanesWeight = tuple[str, int, int, int, torch.dtype]
-"""Kind, rows, cols, rows per table, dtype: as the operators take them."""
+
+
+@dataclass(frozen=True)
+class EncodedOnDevice:
+    """A tensor in planes on a device, with the members of :class:`bitforbit.codecs.base.EncodedTensor`."""
+
+    codec: str
+    version: int
+    dtype: str
+    shape: tuple[int, ...]
+    config: dict[str, int | str]
+    parts: Tensors
 
 
 def pack_tiles(matrix: torch.Tensor) -> Tensors | None:
@@ -32,7 +44,7 @@ def pack_tiles(matrix: torch.Tensor) -> Tensors | None:
             f"expected a BF16 matrix that is not empty, got {matrix.dtype} of shape {tuple(matrix.shape)}"
         )
     queue = queues.queue_for(matrix.device)
-    matrix = _aligned(matrix)
+    matrix = aligned(matrix)
     packed = tiles_pack.pack(queue, matrix.data_ptr(), *matrix.shape)
     return None if packed is None else _tensors(packed)
 
@@ -61,27 +73,29 @@ def tiles_to_planes(parts: Parts, rows: int, cols: int) -> tuple[int, Tensors]:
     return encoded[0], _tensors(encoded[1])
 
 
-def encode_planes(tensor: torch.Tensor) -> tuple[Tensors, PlanesWeight] | None:
-    """A float tensor of any shape in planes, on its device: (parts, what the operators want to know of it).
+def encode_planes(tensor: torch.Tensor) -> EncodedOnDevice | None:
+    """A float tensor of any shape in planes, on its device.
 
     The same bytes as the codec ``planes`` gives on a CPU; None where it leaves the tensor plain. Raises UsageError.
     """
-    kind = dtype_name(tensor.dtype)
+    kind = dtype = dtype_name(tensor.dtype)
     if kind not in PLANE_WIDTHS or tensor.numel() == 0:
         return None
     rows, cols = matrix_view(tuple(tensor.shape))
     if min(rows, BLOCK_ROWS) * (cols + GROUP) >= 1 << 32:
         return None  # more positions in a block than its counts can state
     queue = queues.queue_for(tensor.device)
-    tensor = _aligned(tensor)
+    tensor = aligned(tensor)
     address = tensor.data_ptr()
-    wide = kind == "F32" and planes_encode.is_widened_bf16(queue, address, tensor.numel())
+    wide = kind == "F32" and planes_encode.is_widened_bf16(queue, address, 1, tensor.numel())
     kind = "BF16" if wide else kind
     encoded = planes_encode.encode(queue, address, kind, wide, rows, cols)
     if encoded is None:
         return None
     rows_per_table, parts = encoded
-    return _tensors(parts), (kind, rows, cols, rows_per_table, tensor.dtype)
+    config: dict[str, int | str] = {"kind": kind, "rows": rows, "cols": cols, "rows_per_table": rows_per_table}
+    shape = tuple(tensor.shape)
+    return EncodedOnDevice(PlanesCodec.name, PlanesCodec.version, dtype, shape, config, _tensors(parts))
 
 
 def df11_prepare(arrays: Mapping[str, npt.NDArray[np.uint8]], device: torch.device) -> tuple[Df11Geometry, Tensors]:
@@ -102,15 +116,6 @@ def _upload(part: npt.NDArray[np.uint8], device: torch.device) -> torch.Tensor:
     tensor = queues.empty_bytes(part.nbytes, device)
     # A copy: arrays of files are read-only, and torch warns of those.
     return tensor.copy_(torch.frombuffer(bytearray(part.tobytes()), dtype=torch.uint8)) if part.nbytes else tensor
-
-
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous tensor of the same values on the boundary that kernels ask for."""
-    tensor = tensor.detach().contiguous()
-    if tensor.data_ptr() % ALIGNMENT == 0:
-        return tensor
-    copy = queues.empty_bytes(tensor.numel() * tensor.element_size(), tensor.device).view(tensor.dtype)
-    return copy.view(tensor.shape).copy_(tensor)
 
 
 def _tensors(buffers: Mapping[str, Buffer]) -> Tensors:

@@ -19,7 +19,7 @@ from bitforbit.errors import CorruptTensorError
 from bitforbit.ops.checks import Parts
 from bitforbit.ops.gpu import runtime
 from bitforbit.ops.gpu.queues import addresses
-from bitforbit.ops.gpu.weights import Geometry, check_parts
+from bitforbit.ops.gpu.weights import Geometry, checked_parts
 from bitforbit.ops.schema import LIBRARY
 
 def register() -> None:
@@ -37,10 +37,11 @@ class Df11Slice(Geometry):
     elements: int
     first: int
 
-    def check(self, parts: Parts) -> None:
+    def checked(self, parts: Parts) -> Parts:
         """See Geometry."""
-        check_parts(PARTS, parts)
+        parts = checked_parts(PARTS, parts, 16)
         unit(parts, self.elements)
+        return parts
 
     def decode(self, queue: Queue, parts: Parts, begin: int, end: int, out: int, workspace: int, status: int) -> None:
         """See Geometry."""
