@@ -213,9 +213,11 @@ def test_no_gpu(native: Path) -> None:
 
 
 def test_runtimes(native: Path, directories: Directories) -> None:
-    for runtime in ("tiles", "df11"):
+    for runtime, device_map in (("tiles", None), ("tiles", "cpu"), ("df11", "cpu")):
         with pytest.raises(errors.UsageError, match=f"a GPU for runtime='{runtime}', got cpu"):
-            load(native, quantization_config=BitforbitConfig(runtime=runtime))
+            load(native, quantization_config=BitforbitConfig(runtime=runtime), device_map=device_map)
+    with pytest.raises(errors.UsageError, match="a DFloat11 checkpoint for runtime='df11'"):
+        load(native, quantization_config=BitforbitConfig(runtime="df11"))
     with pytest.raises(errors.UsageError, match="runtime to be one of auto, planes, tiles, df11"):
         BitforbitConfig(runtime="gpu")
     assert (
