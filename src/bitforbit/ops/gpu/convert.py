@@ -40,9 +40,7 @@ class EncodedOnDevice:
 def pack_tiles(matrix: torch.Tensor) -> Tensors | None:
     """A BF16 matrix ``[rows, cols]`` in tiles: its four parts; None if they are not smaller. Raises UsageError."""
     if matrix.dtype is not torch.bfloat16 or matrix.dim() != 2 or matrix.numel() == 0:
-        raise UsageError(
-            f"expected a BF16 matrix that is not empty, got {matrix.dtype} of shape {tuple(matrix.shape)}"
-        )
+        raise UsageError(f"expected a BF16 matrix that is not empty, got {matrix.dtype} of shape {tuple(matrix.shape)}")
     queue = queues.queue_for(matrix.device)
     matrix = aligned(matrix)
     packed = tiles_pack.pack(queue, matrix.data_ptr(), *matrix.shape)

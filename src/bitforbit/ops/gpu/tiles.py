@@ -43,13 +43,9 @@ class Tiles(Geometry):
         """See Geometry."""
         kernels.decode(queue, addresses(parts), self.layout, begin, end, out)
 
-    def look_up(
-        self, queue: Queue, parts: Parts, ids: torch.Tensor, out: int, workspace: int, status: int
-    ) -> None:
+    def look_up(self, queue: Queue, parts: Parts, ids: torch.Tensor, out: int, workspace: int, status: int) -> None:
         """See Geometry."""
-        kernels.rows(
-            queue, addresses(parts), self.layout, ids.data_ptr(), ids.element_size(), ids.numel(), out, status
-        )
+        kernels.rows(queue, addresses(parts), self.layout, ids.data_ptr(), ids.element_size(), ids.numel(), out, status)
 
 
 @lru_cache(maxsize=4096)
