@@ -9,7 +9,7 @@ import torch
 
 from bitforbit.cuda.queue import Queue
 from bitforbit.cuda.tiles import decode as kernels
-from bitforbit.cuda.tiles.layout import PARTS, TileLayout
+from bitforbit.cuda.tiles.layout import ALIGNMENT, PARTS, TileLayout
 from bitforbit.errors import CorruptTensorError
 from bitforbit.ops.checks import Parts
 from bitforbit.ops.gpu import runtime
@@ -37,7 +37,7 @@ class Tiles(Geometry):
 
     def checked(self, parts: Parts) -> Parts:
         """See Geometry."""
-        return checked_parts(PARTS, parts, kernels.ALIGNMENT)
+        return checked_parts(PARTS, parts, ALIGNMENT)
 
     def decode(self, queue: Queue, parts: Parts, begin: int, end: int, out: int, workspace: int, status: int) -> None:
         """See Geometry."""
