@@ -104,16 +104,14 @@ def embedding(geometry: Geometry, ids: torch.Tensor, parts: Parts) -> torch.Tens
     return out.view(geometry.dtype).view(*ids.shape, geometry.cols)
 
 
-def linear(
-    geometry: Geometry, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None, mode: str
-) -> torch.Tensor:
+def linear(geometry: Geometry, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None, mode: str) -> torch.Tensor:
     """``functional.linear(x, weight, bias)`` with its bits, ``[..., rows]``; both modes decode the weight.
 
     Raises UsageError, CorruptTensorError.
     """
     if mode not in MODES:
         raise UsageError(f"expected a mode among {', '.join(MODES)}, got {mode!r}")
-    rows, cols, device = geometry.rows, geometry.cols, parts[0].device
+    cols, device = geometry.cols, parts[0].device
     if x.dtype != geometry.dtype or x.dim() == 0 or x.shape[-1] != cols or x.device != device:
         raise UsageError(
             f"expected x of dtype {geometry.dtype} and shape [..., {cols}] on {device}, got {x.dtype} and "

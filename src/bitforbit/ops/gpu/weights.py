@@ -66,9 +66,7 @@ class Geometry(ABC):
         """Enqueue the decoding of rows [begin, end) to address ``out``."""
 
     @abstractmethod
-    def look_up(
-        self, queue: Queue, parts: Parts, ids: torch.Tensor, out: int, workspace: int, status: int
-    ) -> None:
+    def look_up(self, queue: Queue, parts: Parts, ids: torch.Tensor, out: int, workspace: int, status: int) -> None:
         """Enqueue the decoding of rows by number, contiguous ids of any shape, to address ``out``."""
 
 
