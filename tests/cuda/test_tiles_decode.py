@@ -142,5 +142,5 @@ def test_arguments_that_are_refused() -> None:
         decode.rows(queue, parts, layout, 256, 2, 1, 256)
     with pytest.raises(UsageError, match="not negative"):
         decode.rows(queue, parts, layout, 256, 8, -1, 256)
-    with pytest.raises(UsageError, match="2\\^32"):
-        decode.decode(queue, parts, TileLayout(1 << 32, 1), 0, 1, 256)
+    with pytest.raises(UsageError, match="2\\^31"):
+        decode.decode(queue, parts, TileLayout(1 << 31, 1), 0, 1, 256)

@@ -13,8 +13,24 @@ constexpr u32 kExponentPair = 0x00800080;      // a pair of ones at the exponent
 constexpr u32 kHeaderBase = 64, kHeaderEntryBytes = 68;
 constexpr u32 kNarrowBytes = 2, kWideBytes = 4;
 
-// --- weights
-// -----------------------------------------------------------------------------------------------------------
+#ifdef BITFORBIT_CUDA_SHIM
+
+template <u32 kFactor>
+u32 multiply_add(u32 value, u32 addend) {
+  return value * kFactor + addend;
+}
+
+#else
+
+// One instruction; written as above, it becomes a shift, a mask and an addition.
+template <u32 kFactor>
+__device__ __forceinline__ u32 multiply_add(u32 value, u32 addend) {
+  u32 sum;
+  asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(sum) : "r"(value), "n"(kFactor), "r"(addend));
+  return sum;
+}
+
+#endif
 
 // Lane `lane`'s words of sign and mantissa, and of codes: two loads of 16 bytes, three of 4, coalesced.
 __device__ __forceinline__ void load_lane(const u8* gmem_tile, u32 lane, u32 (&word)[8], u32 (&code)[3]) {
@@ -33,19 +49,19 @@ __device__ __forceinline__ u32 sign_mantissa_pairs(const u32 (&word)[8], u32 p) 
 
 // Exponents of pair p, at [14:7] and [30:23]: base_pair (base * kExponentPair) plus the codes. A mask, then a
 // multiplication by a power of two, which moves the codes to [9:7] and [25:23] and adds the base in the same
-// instruction.
+// instruction, on the pipe that the other instructions leave free.
 __device__ __forceinline__ u32 exponents(const u32 (&code)[3], u32 p, u32 base_pair) {
   if (p == 15) {  // one bit of each word: [16] and [0]
-    const u32 bits = (code[0] & 0x00010001) + (code[1] & 0x00010001) * 2 + (code[2] & 0x00010001) * 4;
-    return bits * 128 + base_pair;
+    const u32 bits = multiply_add<4>(code[2] & 0x00010001, multiply_add<2>(code[1] & 0x00010001, code[0] & 0x00010001));
+    return multiply_add<128>(bits, base_pair);
   }
   const u32 word = code[p / 5];
   switch (p % 5) {
-    case 0: return (word & 0x000E000E) * 64 + base_pair;       // [3:1] and [19:17]
-    case 1: return (word & 0x00700070) * 8 + base_pair;        // [6:4] and [22:20]
-    case 2: return (word & 0x03800380) + base_pair;            // [9:7] and [25:23]
-    case 3: return (word >> 9 & 0x000E000E) * 64 + base_pair;  // [12:10] and [28:26]
-    default: return (word >> 9 & 0x00700070) * 8 + base_pair;  // [15:13] and [31:29]
+    case 0: return multiply_add<64>(word & 0x000E000E, base_pair);       // [3:1] and [19:17]
+    case 1: return multiply_add<8>(word & 0x00700070, base_pair);        // [6:4] and [22:20]
+    case 2: return (word & 0x03800380) + base_pair;                      // [9:7] and [25:23]
+    case 3: return multiply_add<64>(word >> 9 & 0x000E000E, base_pair);  // [12:10] and [28:26]
+    default: return multiply_add<8>(word >> 9 & 0x00700070, base_pair);  // [15:13] and [31:29]
   }
 }
 
@@ -57,9 +73,6 @@ __device__ __forceinline__ void decode_lane(const u32 (&word)[8], const u32 (&co
     pair[p] = (sign_mantissa_pairs(word, p) & kSignMantissaPair) | exponents(code, p, base_pair);
   }
 }
-
-// --- escapes
-// -----------------------------------------------------------------------------------------------------------
 
 // Where a tile's weights lie in shared memory, as half-word indices. A lane's four registers of a step stay side by
 // side (16 bytes); those of step i are moved among four lanes (l to l ^ i), so that ldmatrix finds eight steps' and
@@ -86,8 +99,8 @@ __device__ __forceinline__ u32 entry_capacity(u64 escapes_bytes, u32 wide) {
 
 // Entry of an index below the capacity.
 __device__ __forceinline__ u32 load_entry(const u8* gmem_escapes, u32 index, u32 wide) {
-  return wide ? load_once(reinterpret_cast<const u32*>(gmem_escapes) + index)
-              : load_once(reinterpret_cast<const u16*>(gmem_escapes) + index);
+  return wide ? __ldg(reinterpret_cast<const u32*>(gmem_escapes) + index)
+              : __ldg(reinterpret_cast<const u16*>(gmem_escapes) + index);
 }
 
 // Exponent of an entry. Called by all lanes of a warp, since they hold the table together.

@@ -19,38 +19,58 @@ __device__ __forceinline__ RunEscapes load_run_escapes(const u32* gmem_offsets, 
   return {first, next > first ? min(next - first, kTileWeights) : 0};
 }
 
-// Writes a warp's tile, patched and staged, to the output. Rows of 16 bytes times a whole number: `cols` is a multiple
-// of 8. Matrix t of ldmatrix n takes registers t of 2 lanes' quads and all 4 steps, so that lane (a, t) gets 16 bytes
-// of row 2n + a div 4 + 8 * (t mod 2), and eight lanes have a row of 128 bytes.
-__device__ __forceinline__ void store_tile_wide(const u16* smem_tile, u32 lane, u16* gmem_out, i64 row, u32 rows,
-                                                u32 col, u32 cols) {
+// Where a run's rows begin and end: row of the output that a tile's row 0 has, modulo 2^32, and number of rows. Rows
+// before the first have numbers near 2^32; the output has fewer than 2^31.
+struct Rows {
+  u32 first, count;
+};
+
+// Writes a warp's tile, patched and staged, to the output; `cols` is a multiple of 8. Matrix t of ldmatrix n takes
+// register t of two quads of lanes in all four steps, so that lane (a, t) gets 16 bytes of row 2n + a div 4 + 8 * (t
+// mod 2), and eight lanes have a row's 128 bytes. Stores are ordinary: who multiplies by the matrix next finds it in
+// L2.
+__device__ __forceinline__ void store_tile_wide(const u16* smem_tile, u32 lane, u16* gmem_out, Rows rows, u32 col,
+                                                u32 cols) {
   const u32 step = lane & 3, quad = lane >> 2 & 1, source = lane >> 3;
   const u16* smem_row = smem_tile + 256 * step + 32 * quad + 8 * (source ^ step);
-  row += (lane >> 4) + 8 * (lane & 1);
+  const u32 row = rows.first + (lane >> 4) + 8 * (lane & 1);
   col += 16 * (lane >> 2 & 3) + 8 * (lane >> 1 & 1);
-  u16* gmem = gmem_out + row * static_cast<i64>(cols) + col;
+  u16* gmem = gmem_out + static_cast<i64>(static_cast<i32>(row)) * cols + col;
 #pragma unroll
   for (u32 n = 0; n < 4; ++n) {
     const uint4 weights = ldmatrix_x4(smem_row + 64 * n);
-    // Rows before the first have a large unsigned number.
-    if (static_cast<u64>(row + 2 * n) < rows && col < cols) store_once(reinterpret_cast<uint4*>(gmem), weights);
+    if (row + 2 * n < rows.count && col < cols) *reinterpret_cast<uint4*>(gmem) = weights;
     gmem += 2 * static_cast<u64>(cols);
   }
 }
 
 // The same for any number of columns, weight by weight.
-__device__ __forceinline__ void store_tile_any(const u16* smem_tile, u32 lane, u16* gmem_out, i64 row, u32 rows,
-                                               u32 col, u32 cols) {
+__device__ __forceinline__ void store_tile_any(const u16* smem_tile, u32 lane, u16* gmem_out, Rows rows, u32 col,
+                                               u32 cols) {
   for (u32 i = lane; i < kTileWeights; i += kWarp) {
-    const u32 r = i / kTileCols, c = i % kTileCols;
+    const u32 r = i / kTileCols, c = i % kTileCols, row = rows.first + r;
     const u32 position = c / 16 * 256 + r % 8 * 32 + c % 8 / 2 * 8 + (c / 8 % 2 * 2 + r / 8) * 2 + c % 2;
-    if (static_cast<u64>(row + r) < rows && c < cols - col) {
-      store_once(gmem_out + (row + r) * static_cast<i64>(cols) + col + c, smem_tile[staged(position)]);
-    }
+    if (row < rows.count && c < cols - col)
+      gmem_out[static_cast<u64>(row) * cols + col + c] = smem_tile[staged(position)];
   }
 }
 
-// Stripe `stripe` is the one of row 16 * stripe; rows [begin, begin + rows) of the matrix go to gmem_out [rows, cols].
+// Puts the exponents of a tile's escapes in place: lane e has entry e. Called by all lanes of a warp.
+__device__ __forceinline__ void patch(u16* smem_tile, u32 lane, const u8* gmem_escapes, u32 entry, u32 first,
+                                      u32 entries, const Header& header) {
+  for (u32 done = 0;;) {
+    const u32 exponent = entry_exponent(entry, header);
+    if (done + lane < entries) {
+      u16* weight = smem_tile + staged(entry & (kTileWeights - 1));  // [9:0] position
+      *weight = with_exponent(*weight, exponent);
+    }
+    done += kWarp;
+    if (done >= entries) return;  // more than 32 are rare
+    entry = done + lane < entries ? load_entry(gmem_escapes, first + done + lane, header.wide) : 0;
+  }
+}
+
+// Rows [begin, begin + rows) of the matrix go to gmem_out [rows, cols].
 template <bool kWideStores>
 __device__ __forceinline__ void decode_run(const u8* gmem_tiles, const u8* gmem_escapes, u64 escapes_bytes,
                                            const u32* gmem_offsets, const u8* gmem_header, u16* gmem_out, u32 cols,
@@ -63,24 +83,16 @@ __device__ __forceinline__ void decode_run(const u8* gmem_tiles, const u8* gmem_
   const u32 count = min(run_tiles, tiles_per_stripe - first);
   const u64 tile = static_cast<u64>(stripe) * tiles_per_stripe + first;
   const u8* gmem_tile = gmem_tiles + tile * kTileBytes;
-  const i64 row = static_cast<i64>(stripe) * kTileRows - begin;
 
   u32 word[8], code[3];
   load_lane(gmem_tile, lane, word, code);
   const Header header = load_header(gmem_header, lane);
   const RunEscapes escapes =
       load_run_escapes(gmem_offsets, tile, count, entry_capacity(escapes_bytes, header.wide), lane);
-  u32 entry_at = __shfl_sync(kAllLanes, escapes.first, 0), entries = __shfl_sync(kAllLanes, escapes.count, 0);
-  u32 entry = lane < entries ? load_entry(gmem_escapes, entry_at + lane, header.wide) : 0;
+  u32 first_entry = __shfl_sync(kAllLanes, escapes.first, 0), entries = __shfl_sync(kAllLanes, escapes.count, 0);
+  u32 entry = lane < entries ? load_entry(gmem_escapes, first_entry + lane, header.wide) : 0;
 
-  for (u32 j = 0;; ++j) {
-    const bool more = j + 1 < count;
-    u32 next_word[8] = {}, next_code[3] = {};
-    if (more) load_lane(gmem_tile + kTileBytes, lane, next_word, next_code);
-    const u32 next_at = __shfl_sync(kAllLanes, escapes.first, j + 1);
-    const u32 next_entries = more ? __shfl_sync(kAllLanes, escapes.count, j + 1) : 0;
-    const u32 next_entry = lane < next_entries ? load_entry(gmem_escapes, next_at + lane, header.wide) : 0;
-
+  for (u32 j = 0; j < count; ++j) {
     u32 pair[kPairs];
     decode_lane(word, code, header.base_pair, pair);
 #pragma unroll
@@ -88,31 +100,24 @@ __device__ __forceinline__ void decode_run(const u8* gmem_tiles, const u8* gmem_
       *reinterpret_cast<uint4*>(smem_tile + staged(256 * i + 8 * lane)) =
           make_uint4(pair[4 * i], pair[4 * i + 1], pair[4 * i + 2], pair[4 * i + 3]);
     }
-    __syncwarp();
-    for (u32 e = lane;; e += kWarp) {
-      const u32 exponent = entry_exponent(entry, header);
-      if (e < entries) {
-        u16* weight = smem_tile + staged(entry & (kTileWeights - 1));  // [9:0] position
-        *weight = with_exponent(*weight, exponent);
-      }
-      if (e - lane + kWarp >= entries) break;  // more than 32 are rare
-      entry = e + kWarp < entries ? load_entry(gmem_escapes, entry_at + e + kWarp, header.wide) : 0;
+    const u32 this_first = first_entry, this_entries = entries, this_entry = entry;
+    if (j + 1 < count) {
+      gmem_tile += kTileBytes;
+      load_lane(gmem_tile, lane, word, code);
     }
+    first_entry = __shfl_sync(kAllLanes, escapes.first, static_cast<int>(j + 1));
+    entries = __shfl_sync(kAllLanes, escapes.count, static_cast<int>(j + 1));  // 0 after the last tile
+    if (lane < entries) entry = load_entry(gmem_escapes, first_entry + lane, header.wide);
     __syncwarp();
-    const u32 col = (first + j) * kTileCols;
+    patch(smem_tile, lane, gmem_escapes, this_entry, this_first, this_entries, header);
+    __syncwarp();
+    const Rows output{stripe * kTileRows - begin, rows};
     if (kWideStores) {
-      store_tile_wide(smem_tile, lane, gmem_out, row, rows, col, cols);
+      store_tile_wide(smem_tile, lane, gmem_out, output, (first + j) * kTileCols, cols);
     } else {
-      store_tile_any(smem_tile, lane, gmem_out, row, rows, col, cols);
+      store_tile_any(smem_tile, lane, gmem_out, output, (first + j) * kTileCols, cols);
     }
-    if (!more) break;
     __syncwarp();  // all have read the tile before the next one takes its place
-#pragma unroll
-    for (u32 w = 0; w < 8; ++w) word[w] = next_word[w];
-#pragma unroll
-    for (u32 w = 0; w < 3; ++w) code[w] = next_code[w];
-    entry_at = next_at, entries = next_entries, entry = next_entry;
-    gmem_tile += kTileBytes;
   }
 }
 

@@ -14,7 +14,7 @@ from bitforbit.errors import CorruptTensorError
 from bitforbit.ops.checks import Parts
 from bitforbit.ops.gpu import runtime
 from bitforbit.ops.gpu.queues import addresses
-from bitforbit.ops.gpu.weights import Geometry, check_parts
+from bitforbit.ops.gpu.weights import Geometry, checked_parts
 from bitforbit.ops.schema import LIBRARY
 
 
@@ -35,9 +35,9 @@ class Tiles(Geometry):
         """Sizes of the parts."""
         return TileLayout(self.rows, self.cols)
 
-    def check(self, parts: Parts) -> None:
+    def checked(self, parts: Parts) -> Parts:
         """See Geometry."""
-        check_parts(PARTS, parts)
+        return checked_parts(PARTS, parts, kernels.ALIGNMENT)
 
     def decode(self, queue: Queue, parts: Parts, begin: int, end: int, out: int, workspace: int, status: int) -> None:
         """See Geometry."""
