@@ -154,15 +154,13 @@ def show_figures(values: dict[str, Any], shares: Shares) -> None:
     """The figures on standard error, so that standard output holds the text alone."""
     rate, first, on_gpu = values["tokens_per_second"], values["first_token_seconds"], values["gpu_peak_bytes"]
     peaks = "" if on_gpu is None else f", tensors on GPUs at most {output.size(on_gpu)}"
+    sizes = f"weights {output.size(values['weight_bytes'])}, process at most {_size(values['peak_bytes'])}"
     facts = [
         ("tokens", f"{values['new_tokens']} after a prompt of {values['prompt_tokens']}"),
         ("speed", "-" if rate is None else f"{rate:.3g} tokens/s with {values['threads']} thread(s)"),
         ("first token", "-" if first is None else f"after {output.duration(first)}"),
         ("loading", output.duration(values["load_seconds"])),
-        (
-            "memory",
-            f"weights {output.size(values['weight_bytes'])}, process at most {_size(values['peak_bytes'])}{peaks}",
-        ),
+        ("memory", sizes + peaks),
         ("linears", ran(shares)),
         ("mode", _MODES[values["mode"]]),
     ]

@@ -67,7 +67,8 @@ class Alone:
     """What one variant did in a process of its own. Sizes in bytes; None where the system does not tell.
 
     ``baseline``: resident after the imports. ``running_peak``: the largest resident size from the first prompt on.
-    ``peak``: the same, with loading. ``gpu_running_peak`` and ``gpu_peak``: the same of GPU memory. ``digest``: SHA-256 of the logits that chose the tokens.
+    ``peak``: the same, with loading. ``gpu_running_peak`` and ``gpu_peak``: the same of tensors on GPUs. ``digest``:
+    SHA-256 of the logits that chose the tokens.
     """
 
     mode: str

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from bitforbit.errors import GpuUnavailableError, UsageError
-
-RUNTIMES = ("auto", "planes", "tiles", "df11")
+from bitforbit.integrations.transformers.config import RUNTIMES
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """``python -m bitforbit.integrations.generation.worker``: one variant, alone in a process, for ``bitforbit bench``.
 
-Reads one JSON object from standard input (path, mode, workload, threads, place) and prints one: the result, or the error.
+Reads one JSON object from standard input (path, mode, workload, threads, place) and prints one: the result, or the
+error.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ import json
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -234,9 +233,6 @@ class Load:
         """Memory that exact mode takes on a GPU for weights decoded before they are multiplied: an estimate."""
         from bitforbit.ops import gpu
 
-        if self._config.runtime == "df11" and isinstance(self._source, Df11Source):
-            units = [[self._source.tensors[name] for name in names] for names in self._source.anchors.values()]
-            return int(gpu.scratch_bytes(sum(2 * prod(tensor.shape) for tensor in unit) for unit in units))
         sizes = []
         for prefix, module in self.model.named_modules():
             if isinstance(module, torch.nn.Embedding):
@@ -269,10 +265,13 @@ class Load:
 
     def _settle(self) -> None:
         """Convert what is on a GPU to the layout to run from, parameter by parameter."""
-        choice = "planes" if self._config.runtime == "planes" else "auto"
         for module in self.model.modules():
-            if isinstance(module, Compressed):
-                layout.choose(module, choice)
+            if not isinstance(module, Compressed):
+                continue
+            if self._config.runtime == "planes":
+                layout.choose(module, "planes")
+            else:
+                layout.settle(module)
         self.installer.ties.rewrite(self.model)
 
     def _parts(self, target: str) -> list[torch.Tensor]:

@@ -45,7 +45,9 @@ class BitforbitQuantizer(HfQuantizer):
         """Raises UsageError for a device map that does not go with the runtime, or names other devices than the CPU,
         NVIDIA GPUs and the disk, GpuUnavailableError for a GPU that cannot be used.
         """
-        places = runtime.devices(device_map) or ([] if isinstance(device_map, str) else [torch.device("cpu")])
+        places = runtime.devices(device_map)
+        if device_map is None and self.quantization_config.runtime != "df11":
+            places = [torch.device("cpu")]  # a DFloat11 model may be moved to a GPU later
         runtime.check_devices(places, self.quantization_config.runtime)
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
