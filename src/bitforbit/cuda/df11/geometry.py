@@ -2,8 +2,8 @@
 
 Four parts, bytes each, lengths multiples of 16:
 
-``tables``: 2048 look-ups of 8 bytes for the next 11 bits, then the rows of ``luts`` as stored, 256 bytes each. A look-up
-    is a u32 step (kernels/df11.cuh gives its bits) and up to four exponents, the first in the low byte.
+``tables``: 2048 look-ups of 8 bytes for the next 11 bits, then the rows of ``luts`` as stored, 256 bytes each. A
+    look-up is a u32 step (kernels/df11.cuh gives its bits) and up to four exponents, the first in the low byte.
 ``stream``: ``encoded_exponent``, padded with zeros.
 ``sign_mantissa``: as stored, padded with zeros.
 ``index``: a header of 64 bytes, u32 values: magic, weights, blocks, bytes of ``stream``, rows of ``luts``, bits of the
@@ -140,7 +140,7 @@ def geometry_of(index: U8, elements: int, stream_bytes: int) -> Df11Geometry:
         )
     if index.size != index_bytes(blocks) or not 0 <= blocks * BLOCK_BYTES - stream_bytes < BLOCK_BYTES:
         raise CorruptTensorError(
-            f"expected a DF11 index of {index_bytes(blocks)} bytes for {blocks} blocks and {stream_bytes} stream bytes, "
+            f"expected a DF11 index of {index_bytes(blocks)} bytes for {blocks} blocks of {stream_bytes} stream bytes, "
             f"got {index.size}"
         )
     positions = index[HEADER_BYTES + GAP_BYTES * blocks :].view("<u4")[: blocks + 1].astype(np.uint32)
@@ -152,7 +152,7 @@ def geometry_of(index: U8, elements: int, stream_bytes: int) -> Df11Geometry:
         )
     if not 2 <= table_rows <= MAX_TABLES + 1 or not 1 <= shortest <= MAX_CODE_BITS or block_symbols > 8 * BLOCK_BYTES:
         raise CorruptTensorError(
-            f"expected a DF11 index of 2 to {MAX_TABLES + 1} table rows, codes from 1 to {MAX_CODE_BITS} bits and blocks "
+            f"expected a DF11 index of 2 to {MAX_TABLES + 1} table rows, codes from 1 to {MAX_CODE_BITS} bits, blocks "
             f"of up to {8 * BLOCK_BYTES} weights, got {table_rows}, {shortest} and {block_symbols}"
         )
     return Df11Geometry(elements, blocks, stream_bytes, table_rows, shortest, block_symbols, positions)

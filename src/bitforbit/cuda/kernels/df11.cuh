@@ -289,10 +289,12 @@ __device__ __forceinline__ void decode_block(const Unit& unit, const Shared& sha
   if (lane == 0) gap = warp == 0 ? window.gap : shared.totals[warp - 1] >> 16;
   const u32 place = (sums & 0xFFFF) + upto - decoded.count;
   // Every thread that has a weight begins where the one before ends. What follows a unit's last code is filling.
-  const bool whole = window.end == unit.elements ? sums >> 16 >= weights : sums >> 16 == weights;
+  const u32 codes = sums >> 16;
+  const bool whole = codes == weights || (codes > weights && window.end == unit.elements);
   if (((place < weights && gap != window.gap) || !whole) && status != nullptr) atomicOr(status, kStatusCorrupt);
 
   if (place < weights) compact(shared, align + place, min(decoded.count, weights - place));
+  for (u32 i = codes + threadIdx.x; i < weights; i += kThreads) shared.exponents[align + i] = 0;  // codes are missing
   __syncthreads();
 
   const uint2* exponents = reinterpret_cast<const uint2*>(shared.exponents);
@@ -301,14 +303,17 @@ __device__ __forceinline__ void decode_block(const Unit& unit, const Shared& sha
 #pragma unroll
     for (u32 i = 0; i < kAhead; ++i) {
       const u32 v = vector_begin + i * kThreads;
-      if (v < vector_end) gmem_vectors[v] = join8(exponents[v], ahead[i]);
+      if (v >= vector_end) break;
+      gmem_vectors[v] = join8(exponents[v], ahead[i]);
     }
+#pragma unroll 1
     for (u32 v = vector_begin + kAhead * kThreads; v < vector_end; v += kThreads) {
       gmem_vectors[v] = join8(exponents[v], load_once(reinterpret_cast<const uint2*>(gmem_signs + 8 * v)));
     }
   } else {
     // The output is aligned otherwise than signs and mantissas: eight bytes from three words.
     const u32* gmem_words = reinterpret_cast<const u32*>(gmem_signs - skew % 4);
+#pragma unroll 2
     for (u32 v = vector_begin; v < vector_end; v += kThreads) {
       const u32* three = gmem_words + 2 * v;
       const u32 shift = 8 * (skew % 4), third = shift == 0 ? 0 : three[2];
