@@ -166,7 +166,8 @@ def test_widened_bf16_is_found(queue: Queue) -> None:
         for bit in (0, 15):
             other = data.copy()
             other[element] |= 1 << bit
-            assert not gpu.is_widened_bf16(queue, queue.upload(other.tobytes()).address, rows, cols)
+            matrix = queue.upload(other.tobytes())
+            assert not gpu.is_widened_bf16(queue, matrix.address, rows, cols)
     # Columns 10 to 19 of a matrix whose other columns are no BF16; one row only.
     other = data.reshape(rows, cols) | 1
     other[:, 10:20] &= 0xFFFF0000
