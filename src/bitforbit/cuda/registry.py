@@ -13,8 +13,8 @@ class Entry:
 
     kernel: Kernel
     weights_per_iteration: int = 0
-    """Weights that one thread handles in one pass through the main loop, or, where the kernel has no loop, in all; 0 for
-    kernels that do not go through weights one by one."""
+    """Weights that one thread handles in one pass through the main loop, or, where the kernel has no loop, in all; 0
+    for kernels that do not go through weights one by one."""
     local_memory: str = ""
     """Why the kernel may have a stack frame; empty: it must have none."""
 

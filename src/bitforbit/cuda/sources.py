@@ -8,19 +8,25 @@ from pathlib import Path
 
 KERNELS = Path(__file__).parent / "kernels"
 
-_INCLUDE = re.compile(r'^\s*#include\s+"([\w.]+)"\s*$')
-_ENTRY = re.compile(r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\s*\(')
+_INCLUDE = re.compile(r'^\s*#include\s+"([\w./]+)"\s*$')
+_ENTRY = re.compile(r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\(([^),]*)(?:,[^)]*)?\)\s+)?(\w+)\s*\(')
+MAX_THREADS = 1024
 
 
 @functools.cache
 def text(source: str) -> str:
-    """The text of a file in ``kernels/``, self-contained: every ``#include "..."`` is replaced by that file, once."""
+    """The text of a file in ``kernels/``, or of an absolute path: every ``#include "..."`` gives way to its file once."""
     return "".join(_lines(source, set()))
 
 
 def entry_points(source: str) -> tuple[str, ...]:
     """Names of the ``extern "C" __global__`` functions written out in a text."""
-    return tuple(_ENTRY.findall(text(source)))
+    return tuple(launch_bounds(source))
+
+
+def launch_bounds(source: str) -> dict[str, str]:
+    """The entry points of a text, each with the expression of its largest block in threads."""
+    return {name: bound.strip() or str(MAX_THREADS) for bound, name in _ENTRY.findall(text(source))}
 
 
 def _lines(name: str, included: set[str]) -> list[str]:

@@ -1,0 +1,80 @@
+// The state of the engine: of a block that runs on one OS thread.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "fibres.hpp"
+
+namespace shim {
+
+constexpr unsigned kMaxThreads = 1024;
+
+enum class Wait { kNone, kBarrier, kCollective, kDone };
+
+struct Fibre {
+  void* stack_top = nullptr;
+  char* stack = nullptr;
+  dim3 thread{};
+  unsigned index = 0, lane = 0, warp = 0;
+  Wait wait = Wait::kNone;
+  Site site;
+  Collective* joined = nullptr;
+  unsigned seen[kLanes]{};  // for the race detector: time of the warp up to which this lane is in step with another
+};
+
+struct Warp {
+  unsigned exited = 0;
+  unsigned time = 1;  // counts the collectives that are complete
+  Collective collectives[2 * kLanes];
+};
+
+// An array in shared memory of the block that runs, and what the race detector knows of its bytes.
+struct Shared {
+  const char* name;
+  char* begin;
+  size_t bytes;
+  struct Cell* cells;
+};
+
+struct State {
+  std::vector<Fibre> fibres;
+  std::vector<Warp> warps;
+  Fibre* current = nullptr;
+  void* scheduler = nullptr;
+  char* stacks = nullptr;
+  const void* scheduler_stack = nullptr;
+  size_t scheduler_stack_bytes = 0;
+  dim3 block{}, block_dim{}, grid_dim{};
+  unsigned threads = 0, running = 0, at_barrier = 0, seed = 0, round = 0;
+  unsigned barriers = 1;    // passed by the block, plus one
+  uint64_t generation = 0;  // of the block: shared arrays are made anew for each
+  size_t dynamic_bytes = 0;
+  std::vector<Shared> shared;
+  std::string fault;
+  void (*entry)(void**) = nullptr;
+  void** arguments = nullptr;
+};
+
+extern constinit thread_local State* g_state;
+
+// What the race detector, where it is linked (races.cpp), does.
+struct RaceHooks {
+  struct Cell* (*track)(size_t bytes) = nullptr;
+  void (*forget)(struct Cell*) = nullptr;
+  void (*access)(const void* address, size_t bytes, bool write) = nullptr;
+};
+extern RaceHooks g_races;
+
+[[noreturn]] void fail(const std::string& message);
+
+// Runs all fibres of g_state's block to their end, or until one of them fails.
+void run_block();
+
+// i-th of n in an order that depends on the seed and the round; seed 0: ascending, seed 1: descending.
+unsigned permuted(unsigned i, unsigned n, unsigned seed, unsigned round);
+
+// Bytes of stack of one fibre.
+size_t stack_bytes();
+
+}  // namespace shim
