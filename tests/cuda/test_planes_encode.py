@@ -12,6 +12,7 @@ from bitforbit.cpu import planes as native
 from bitforbit.cuda.planes import encode as gpu
 from bitforbit.cuda.queue import Buffer, Queue
 from bitforbit.errors import UsageError
+from cuda_shim import emulation
 
 KINDS = list(gpu.KINDS)
 IDS = [kind + "_in_F32" * wide for kind, wide in KINDS]
@@ -140,6 +141,19 @@ def test_ranges_of_a_larger_matrix(queue: Queue, kind: str, wide: bool) -> None:
         assert_same(queue, found, native.encode(part, kind, wide, bottom - top, right - left, 0, 1))
 
 
+def test_rows_far_apart() -> None:
+    """More than 2^32 elements from row to row; of the memory between them nothing is touched."""
+    stride, cols = (1 << 32) + 70, 100
+    memory = np.zeros(2 * (stride + cols), np.uint8)
+    matrix = memory.view("<u2")
+    data = np.frombuffer(floats("BF16", False, 2 * cols, "trained").tobytes(), "<u2").reshape(2, cols)
+    matrix[:cols], matrix[stride:] = data
+    emulated = emulation.EmulatedQueue()
+    found = gpu.encode(emulated, memory.ctypes.data, "BF16", False, 2, cols, row_stride=stride, always=True)
+    assert_same(emulated, found, native.encode(data.reshape(-1).view(np.uint8), "BF16", False, 2, cols, 0, 1))
+    assert gpu.is_widened_bf16(emulated, memory.ctypes.data + 4 * cols, 1, cols, stride)
+
+
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F8_E4M3", "F8_E5M2"])
 @pytest.mark.parametrize("style", ["trained", "random"])
 def test_what_does_not_pay_is_left(queue: Queue, dtype: str, style: str) -> None:
@@ -176,6 +190,18 @@ def test_widened_bf16_is_found(queue: Queue) -> None:
     assert not gpu.is_widened_bf16(queue, matrix.address + 40, 1, 11, cols)
 
 
+# Each binary of these modes takes long to build; the others have the same planes and widths of elements.
+@pytest.mark.parametrize(("kind", "wide"), [("BF16", True), ("F16", False), ("F8_E4M3", False)])
+@pytest.mark.parametrize("mode", ["races", "memory"])
+def test_no_races_and_no_access_outside_of_buffers(mode: str, kind: str, wide: bool) -> None:
+    checked = emulation.queue(mode)
+    for style, rows, cols in (("random", 17, 130), ("trained", 18, 300)):
+        check(checked, floats(kind, wide, rows * cols, style), kind, wide, rows, cols)
+    if wide:
+        matrix = checked.upload(floats("BF16", True, 17 * 70, "random").tobytes())
+        assert gpu.is_widened_bf16(checked, matrix.address, 17, 70)
+
+
 def test_refusals(queue: Queue) -> None:
     def encode(**changed: object) -> None:
         arguments = {"data": 4096, "kind": "BF16", "wide": False, "rows": 16, "cols": 64} | changed
@@ -184,8 +210,8 @@ def test_refusals(queue: Queue) -> None:
     for changed, message in (
         ({"kind": "F64"}, "expected a kind among"),
         ({"kind": "F32", "wide": True}, "widened only BF16"),
-        ({"rows": 0}, "rows and 1 to"),
-        ({"cols": 0}, "rows and 1 to"),
+        ({"rows": 0, "always": True}, "rows and 1 to"),
+        ({"cols": 0, "always": True}, "rows and 1 to"),
         ({"rows": 1 << 35}, "rows and 1 to"),
         ({"rows_per_table": 24}, "multiple of 16"),
         ({"rows_per_table": -16}, "multiple of 16"),
@@ -195,4 +221,5 @@ def test_refusals(queue: Queue) -> None:
     ):
         with pytest.raises(UsageError, match=message):
             encode(**changed)
-    assert gpu.encode(queue, 4096, "BF16", False, 16, 1 << 29) is None
+    for rows, cols in ((16, 1 << 29), (0, 64), (64, 0)):
+        assert gpu.encode(queue, 4096, "BF16", False, rows, cols) is None

@@ -8,8 +8,8 @@
 #include "planes_common.cuh"
 
 enum Kind { kBF16, kF16, kF32, kF8E4M3, kF8E5M2 };
-constexpr Kind kKind = KIND;
-constexpr bool kWide = WIDE;
+constexpr Kind kKind = BITFORBIT_KIND;
+constexpr bool kWide = BITFORBIT_WIDE;
 
 constexpr u32 kQuarter = kGroup / kGroupLanes;
 constexpr u32 kCodedRanks = 9;
