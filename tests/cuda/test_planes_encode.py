@@ -9,6 +9,7 @@ from bitforbit import dtypes
 from bitforbit.codecs.planes import PlanesCodec, naive
 from bitforbit.codecs.planes.layout import Layout
 from bitforbit.cpu import planes as native
+from bitforbit.cuda.kernel import Argument, Kernel, LaunchConfig
 from bitforbit.cuda.planes import encode as gpu
 from bitforbit.cuda.queue import Buffer, Queue
 from bitforbit.errors import UsageError
@@ -200,6 +201,20 @@ def test_no_races_and_no_access_outside_of_buffers(mode: str, kind: str, wide: b
     if wide:
         matrix = checked.upload(floats("BF16", True, 17 * 70, "random").tobytes())
         assert gpu.is_widened_bf16(checked, matrix.address, 17, 70)
+
+
+def test_data_that_changes_meanwhile_overruns_nothing() -> None:
+    """What was counted bounds what is written."""
+
+    class Meddler(emulation.CheckedQueue):
+        def launch(self, kernel: Kernel, config: LaunchConfig, *arguments: Argument) -> None:
+            if kernel.name == "planes_write":
+                matrix.array[:] = np.random.default_rng(0).integers(0, 256, matrix.nbytes)
+            super().launch(kernel, config, *arguments)
+
+    meddler = Meddler()
+    matrix = meddler.upload(floats("BF16", False, 20 * 640, "trained").tobytes())
+    assert gpu.encode(meddler, matrix.address, "BF16", False, 20, 640) is not None
 
 
 def test_refusals(queue: Queue) -> None:
