@@ -4,10 +4,11 @@
 // 2. planes_count counts what each 16-row block leaves to the tail; the host adds up where each tail begins.
 // 3. planes_write writes all parts but `code`, which the host makes.
 //
-// In 2 and 3 a thread block has 16 rows, which it walks in chunks of kChunkGroups groups, four lanes to a group.
+// In 2 and 3 a thread block has 16 rows, which it walks in steps of kStepGroups groups, four lanes to a group.
 #include "planes_encode.cuh"
 
-constexpr u32 kThreads = kChunkGroups * kGroupLanes;
+constexpr u32 kThreads = 256;
+constexpr u32 kStepGroups = kThreads / kGroupLanes;
 constexpr u32 kWarps = kThreads / kWarp;
 
 // How an exponent is written: [1:0], [3:2], [5:4] its digits of level 1, 2 and 3, zero where a level has none.
@@ -92,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(256)
 
   const u32 quarter = threadIdx.x % kGroupLanes, fill = static_cast<u32>(table[0]) << kShift, groups = block.groups();
   u32 n2 = 0, n3 = 0, n4 = 0;
-  for (u32 group = threadIdx.x / kGroupLanes; group < groups; group += kChunkGroups) {
+  for (u32 group = threadIdx.x / kGroupLanes; group < groups; group += kStepGroups) {
     u32 words[kWords], codes[4];
     block.load(group, quarter, fill, words);
     const Quarter values(words);
@@ -125,7 +126,7 @@ __device__ __forceinline__ u64 exclusive_sum(u64 value, u64* smem_sums, u64& tot
 }
 
 // Digits of one level wait in a stage, a ring of bytes whose bits [1:0] hold one each, until there are 64 for a group.
-// A chunk adds at most 4096 to the 63 that may be left of the last one.
+// A step adds at most 4096 to the 63 that may be left of the last one.
 constexpr u32 kStage = 8192;
 
 // Puts what a quarter leaves to the tail where it belongs; at2, at3 and at4 are how many came before it. The raw
@@ -150,7 +151,7 @@ __device__ __forceinline__ void stage_tail(const u32 (&codes)[4], const u32 (&ex
   }
 }
 
-// Stores the groups of digits from `begin` to `end`, at most kChunkGroups and none from `all` on, to memory of any
+// Stores the groups of digits from `begin` to `end`, at most kStepGroups and none from `all` on, to memory of any
 // alignment.
 __device__ __forceinline__ void store_digits(const u8* smem_digits, u32 begin, u32 end, u8* level, u32 all) {
   end = min(end, all);
@@ -203,9 +204,9 @@ extern "C" __global__ void __launch_bounds__(256)
   u8* const plane2 = plane1 + pad64(all_groups * 8 * kWidth1);
 
   const u32 quarter = threadIdx.x % kGroupLanes, fill = static_cast<u32>(table[0]) << kShift, groups = block.groups();
-  u32 n2 = 0, n3 = 0, n4 = 0;  // of the chunks before this one
-  for (u32 chunk = 0; chunk < groups; chunk += kChunkGroups) {
-    const u32 group = chunk + threadIdx.x / kGroupLanes;
+  u32 n2 = 0, n3 = 0, n4 = 0;  // of the steps before this one
+  for (u32 step = 0; step < groups; step += kStepGroups) {
+    const u32 group = step + threadIdx.x / kGroupLanes;
     const bool live = group < groups;
     u32 words[kWords], codes[4], digits1[4];
     block.load(group, quarter, fill, words);
@@ -225,7 +226,7 @@ extern "C" __global__ void __launch_bounds__(256)
     stage_tail(codes, values.exponents, n2 + count2(before), n3 + count3(before), n4 + count4(before), smem_level2,
                smem_level3, raw, all4);
     __syncthreads();
-    // The next chunk writes to the stage behind its own barrier, in exclusive_sum.
+    // The next step writes to the stage behind its own barrier, in exclusive_sum.
     store_digits(smem_level2, n2 / kGroup, (n2 + count2(total)) / kGroup, level2, groups2);
     store_digits(smem_level3, n3 / kGroup, (n3 + count3(total)) / kGroup, level3, groups3);
     n2 += count2(total), n3 += count3(total), n4 += count4(total);
