@@ -1,15 +1,16 @@
 // How each float kind is read from device memory and split into exponents and planes (docs/format.md, section 3).
 //
 // The unit of work of a thread is a *quarter*: positions 16q to 16q + 15 of a group, q = 0 to 3. Four neighbouring
-// lanes hold a group. Values go by the byte, four positions to a word, word k holding positions 16q + 4k to 16q + 4k
-// + 3. KIND and WIDE are macros: one of the names below; 1 where BF16 is kept as F32 whose low 16 bits are zero.
+// lanes hold a group. Values go by the byte, four positions to a word: word k has the four from 16q + 4k on.
+//
+// BITFORBIT_KIND is a name of Kind; BITFORBIT_WIDE is 1 where BF16 is kept as F32 whose low 16 bits are zero, else 0.
 #pragma once
 
 #include "planes_common.cuh"
 
 enum Kind { kBF16, kF16, kF32, kF8E4M3, kF8E5M2 };
-constexpr Kind kKind = KIND;
-constexpr bool kWide = WIDE;
+constexpr Kind kKind = BITFORBIT_KIND;
+constexpr bool kWide = BITFORBIT_WIDE;
 
 constexpr u32 kQuarter = kGroup / kGroupLanes;
 constexpr u32 kCodedRanks = 9;
