@@ -78,10 +78,11 @@ def test_nothing_of_pips_settings_reaches_the_build(monkeypatch: pytest.MonkeyPa
 
 def test_file_names() -> None:
     assert (
-        gpu.file_name({"device": {"name": "NVIDIA H100 80GB HBM3"}, "date": "2026-01-02"})
+        gpu.file_name({"device": {"name": "NVIDIA H100 80GB HBM3"}, "date": "2026-01-02", "dry_run": False})
         == "gpu-h100-80gb-hbm3-2026-01-02.json"
     )
-    assert gpu.file_name({"date": "2026-01-02"}) == "gpu-emulated-2026-01-02.json"
+    assert gpu.file_name({"date": "2026-01-02", "dry_run": True}) == "gpu-emulated-2026-01-02.json"
+    assert gpu.file_name({"date": "2026-01-02", "dry_run": False}) == "gpu-unknown-2026-01-02.json"
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
