@@ -28,7 +28,7 @@ import torch
 import bitforbit
 from benchmarks import gpu_common
 from benchmarks.common import ROOT, table
-from benchmarks.gpu_common import Meter
+from benchmarks.gpu_common import Meter, Report
 from benchmarks.gpu_model import FULL, TINY, Size, build
 
 LAYERS = 8
@@ -148,8 +148,8 @@ def main(arguments: list[str]) -> int:
         return 0
     with gpu_common.meter(chosen.dry_run) as meter:
         result = measure(TINY if chosen.dry_run else replace(FULL, layers=chosen.layers), meter)
+    Report(chosen.json).put(**result)
     print(show(result))
-    gpu_common.finish(result, chosen.json)
     return 0
 
 
