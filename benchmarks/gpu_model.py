@@ -108,8 +108,6 @@ class Decoder:
     @torch.inference_mode()
     def start(self) -> None:
         """Fill the cache with the prompt; the first token comes from it."""
-        if self.cache.is_initialized:
-            self.cache.reset()
         output = self.model(self.prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         self.tokens.copy_(output.logits[:, -1].argmax(-1, keepdim=True))
         self.rewind()

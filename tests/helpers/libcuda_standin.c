@@ -91,6 +91,11 @@ int cuModuleGetFunction(uintptr_t* function, uintptr_t module, const char* name)
   return call("cuModuleGetFunction", "%lx %s", module, name);
 }
 
+int cuFuncGetAttribute(int* value, int attribute, uintptr_t function) {
+  *value = attribute == 1 ? 1024 : -1;  // 1: static shared memory
+  return 0;
+}
+
 int cuFuncSetAttribute(uintptr_t function, int attribute, int value) {
   return call("cuFuncSetAttribute", "%lx %d %d", function, attribute, value);
 }
