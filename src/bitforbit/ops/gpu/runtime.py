@@ -119,18 +119,20 @@ def linear(geometry: Geometry, x: torch.Tensor, parts: Parts, bias: torch.Tensor
         )
     parts, word = _checked(geometry, parts)
     prefetcher = _prefetcher(device, word)
-    tokens = x.numel() // cols
+    tokens, alone = x.numel() // cols, queues.in_graph_tree(device)
+
+    def multiply(part: Geometry, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        weight = Weight(part, parts)
+        return prefetcher.multiply(weight, tokens, lambda matrix: functional.linear(x, matrix, bias), alone)
+
     step = _rows_of_slice(geometry, x, bias, prefetcher)
-    if step < geometry.rows:
+    if step == geometry.rows:
+        out = multiply(geometry, x, bias)
+    else:
         out = slices.linear(
             x, bias, geometry.rows, step,
-            lambda begin, end, x, bias: prefetcher.multiply(
-                Weight(RowSlice(end - begin, cols, geometry, begin), parts), tokens,
-                lambda weight: functional.linear(x, weight, bias),
-            ),
+            lambda begin, end, x, bias: multiply(RowSlice(end - begin, cols, geometry, begin), x, bias),
         )  # fmt: skip
-    else:
-        out = prefetcher.multiply(Weight(geometry, parts), tokens, lambda weight: functional.linear(x, weight, bias))
     _after(device, word)
     stats.count("decoded", geometry.matrix_bytes)
     return out
