@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_weights import LAYOUTS, OPERATORS
 from torch.nn import functional
 
 from bitforbit import ops
 from bitforbit.errors import BitforbitError, CorruptTensorError, UsageError
 from bitforbit.ops import direct, stats
 from bitforbit.ops.gpu import planes
+from helpers.gpu_weights import LAYOUTS, OPERATORS
 from torch_helpers import KINDS, assert_same_bits, encode, gaussian, random_bits
 
 ROWS, COLS = 40, 200

@@ -108,10 +108,17 @@ class Prefetcher:
         self._last: _Node | None = None
         self._ahead: dict[tuple[Any, ...], _Ahead] = {}
 
-    def multiply(self, weight: Weight, tokens: int, product: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    @property
+    def capturing(self) -> bool:
+        """Whether the work is recorded into a graph."""
+        return self._streams.capturing
+
+    def multiply(
+        self, weight: Weight, tokens: int, product: Callable[[torch.Tensor], torch.Tensor], alone: bool = False
+    ) -> torch.Tensor:
         """``product(matrix)`` for the decoded matrix of a weight, which is not valid afterwards.
 
-        ``product`` enqueues its work on the main stream.
+        ``product`` enqueues its work on the main stream. ``alone``: nothing is decoded ahead.
         """
         node = self._successors.visit(weight)
         if self._last is not None:
@@ -121,7 +128,7 @@ class Prefetcher:
         if memory is None:
             memory = self._streams.empty(weight.nbytes)
             weight.decode(self._streams.main, memory, self._status)
-        wanted = self._allocate(node, weight) if tokens >= self.policy.least_tokens else []
+        wanted = [] if alone or tokens < self.policy.least_tokens else self._allocate(node, weight)
         if not wanted:
             return product(weight.matrix(memory))
         self._streams.fork()

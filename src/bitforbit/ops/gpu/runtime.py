@@ -13,11 +13,11 @@ from torch.nn import functional
 from bitforbit.errors import UsageError
 from bitforbit.ops import stats
 from bitforbit.ops.checks import Parts
-from bitforbit.ops.gpu import queues, status
+from bitforbit.ops.gpu import queues, slices, status
 from bitforbit.ops.gpu.policy import Policy
 from bitforbit.ops.gpu.prefetch import Prefetcher, Successors
 from bitforbit.ops.gpu.streams import CudaStreams, OneStream
-from bitforbit.ops.gpu.weights import Geometry, Weight
+from bitforbit.ops.gpu.weights import Geometry, RowSlice, Weight
 from bitforbit.ops.schema import MODES
 
 
@@ -118,12 +118,35 @@ def linear(geometry: Geometry, x: torch.Tensor, parts: Parts, bias: torch.Tensor
             f"{tuple(x.shape)} on {x.device}; cast or move x, or decompress the model and cast that"
         )
     parts, word = _checked(geometry, parts)
-    out = _prefetcher(device, word).multiply(
-        Weight(geometry, parts), x.numel() // cols, lambda weight: functional.linear(x, weight, bias)
-    )
+    prefetcher = _prefetcher(device, word)
+    tokens, alone = x.numel() // cols, queues.in_graph_tree(device)
+
+    def multiply(part: Geometry, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        weight = Weight(part, parts)
+        return prefetcher.multiply(weight, tokens, lambda matrix: functional.linear(x, matrix, bias), alone)
+
+    step = _rows_of_slice(geometry, x, bias, prefetcher)
+    if step == geometry.rows:
+        out = multiply(geometry, x, bias)
+    else:
+        out = slices.linear(
+            x, bias, geometry.rows, step,
+            lambda begin, end, x, bias: multiply(RowSlice(end - begin, cols, geometry, begin), x, bias),
+        )  # fmt: skip
     _after(device, word)
     stats.count("decoded", geometry.matrix_bytes)
     return out
+
+
+def _rows_of_slice(geometry: Geometry, x: torch.Tensor, bias: torch.Tensor | None, prefetcher: Prefetcher) -> int:
+    """Rows of the slices in which a product is computed; all rows if it is not sliced."""
+    limit = prefetcher.policy.slice_bytes
+    if limit is None or geometry.matrix_bytes <= limit:
+        return geometry.rows
+    step = slices.rows_of_slice(geometry.rows, geometry.matrix_bytes // geometry.rows, limit)
+    if step < geometry.rows and slices.allowed(x, bias, geometry.rows, step, not prefetcher.capturing):
+        return step
+    return geometry.rows
 
 
 def _checked(geometry: Geometry, parts: Parts) -> tuple[Parts, status.Status]:
