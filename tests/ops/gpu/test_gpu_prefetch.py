@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
@@ -32,8 +33,8 @@ class Simulated(Geometry):
     def dtype(self):
         return torch.uint8
 
-    def check(self, parts):
-        pass
+    def checked(self, parts):
+        return parts
 
     def look_up(self, *arguments):
         raise NotImplementedError
@@ -140,11 +141,15 @@ def play(simulation: Simulation, policy: Policy, seed: int) -> None:
     assert simulation.used == 0
 
 
+def play_often(make: Callable[[int], Simulation], policy: Policy) -> None:
+    for seed in range(30):
+        play(make(seed), policy, seed)
+
+
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("capturing", [False, True])
 def test_every_product_sees_its_weight(name, capturing):
-    for seed in range(30):
-        play(Simulation(seed, pace=(0, 1, 3)[seed % 3], capturing=capturing), POLICIES[name], seed)
+    play_often(lambda seed: Simulation(seed, pace=(0, 1, 3)[seed % 3], capturing=capturing), POLICIES[name])
 
 
 class NoFollow(Simulation):
@@ -169,8 +174,7 @@ class ForkTooLate(Simulation):
 @pytest.mark.parametrize("policy", [Policy(), Policy(product_first=False)])
 def test_the_simulation_shows_missing_events(broken, policy):
     with pytest.raises(RaceError):
-        for seed in range(20):
-            play(broken(seed, pace=0), policy, seed)
+        play_often(lambda seed: broken(seed, pace=0), policy)
 
 
 def test_wrong_order_of_execution_gives_wrong_weights():
@@ -181,8 +185,7 @@ def test_wrong_order_of_execution_gives_wrong_weights():
             pass
 
     with pytest.raises(AssertionError, match="is not what it should be"):
-        for seed in range(20):
-            play(Careless(seed, pace=1), Policy(), seed)
+        play_often(Careless, Policy())
 
 
 def names(policy: Policy, capturing: bool = False) -> list[str]:

@@ -36,24 +36,33 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// A lane's 32 weights of tile `tile`, in the order of the matrix instruction. What is outside of the matrix has the
-// window's first exponent and no other bit.
-__device__ __forceinline__ void gather_pairs(const u16* gmem_weights, u32 rows, u32 cols, u64 tile, u32 lane, u32 base,
-                                             u32 (&pair)[kPairs]) {
+// Where a lane's weights of a tile begin: row and column of step 0, register 0, half 0.
+struct Corner {
+  u64 row;
+  u32 col;
+};
+
+__device__ __forceinline__ Corner corner_of(u32 tile, u32 cols, u32 lane) {
   const u32 tiles_per_stripe = (cols - 1) / kTileCols + 1;
-  const u64 row = tile / tiles_per_stripe * kTileRows + lane / 4;
-  const u32 col = static_cast<u32>(tile % tiles_per_stripe) * kTileCols + 2 * (lane % 4);
+  return {static_cast<u64>(tile / tiles_per_stripe) * kTileRows + lane / 4,
+          tile % tiles_per_stripe * kTileCols + 2 * (lane % 4)};
+}
+
+// A lane's 32 weights of a tile, in the order of the matrix instruction. What is outside of the matrix has the window's
+// first exponent and no other bit.
+__device__ __forceinline__ void gather_pairs(const u16* gmem_weights, u32 rows, u32 cols, Corner corner, u32 base,
+                                             u32 (&pair)[kPairs]) {
 #pragma unroll
   for (u32 p = 0; p < kPairs; ++p) {
-    const u64 r = row + 8 * (p % 2);
-    const u32 c = col + 8 * (p / 2);  // 16 * step + 8 * (register div 2)
-    const u16* gmem = gmem_weights + r * cols + c;
+    const u64 row = corner.row + 8 * (p % 2);
+    const u32 col = corner.col + 8 * (p / 2);  // 16 * step + 8 * (register div 2)
+    const u16* gmem = gmem_weights + row * cols + col;
     pair[p] = base * kExponentPair;
-    if (r >= rows || c >= cols) continue;
+    if (row >= rows || col >= cols) continue;
     if (cols % 2 == 0) {
       pair[p] = __ldg(reinterpret_cast<const u32*>(gmem));
     } else {
-      const u32 high = c + 1 < cols ? __ldg(gmem + 1) : base << 7;
+      const u32 high = col + 1 < cols ? __ldg(gmem + 1) : base << 7;
       pair[p] = __ldg(gmem) | high << 16;
     }
   }
@@ -67,7 +76,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const u32 lane = threadIdx.x % kWarp, tile = blockIdx.x * kWarps + threadIdx.x / kWarp;
   if (tile >= tiles) return;
   u32 pair[kPairs], count = 0;
-  gather_pairs(gmem_weights, rows, cols, tile, lane, base, pair);
+  gather_pairs(gmem_weights, rows, cols, corner_of(tile, cols, lane), base, pair);
 #pragma unroll
   for (u32 p = 0; p < kPairs; ++p) count += escapes(pair[p], base) + escapes(pair[p] >> 16, base);
 #pragma unroll
@@ -75,15 +84,17 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   if (lane == 0) gmem_counts[tile] = count;
 }
 
-// Writes tiles, and the entries of their escapes from gmem_offsets[tile] on. gmem_ranks[e]: index of an escaped
-// exponent in the header, for entries of 2 bytes.
-extern "C" __global__ void __launch_bounds__(kThreads)
+// Writes tiles, and the entries of their escapes from gmem_offsets[tile] on. Six blocks at a time: for sm_80, ptxas
+// would spill a register to have eight. gmem_ranks[e]: index of an escaped exponent in the header, for entries of 2
+// bytes.
+extern "C" __global__ void __launch_bounds__(kThreads, 6)
     tiles_write(const u16* gmem_weights, u32 rows, u32 cols, u32 tiles, u32 base, const u8* gmem_ranks, u32 entry_bytes,
                 const u32* gmem_offsets, u8* gmem_tiles, u8* gmem_escapes, u32 entries) {
   const u32 lane = threadIdx.x % kWarp, tile = blockIdx.x * kWarps + threadIdx.x / kWarp;
   if (tile >= tiles) return;
+  const Corner corner = corner_of(tile, cols, lane);
   u32 pair[kPairs];
-  gather_pairs(gmem_weights, rows, cols, tile, lane, base, pair);
+  gather_pairs(gmem_weights, rows, cols, corner, base, pair);
 
   u32 word[8], code[3] = {};
   u32 escaped = 0;  // [2p + h]: half h of pair p, which is the order of positions within a step
@@ -132,17 +143,18 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const u64 total = __shfl_sync(kAllLanes, before, kWarp - 1);
   before -= own;
   u32 step_begin = gmem_offsets[tile];
-#pragma unroll
+#pragma unroll 1
   for (u32 i = 0; i < 4; ++i) {
     u32 at = step_begin + (static_cast<u32>(before >> 16 * i) & 0xFFFF);
-#pragma unroll
-    for (u32 j = 0; j < 8; ++j) {
-      if ((escaped >> (8 * i + j) & 1) == 0 || at >= entries) continue;
-      const u32 position = 256 * i + 8 * lane + j, exponent = exponent_of(pair[4 * i + j / 2] >> 16 * (j % 2));
+    for (u32 left = escaped >> 8 * i & 0xFF; left != 0 && at < entries; left &= left - 1) {
+      const u32 j = static_cast<u32>(__ffs(static_cast<i32>(left))) - 1;  // [2:1] register, [0] half
+      const u64 row = corner.row + 8 * (j >> 1 & 1);
+      const u32 col = corner.col + 16 * i + 8 * (j >> 2) + (j & 1);
+      const u32 position = 256 * i + 8 * lane + j, exponent = exponent_of(__ldg(gmem_weights + row * cols + col));
       if (entry_bytes == kWideBytes) {
         reinterpret_cast<u32*>(gmem_escapes)[at] = position | exponent << 16;
       } else {
-        reinterpret_cast<u16*>(gmem_escapes)[at] = static_cast<u16>(position | gmem_ranks[exponent] << 10);
+        reinterpret_cast<u16*>(gmem_escapes)[at] = static_cast<u16>(position | __ldg(gmem_ranks + exponent) << 10);
       }
       ++at;
     }

@@ -40,9 +40,7 @@ class EncodedOnDevice:
 def pack_tiles(matrix: torch.Tensor) -> Tensors | None:
     """A BF16 matrix ``[rows, cols]`` in tiles: its four parts; None if they are not smaller. Raises UsageError."""
     if matrix.dtype is not torch.bfloat16 or matrix.dim() != 2 or matrix.numel() == 0:
-        raise UsageError(
-            f"expected a BF16 matrix that is not empty, got {matrix.dtype} of shape {tuple(matrix.shape)}"
-        )
+        raise UsageError(f"expected a BF16 matrix that is not empty, got {matrix.dtype} of shape {tuple(matrix.shape)}")
     queue = queues.queue_for(matrix.device)
     matrix = aligned(matrix)
     packed = tiles_pack.pack(queue, matrix.data_ptr(), *matrix.shape)
@@ -99,12 +97,11 @@ def encode_planes(tensor: torch.Tensor) -> EncodedOnDevice | None:
 
 
 def df11_prepare(arrays: Mapping[str, npt.NDArray[np.uint8]], device: torch.device) -> tuple[Df11Geometry, Tensors]:
-    """A unit in the layout of a DFloat11 file, made ready on a device: its geometry and its four parts.
+    """A unit in the layout of a DFloat11 file, made ready for kernels: its geometry and its four parts on a device.
 
     ``arrays``: luts, encoded_exponent, sign_mantissa, output_positions and gaps, as :class:`Df11Unit` describes them.
-    Raises Df11FormatError and its kinds, UsageError for a device without kernels.
+    The device may be a CPU, from which the parts move to a GPU later. Raises Df11FormatError and its kinds.
     """
-    queues.queue_for(device)
     names = ("luts", "encoded_exponent", "sign_mantissa", "output_positions", "gaps")
     geometry, host = df11_kernels.prepare(*(arrays[name] for name in names))
     parts = {name: _upload(part, device) for name, part in host.items()}

@@ -22,6 +22,7 @@ from bitforbit.ops.gpu.queues import addresses
 from bitforbit.ops.gpu.weights import Geometry, checked_parts
 from bitforbit.ops.schema import LIBRARY
 
+
 def register() -> None:
     """Register the kernels; once per process."""
     for key in ("CPU", "CUDA"):
@@ -48,9 +49,7 @@ class Df11Slice(Geometry):
         first, last = self.first + begin * self.cols, self.first + end * self.cols
         kernels.decode(queue, addresses(parts), unit(parts, self.elements), first, last, out, status)
 
-    def look_up(
-        self, queue: Queue, parts: Parts, ids: torch.Tensor, out: int, workspace: int, status: int
-    ) -> None:
+    def look_up(self, queue: Queue, parts: Parts, ids: torch.Tensor, out: int, workspace: int, status: int) -> None:
         """See Geometry."""
         kernels.rows(
             queue, addresses(parts), unit(parts, self.elements), self.first, self.cols, self.rows,

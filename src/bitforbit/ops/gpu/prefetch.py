@@ -108,6 +108,11 @@ class Prefetcher:
         self._last: _Node | None = None
         self._ahead: dict[tuple[Any, ...], _Ahead] = {}
 
+    @property
+    def capturing(self) -> bool:
+        """Whether the work is recorded into a graph."""
+        return self._streams.capturing
+
     def multiply(self, weight: Weight, tokens: int, product: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """``product(matrix)`` for the decoded matrix of a weight, which is not valid afterwards.
 

@@ -13,11 +13,11 @@ from torch.nn import functional
 from bitforbit.errors import UsageError
 from bitforbit.ops import stats
 from bitforbit.ops.checks import Parts
-from bitforbit.ops.gpu import queues, status
+from bitforbit.ops.gpu import queues, slices, status
 from bitforbit.ops.gpu.policy import Policy
 from bitforbit.ops.gpu.prefetch import Prefetcher, Successors
 from bitforbit.ops.gpu.streams import CudaStreams, OneStream
-from bitforbit.ops.gpu.weights import Geometry, Weight
+from bitforbit.ops.gpu.weights import Geometry, RowSlice, Weight
 from bitforbit.ops.schema import MODES
 
 
@@ -104,28 +104,47 @@ def embedding(geometry: Geometry, ids: torch.Tensor, parts: Parts) -> torch.Tens
     return out.view(geometry.dtype).view(*ids.shape, geometry.cols)
 
 
-def linear(
-    geometry: Geometry, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None, mode: str
-) -> torch.Tensor:
+def linear(geometry: Geometry, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None, mode: str) -> torch.Tensor:
     """``functional.linear(x, weight, bias)`` with its bits, ``[..., rows]``; both modes decode the weight.
 
     Raises UsageError, CorruptTensorError.
     """
     if mode not in MODES:
         raise UsageError(f"expected a mode among {', '.join(MODES)}, got {mode!r}")
-    rows, cols, device = geometry.rows, geometry.cols, parts[0].device
+    cols, device = geometry.cols, parts[0].device
     if x.dtype != geometry.dtype or x.dim() == 0 or x.shape[-1] != cols or x.device != device:
         raise UsageError(
             f"expected x of dtype {geometry.dtype} and shape [..., {cols}] on {device}, got {x.dtype} and "
             f"{tuple(x.shape)} on {x.device}; cast or move x, or decompress the model and cast that"
         )
     parts, word = _checked(geometry, parts)
-    out = _prefetcher(device, word).multiply(
-        Weight(geometry, parts), x.numel() // cols, lambda weight: functional.linear(x, weight, bias)
-    )
+    prefetcher = _prefetcher(device, word)
+    tokens = x.numel() // cols
+    step = _rows_of_slice(geometry, x, bias, prefetcher)
+    if step < geometry.rows:
+        out = slices.linear(
+            x, bias, geometry.rows, step,
+            lambda begin, end, x, bias: prefetcher.multiply(
+                Weight(RowSlice(end - begin, cols, geometry, begin), parts), tokens,
+                lambda weight: functional.linear(x, weight, bias),
+            ),
+        )  # fmt: skip
+    else:
+        out = prefetcher.multiply(Weight(geometry, parts), tokens, lambda weight: functional.linear(x, weight, bias))
     _after(device, word)
     stats.count("decoded", geometry.matrix_bytes)
     return out
+
+
+def _rows_of_slice(geometry: Geometry, x: torch.Tensor, bias: torch.Tensor | None, prefetcher: Prefetcher) -> int:
+    """Rows of the slices in which a product is computed; all rows if it is not sliced."""
+    limit = prefetcher.policy.slice_bytes
+    if limit is None or geometry.matrix_bytes <= limit:
+        return geometry.rows
+    step = slices.rows_of_slice(geometry.rows, geometry.matrix_bytes // geometry.rows, limit)
+    if step < geometry.rows and slices.allowed(x, bias, geometry.rows, step, not prefetcher.capturing):
+        return step
+    return geometry.rows
 
 
 def _checked(geometry: Geometry, parts: Parts) -> tuple[Parts, status.Status]:

@@ -66,10 +66,38 @@ class Geometry(ABC):
         """Enqueue the decoding of rows [begin, end) to address ``out``."""
 
     @abstractmethod
-    def look_up(
-        self, queue: Queue, parts: Parts, ids: torch.Tensor, out: int, workspace: int, status: int
-    ) -> None:
+    def look_up(self, queue: Queue, parts: Parts, ids: torch.Tensor, out: int, workspace: int, status: int) -> None:
         """Enqueue the decoding of rows by number, contiguous ids of any shape, to address ``out``."""
+
+
+@dataclass(frozen=True)
+class RowSlice(Geometry):
+    """Rows from ``begin`` on of a larger weight."""
+
+    whole: Geometry
+    begin: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the decoded matrix."""
+        return self.whole.dtype
+
+    @cached_property
+    def workspace_bytes(self) -> int:
+        """See Geometry."""
+        return self.whole.workspace_bytes
+
+    def checked(self, parts: Parts) -> Parts:
+        """See Geometry."""
+        return self.whole.checked(parts)
+
+    def decode(self, queue: Queue, parts: Parts, begin: int, end: int, out: int, workspace: int, status: int) -> None:
+        """See Geometry."""
+        self.whole.decode(queue, parts, self.begin + begin, self.begin + end, out, workspace, status)
+
+    def look_up(self, queue: Queue, parts: Parts, ids: torch.Tensor, out: int, workspace: int, status: int) -> None:
+        """See Geometry."""
+        raise NotImplementedError("rows are looked up in the whole weight")
 
 
 @dataclass(eq=False)
