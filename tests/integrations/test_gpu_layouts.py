@@ -158,7 +158,9 @@ def test_lora(directories: Directories) -> None:
     for directory in (plain, native):
         torch.manual_seed(0)
         model = tf.AutoModelForCausalLM.from_pretrained(directory)
-        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False))
+        model = peft.get_peft_model(
+            model, peft.LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+        )
         ids = zoo.inputs("llama", 2)["input_ids"]
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
