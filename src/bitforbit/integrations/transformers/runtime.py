@@ -92,4 +92,4 @@ def compressed_element_size(tensor: torch.Tensor) -> float:
     if tensor.dtype != torch.bfloat16 or not tensor.numel():
         return float(tensor.element_size())
     expected = gpu_specs.expected_tiles_bytes(*matrix_view(tuple(tensor.shape)))
-    return min(2.0, expected / tensor.numel())
+    return min(2.0, expected / int(tensor.numel()))
