@@ -21,7 +21,7 @@ def test_large_matrices(rows: int, cols: int) -> None:
     if torch.cuda.mem_get_info()[0] < 6 * rows * cols + (1 << 30):
         pytest.skip("too little memory free")
     with GpuQueue() as queue:
-        assert 11.2 < round_trip(queue, rows, cols, "cuda:0") < 11.3
+        assert 11.1 < round_trip(queue, rows, cols, "cuda:0") < 11.3
     torch.cuda.empty_cache()
 
 
