@@ -293,7 +293,8 @@ __device__ __forceinline__ void decode_block(const Unit& unit, const Shared& sha
   const bool whole = codes == weights || (codes > weights && window.end == unit.elements);
   if (((place < weights && gap != window.gap) || !whole) && status != nullptr) atomicOr(status, kStatusCorrupt);
 
-  if (place < weights) compact(shared, align + place, min(decoded.count, weights - place));
+  const u32 kept = min(decoded.count, max(weights, place) - place);
+  if (kept != 0) compact(shared, align + place, kept);
   for (u32 i = codes + threadIdx.x; i < weights; i += kThreads) shared.exponents[align + i] = 0;  // codes are missing
   __syncthreads();
 
