@@ -59,7 +59,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 4)
     for (u32 block = block_of(unit, begin); block < unit.blocks; ++block) {
       const Window window = load_window(unit, block);
       decode_block(unit, shared, window, begin, end, gmem_row, status);
-      if (window.end >= end) break;
+      if (window.positions[1] >= end) break;
     }
   }
 }

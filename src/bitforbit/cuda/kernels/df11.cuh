@@ -20,7 +20,8 @@
 constexpr u32 kThreads = 256;
 constexpr u32 kWarps = kThreads / kWarp;
 constexpr u32 kThreadWords = 4;   // of the stream: 128 bits
-constexpr u32 kGapWords = 40;     // of a block: a gap of 5 bits for every thread
+constexpr u32 kGapBits = 5;       // a gap for every thread
+constexpr u32 kGapWords = kThreads * kGapBits / 32;  // of a block
 constexpr u32 kIndexHeader = 64;  // bytes
 constexpr u32 kLookupBits = 11;
 constexpr u32 kLookups = 1u << kLookupBits;
@@ -64,11 +65,11 @@ struct Shared {
   u32* totals;     // [kWarps] [15:0] exponents of a warp, [31:16] bits of its last one beyond its last thread's
 };
 
-// What a thread needs of memory for one block.
+// What a thread needs of memory for one block, as stored: nothing here waits for the loads.
 struct Window {
-  u32 words[kThreadWords + 1];  // as stored; the last one belongs to the next thread
-  u32 gap;
-  u32 base, end;  // weights of the block
+  u32 words[kThreadWords + 1];  // the last one belongs to the next thread
+  u32 gaps[2];                  // the gap begins in the first one
+  u32 positions[2];             // of the block and of the next
 };
 
 __device__ __forceinline__ Unit make_unit(const u8* tables, const u8* stream, const u8* sign_mantissa, const u8* index,
@@ -118,11 +119,11 @@ __device__ __forceinline__ Window load_window(const Unit& unit, u32 block) {
   window.words[3] = four.w;
   window.words[4] = at + 4 < unit.stream_words ? unit.stream[at + 4] : 0;
   // Behind the last gap are the positions: there is always a next word.
-  const u32 bit = 5 * threadIdx.x;
-  const u32* gaps = unit.gaps + (block * kGapWords + bit / 32);
-  window.gap = __funnelshift_l(gaps[1], gaps[0], bit) >> 27;
-  window.base = min(unit.positions[block], unit.elements);
-  window.end = max(min(min(unit.positions[block + 1], unit.elements), window.base + unit.block_symbols), window.base);
+  const u32* gaps = unit.gaps + (block * kGapWords + kGapBits * threadIdx.x / 32);
+  window.gaps[0] = gaps[0];
+  window.gaps[1] = gaps[1];
+  window.positions[0] = unit.positions[block];
+  window.positions[1] = unit.positions[block + 1];
   return window;
 }
 
@@ -148,11 +149,11 @@ struct Decoded {
 };
 
 // Exponents of the codes that start in a thread's bits, to its slot (up to 3 more behind them).
-__device__ __forceinline__ Decoded decode_window(const Unit& unit, const Shared& shared, const Window& window) {
+__device__ __forceinline__ Decoded decode_window(const Unit& unit, const Shared& shared, const Window& window, u32 gap) {
   u32 words[kThreadWords + 1];
 #pragma unroll
   for (u32 i = 0; i <= kThreadWords; ++i) words[i] = __byte_perm(window.words[i], 0, 0x0123);  // first bit highest
-  u32 state = window.gap, last = 0, partial = 0;
+  u32 state = gap, last = 0, partial = 0;
   u32* slot = shared.slots + threadIdx.x;
   const auto put = [&](u32 step, u32 symbols) {
     const u32 shift = state >> (kCountShift - 3);  // [4:0] 8 * exponents of the partial word
@@ -249,30 +250,34 @@ __device__ __forceinline__ uint4 join8(uint2 exponents, uint2 signs) {
 __device__ __forceinline__ void decode_block(const Unit& unit, const Shared& shared, const Window& window, u32 begin,
                                              u32 end, u16* gmem_out, u32* status) {
   const u32 lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const u32 weights = window.end - window.base;
+  const u32 gap = __funnelshift_l(window.gaps[1], window.gaps[0], kGapBits * threadIdx.x) >> (32 - kGapBits);
+  const u32 base = min(window.positions[0], unit.elements);
+  const u32 weights = min(max(min(window.positions[1], unit.elements), base) - base, unit.block_symbols);
   // Vectors are 8 weights that share 16 bytes of the output. Weight g has place g - base + align among the block's.
   const u32 out_words = static_cast<u32>(reinterpret_cast<u64>(gmem_out) / sizeof(u16));
-  const u32 align = (out_words + window.base - begin) % 8;
-  const u32 first = max(window.base, begin) - window.base + align;
-  const u32 stop = max(max(min(window.end, end), window.base) - window.base + align, first);
+  const u32 align = (out_words + base - begin) % 8;
+  const u32 first = max(base, begin) - base + align;
+  const u32 stop = max(max(min(base + weights, end), base) - base + align, first);
   // Vectors [first / 8 up, stop / 8 down) are whole.
-  const u32 vector_begin = (first + 7) / 8 + threadIdx.x, vector_end = stop / 8;
+  const u32 vector_begin = (first + 7) / 8, vector_end = stop / 8;
+  const u32 vector = vector_begin + threadIdx.x;
+  const i32 vectors = static_cast<i32>(vector_end) - static_cast<i32>(vector);  // from the thread's first one on
   // Place 0 is at this byte of the signs and mantissas; it may lie before the first.
-  const i64 origin = static_cast<i64>(window.base) - align;
+  const i64 origin = static_cast<i64>(base) - align;
   const u8* gmem_signs = unit.sign_mantissa + origin;
   u16* gmem_places = gmem_out + (origin - static_cast<i64>(begin));
   const u32 skew = static_cast<u32>(origin) % 8;
 
+  const uint2* gmem_pairs = reinterpret_cast<const uint2*>(gmem_signs) + vector;
   uint2 ahead[kAhead];
   if (skew == 0) {
 #pragma unroll
     for (u32 i = 0; i < kAhead; ++i) {
-      const u32 v = vector_begin + i * kThreads;
-      if (v < vector_end) ahead[i] = load_once(reinterpret_cast<const uint2*>(gmem_signs + 8 * v));
+      if (vectors > static_cast<i32>(i * kThreads)) ahead[i] = load_once(gmem_pairs + i * kThreads);
     }
   }
 
-  const Decoded decoded = decode_window(unit, shared, window);
+  const Decoded decoded = decode_window(unit, shared, window, gap);
 
   u32 upto = decoded.count;  // exponents of the warp up to this thread's
 #pragma unroll
@@ -281,52 +286,52 @@ __device__ __forceinline__ void decode_block(const Unit& unit, const Shared& sha
     if (lane >= step) upto += other;
   }
   if (lane == kWarp - 1) shared.totals[warp] = upto | decoded.beyond << 16;
-  u32 gap = __shfl_up_sync(kAllLanes, decoded.beyond, 1);  // of this thread, as the one before has it
+  u32 expected = __shfl_up_sync(kAllLanes, decoded.beyond, 1);  // gap, as the thread before has it
   __syncthreads();
   const u32 total = lane < kWarps ? shared.totals[lane] & 0xFFFF : 0;
   // [15:0] exponents of the warps before, [31:16] of all: up to 256 * 128.
   const u32 sums = __reduce_add_sync(kAllLanes, total << 16 | (lane < warp ? total : 0));
-  if (lane == 0) gap = warp == 0 ? window.gap : shared.totals[warp - 1] >> 16;
+  if (lane == 0) expected = warp == 0 ? gap : shared.totals[warp - 1] >> 16;
   const u32 place = (sums & 0xFFFF) + upto - decoded.count;
   // Every thread that has a weight begins where the one before ends. What follows a unit's last code is filling.
   const u32 codes = sums >> 16;
-  const bool whole = codes == weights || (codes > weights && window.end == unit.elements);
-  if (((place < weights && gap != window.gap) || !whole) && status != nullptr) atomicOr(status, kStatusCorrupt);
+  const bool whole = codes == weights || (codes > weights && base + weights == unit.elements);
+  if (((place < weights && gap != expected) || !whole) && status != nullptr) atomicOr(status, kStatusCorrupt);
 
   const u32 kept = min(decoded.count, max(weights, place) - place);
   if (kept != 0) compact(shared, align + place, kept);
   for (u32 i = codes + threadIdx.x; i < weights; i += kThreads) shared.exponents[align + i] = 0;  // codes are missing
   __syncthreads();
 
-  const uint2* exponents = reinterpret_cast<const uint2*>(shared.exponents);
-  uint4* gmem_vectors = reinterpret_cast<uint4*>(gmem_places);
+  const uint2* exponents = reinterpret_cast<const uint2*>(shared.exponents) + vector;
+  uint4* gmem_vectors = reinterpret_cast<uint4*>(gmem_places) + vector;
   if (skew == 0) {
 #pragma unroll
     for (u32 i = 0; i < kAhead; ++i) {
-      const u32 v = vector_begin + i * kThreads;
-      if (v >= vector_end) break;
-      gmem_vectors[v] = join8(exponents[v], ahead[i]);
+      if (vectors <= static_cast<i32>(i * kThreads)) break;
+      gmem_vectors[i * kThreads] = join8(exponents[i * kThreads], ahead[i]);
     }
 #pragma unroll 1
-    for (u32 v = vector_begin + kAhead * kThreads; v < vector_end; v += kThreads) {
-      gmem_vectors[v] = join8(exponents[v], load_once(reinterpret_cast<const uint2*>(gmem_signs + 8 * v)));
+    for (i32 i = kAhead * kThreads; i < vectors; i += kThreads) {
+      gmem_vectors[i] = join8(exponents[i], load_once(gmem_pairs + i));
     }
   } else {
     // The output is aligned otherwise than signs and mantissas: eight bytes from three words.
-    const u32* gmem_words = reinterpret_cast<const u32*>(gmem_signs - skew % 4);
+    const u32* gmem_words = reinterpret_cast<const u32*>(gmem_signs - skew % 4) + 2 * vector;
+    const u32 shift = 8 * (skew % 4);
 #pragma unroll 2
-    for (u32 v = vector_begin; v < vector_end; v += kThreads) {
-      const u32* three = gmem_words + 2 * v;
-      const u32 shift = 8 * (skew % 4), third = shift == 0 ? 0 : three[2];
-      gmem_vectors[v] = join8(exponents[v], make_uint2(__funnelshift_r(three[0], three[1], shift),
-                                                       __funnelshift_r(three[1], third, shift)));
+    for (i32 i = 0; i < vectors; i += kThreads) {
+      const u32* three = gmem_words + 2 * i;
+      const u32 second = three[1], third = shift == 0 ? 0 : three[2];
+      gmem_vectors[i] = join8(exponents[i], make_uint2(__funnelshift_r(three[0], second, shift),
+                                                       __funnelshift_r(second, third, shift)));
     }
   }
   // Weights before the first whole vector, and behind the last one.
   if (threadIdx.x < 16) {
     const bool head = threadIdx.x < 8;
-    const u32 at = (head ? first & ~7u : max(vector_end, (first + 7) / 8) * 8) + threadIdx.x % 8;
-    if (at >= first && at < min(stop, head ? (first + 7) & ~7u : stop)) {
+    const u32 at = (head ? first & ~7u : max(vector_end, vector_begin) * 8) + threadIdx.x % 8;
+    if (at >= first && at < min(stop, head ? vector_begin * 8 : stop)) {
       gmem_places[at] = static_cast<u16>(join<0x1100, 0x1404>(shared.exponents[at], gmem_signs[at]));
     }
   }
