@@ -35,7 +35,7 @@ help:
 	@echo 'make native-test  run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make fuzz         fuzz the decoders and parsers for FUZZ_SECONDS=$(FUZZ_SECONDS) in total (needs clang++)'
 	@echo 'make bench        run the benchmarks (minutes); results go to benchmarks/results'
-	@echo 'make gpu          GPU tests'
+	@echo 'make gpu          on a machine with an NVIDIA GPU: build, tests, benchmarks, compute-sanitizer'
 	@echo 'make clean        remove .venv, builds and caches'
 
 # --- the environment: one .venv, a stamp for each thing in it --------------------------------------------------
@@ -131,8 +131,9 @@ fuzz: $(VENV)/stamp-fuzz $(VENV)/stamp-base
 bench: $(VENV)/stamp-bench $(VENV)/stamp-base
 	$(BIN)/python -m benchmarks.run $(BENCH_ARGS)
 
+# Everything on a machine with an NVIDIA GPU: no environment of its own, no network, only what PYTHON has.
 gpu:
-	@echo 'bitforbit has no GPU code yet: there is nothing to build or to test on a GPU.'
+	$(PYTHON) -m benchmarks.gpu $(GPU_ARGS)
 
 clean:
 	rm -rf $(VENV) $(FLOOR) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

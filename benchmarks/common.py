@@ -63,7 +63,7 @@ def machine() -> dict[str, Any]:
         "instruction_sets": [name for name, supported in cpu.implementations().items() if supported],
         "python": platform.python_version(),
         "versions": versions,
-        "commit": _git("rev-parse", "--short=12", "HEAD")
+        "commit": (_git("rev-parse", "--short=12", "HEAD") or "unknown")
         + (
             "+changes"
             if _git("status", "--porcelain", "-uno", "--", ".", ":!README.md", ":!benchmarks/results")
@@ -106,4 +106,8 @@ def to_bf16(floats: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
 
 
 def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip()

@@ -13,8 +13,6 @@
 namespace bitforbit {
 namespace {
 
-using Histogram = std::array<std::uint32_t, 256>;
-
 constexpr std::size_t kRowsPerHistogram = 64;
 constexpr std::size_t kSample = 1 << 13;  // elements that a histogram looks at, about, if there are more
 constexpr std::size_t kChunk = 64;
@@ -53,9 +51,10 @@ std::size_t sampling(const Layout& layout, std::size_t rows) {
   return stride;
 }
 
-Histogram histogram_of_rows(const std::uint8_t* src, const Layout& layout, std::size_t begin, std::size_t end) {
+Histogram histogram_of_rows(const std::uint8_t* src, const Layout& layout, std::size_t begin, std::size_t end,
+                            std::size_t stride) {
   std::uint32_t tables[4][256] = {};
-  const std::size_t item = layout.item_bytes(), stride = sampling(layout, end - begin);
+  const std::size_t item = layout.item_bytes();
   for (std::size_t row = begin; row < end; ++row) {
     if (stride == 1) {
       count_kind(src + row * layout.row_bytes(), layout.cols, layout.kind, layout.wide, tables);
@@ -100,22 +99,23 @@ std::uint64_t cost(const Histogram& h, const std::array<std::uint8_t, kTableByte
 
 }  // namespace
 
-CodeTables choose_tables(const std::uint8_t* src, const Layout& layout, int threads) {
+HistogramPlan plan_histograms(const Layout& layout) {
   const std::size_t unit = layout.rows_per_table ? layout.rows_per_table : kRowsPerHistogram;
-  std::vector<Histogram> histograms((layout.rows + unit - 1) / unit);
-  parallel_for(histograms.size(), 1 + (1 << 18) / (unit * layout.cols + 1), threads, [&](std::size_t i) {
-    histograms[i] = histogram_of_rows(src, layout, i * unit, std::min(layout.rows, (i + 1) * unit));
-  });
+  const std::size_t count = (layout.rows + unit - 1) / unit;
+  return {unit, count, sampling(layout, std::min(unit, layout.rows)),
+          sampling(layout, layout.rows - (count - 1) * unit)};
+}
 
-  const std::size_t stride = sampling(layout, std::min(unit, layout.rows));
+CodeTables choose_tables(std::vector<Histogram> histograms, const Layout& layout) {
+  const HistogramPlan plan = plan_histograms(layout);
   CodeTables best{0, {}};
   std::uint64_t best_bits = ~std::uint64_t{0};
-  for (std::size_t rows = unit;; rows *= 4) {
+  for (std::size_t rows = plan.rows;; rows *= 4) {
     CodeTables candidate{rows, {}};
     std::uint64_t bits = 0;
     for (const Histogram& h : histograms) {
       const auto table = table_of(h);
-      bits += cost(h, table) * stride + 8 * kTableBytes;
+      bits += cost(h, table) * plan.stride + 8 * kTableBytes;
       candidate.bytes.insert(candidate.bytes.end(), table.begin(), table.end());
     }
     if (bits < best_bits) {
@@ -129,6 +129,17 @@ CodeTables choose_tables(const std::uint8_t* src, const Layout& layout, int thre
     }
     histograms = std::move(merged);
   }
+}
+
+CodeTables choose_tables(const std::uint8_t* src, const Layout& layout, int threads) {
+  const HistogramPlan plan = plan_histograms(layout);
+  std::vector<Histogram> histograms(plan.count);
+  parallel_for(plan.count, 1 + (1 << 18) / (plan.rows * layout.cols + 1), threads, [&](std::size_t i) {
+    const bool last = i + 1 == plan.count;
+    histograms[i] = histogram_of_rows(src, layout, i * plan.rows, last ? layout.rows : (i + 1) * plan.rows,
+                                      last ? plan.last_stride : plan.stride);
+  });
+  return choose_tables(std::move(histograms), layout);
 }
 
 void exponent_histogram(const std::uint8_t* src, std::size_t elements, Kind kind, bool wide,

@@ -6,12 +6,14 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 
 #include "bindings/module.hpp"
 #include "dispatch.hpp"
+#include "planes_tables.hpp"
 
 namespace {
 
@@ -80,6 +82,36 @@ std::vector<std::uint64_t> histogram(ConstBytes src, std::string_view kind, bool
   return counts;
 }
 
+// Kind and width do not matter to plan and choice.
+Layout counted_layout(std::size_t rows, std::size_t cols, std::size_t rows_per_table) {
+  if (rows == 0 || cols == 0) throw std::invalid_argument("size mismatch");
+  return {Kind::kBF16, false, rows, cols, rows_per_table};
+}
+
+std::tuple<std::size_t, std::size_t, std::size_t, std::size_t> plan_histograms(std::size_t rows, std::size_t cols,
+                                                                               std::size_t rows_per_table) {
+  const bitforbit::HistogramPlan plan = bitforbit::plan_histograms(counted_layout(rows, cols, rows_per_table));
+  return {plan.rows, plan.count, plan.stride, plan.last_stride};
+}
+
+nb::tuple choose_tables(nb::ndarray<const std::uint32_t, nb::shape<-1, 256>, nb::c_contig, nb::device::cpu> counts,
+                        std::size_t rows, std::size_t cols, std::size_t rows_per_table) {
+  const Layout layout = counted_layout(rows, cols, rows_per_table);
+  if (counts.shape(0) != bitforbit::plan_histograms(layout).count) throw std::invalid_argument("size mismatch");
+  std::vector<bitforbit::Histogram> histograms(counts.shape(0));
+  for (std::size_t i = 0; i < histograms.size(); ++i) {
+    std::memcpy(histograms[i].data(), counts.data() + 256 * i, sizeof histograms[i]);
+  }
+  bitforbit::CodeTables chosen;
+  {
+    nb::gil_scoped_release release;
+    chosen = bitforbit::choose_tables(std::move(histograms), layout);
+  }
+  Buffer bytes(chosen.bytes.size());
+  std::memcpy(bytes.data(), chosen.bytes.data(), chosen.bytes.size());
+  return nb::make_tuple(chosen.rows_per_table, hand_over(std::move(bytes)));
+}
+
 bool is_widened_bf16(ConstBytes src) {
   nb::gil_scoped_release release;
   return bitforbit::is_widened_bf16(src.data(), src.size() / 4);
@@ -100,6 +132,9 @@ void bind_planes(nb::module_& m) {
   m.def("empty_aligned", &empty, nb::arg("size"));
   m.def("is_widened_bf16", &is_widened_bf16, nb::arg("src"));
   m.def("exponent_histogram", &histogram, nb::arg("src"), nb::arg("kind"), nb::arg("wide"));
+  m.def("planes_plan_histograms", &plan_histograms, nb::arg("rows"), nb::arg("cols"), nb::arg("rows_per_table"));
+  m.def("planes_choose_tables", &choose_tables, nb::arg("counts"), nb::arg("rows"), nb::arg("cols"),
+        nb::arg("rows_per_table"));
   m.def("planes_encode", &encode, nb::arg("src"), nb::arg("kind"), nb::arg("wide"), nb::arg("rows"), nb::arg("cols"),
         nb::arg("rows_per_table"), nb::arg("isa"), nb::arg("threads"));
   m.def("planes_decode", &decode, nb::arg("code"), nb::arg("digits"), nb::arg("sign_mantissa"), nb::arg("tails"),

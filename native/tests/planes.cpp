@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "errors.hpp"
+#include "planes_tables.hpp"
 #include "tests/check.hpp"
 #include "tests/planes_cases.hpp"
 
@@ -204,6 +205,34 @@ TEST(planes_histogram) {
     }
     exponent_histogram(data.data(), layout.rows * layout.cols, c.kind, c.wide, got);
     CHECK(std::equal(expected, expected + 256, got));
+  }
+}
+
+// An encoder that counts by the plan chooses what encode_planes chooses.
+TEST(planes_tables_by_plan) {
+  Random random(9);
+  const KindCase& c = kKinds[0];
+  for (const Shape shape : {Shape{1, 1}, {17, 130}, {200, 1000}, {130, 70000}, {1000, 64}}) {
+    for (const std::size_t rows_per_table : {0, 16, 4096}) {
+      const Layout layout{c.kind, c.wide, shape.rows, shape.cols, rows_per_table};
+      const ExactBytes data = make_floats(c, layout, Pattern::kWide, random, 1);
+      const HistogramPlan plan = plan_histograms(layout);
+      std::vector<Histogram> histograms(plan.count, Histogram{});
+      for (std::size_t row = 0; row < layout.rows; ++row) {
+        const std::size_t h = row / plan.rows, stride = h + 1 < plan.count ? plan.stride : plan.last_stride;
+        for (std::size_t col = 0; col < layout.cols; ++col) {
+          // Rows are counted from the start of the matrix, not of the histogram.
+          if (col / 64 % stride != row % stride) continue;
+          std::uint16_t word;
+          std::memcpy(&word, data.data() + 2 * (row * layout.cols + col), 2);
+          ++histograms[h][word >> 7 & 255];
+        }
+      }
+      const CodeTables chosen = choose_tables(std::move(histograms), layout);
+      const EncodedPlanes encoded = encode_planes(data.data(), layout, kPlanesScalar, 1);
+      CHECK(chosen.rows_per_table == encoded.rows_per_table);
+      CHECK(std::equal(chosen.bytes.begin(), chosen.bytes.end(), encoded.code.data()));
+    }
   }
 }
 

@@ -187,9 +187,13 @@ def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     assert isinstance(environment, dict)
     assert (environment["BITFORBIT_ISA"], environment["BITFORBIT_THREADS"]) == ("scalar", "3")
     assert {"planes", "raw"} <= set(facts["codecs"])  # type: ignore[call-overload]
+    gpu = facts["gpu"]
+    assert isinstance(gpu, dict)
+    assert gpu["problem"] is None or (gpu["problem"].startswith("expected") and "the CPU" in gpu["problem"])
+    assert bool(gpu["gpus"]) or gpu["problem"]
     assert main(["info"]) == 0
     out = capsys.readouterr().out
-    for word in ("scalar", "active", "BITFORBIT_THREADS", "numpy", "planes"):
+    for word in ("GPUs", "scalar", "active", "BITFORBIT_THREADS", "numpy", "planes"):
         assert word in out
     monkeypatch.setenv("BITFORBIT_ISA", "mmx")
     assert main(["info"]) == 2

@@ -531,11 +531,11 @@ def test_install_refuses():
 
 
 def test_specs():
-    spec = bnn.CompressedSpec(torch.bfloat16, (2, 3, 64), "BF16", 6, 64, 16)
-    assert bnn.CompressedSpec.from_record(spec.to_record()) == spec
+    spec = bnn.PlanesSpec(torch.bfloat16, (2, 3, 64), "BF16", 6, 64, 16)
+    assert bnn.PlanesSpec.from_record(spec.to_record()) == spec
     assert (spec.elements, spec.nbytes) == (384, 768)
     with pytest.raises(CorruptTensorError):
-        bnn.CompressedSpec(torch.bfloat16, (2, 3, 64), "BF16", 7, 64, 16)
+        bnn.PlanesSpec(torch.bfloat16, (2, 3, 64), "BF16", 7, 64, 16)
 
 
 def test_damaged_parts_are_noticed():

@@ -9,13 +9,22 @@ from bitforbit.cli import options, output
 
 _PACKAGES = {
     "required": ("numpy", "ml_dtypes", "xxhash", "typer", "rich"),
-    "optional": ("huggingface_hub", "matplotlib", "torch", "transformers", "accelerate", "peft"),
+    "optional": (
+        "huggingface_hub",
+        "matplotlib",
+        "torch",
+        "transformers",
+        "accelerate",
+        "peft",
+        "cuda-bindings",
+        "nvidia-cuda-nvrtc",
+    ),
 }
 _VARIABLES = ("BITFORBIT_ISA", "BITFORBIT_THREADS", "BITFORBIT_CACHE", "BITFORBIT_PARANOID")
 
 
 def command(json: options.Json = False) -> None:
-    """Show the version, the CPU's instruction sets, threads, codecs, packages and environment variables."""
+    """Show the version, the CPU's instruction sets, GPUs, threads, codecs, packages and environment variables."""
     facts = collect()
     if json:
         output.print_json(facts)
@@ -30,6 +39,8 @@ def command(json: options.Json = False) -> None:
         ],
         left=3,
     )
+    output.print_line()
+    output.print_facts("GPUs", _gpu_rows(facts["gpu"]))
     output.print_line()
     output.print_facts("settings", [("threads", str(facts["threads"])), ("codecs", ", ".join(facts["codecs"]))])
     output.print_line()
@@ -55,11 +66,27 @@ def collect() -> dict[str, Any]:
             {"name": name, "supported": supported, "active": name == active}
             for name, supported in cpu.implementations().items()
         ],
+        "gpu": _gpu(),
         "threads": cpu.default_threads(),
         "codecs": [*registry.names(), "raw"],
         "packages": {name: _version(name) for names in _PACKAGES.values() for name in names},
         "environment": {name: os.environ.get(name) for name in _VARIABLES},
     }
+
+
+def _gpu() -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from bitforbit.cuda import device
+
+    return asdict(device.status())
+
+
+def _gpu_rows(gpu: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [(f"cuda:{i}", name) for i, name in enumerate(gpu["gpus"])]
+    rows.append(("driver", f"CUDA {gpu['driver']}" if gpu["driver"] else "not available"))
+    rows.append(("kernel compiler", f"NVRTC {gpu['nvrtc']}" if gpu["nvrtc"] else "not available"))
+    return rows + ([("not usable", gpu["problem"])] if gpu["problem"] else [])
 
 
 def _version(package: str) -> str | None:

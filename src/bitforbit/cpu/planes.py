@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
@@ -25,6 +27,30 @@ def is_widened_bf16(data: Bytes) -> bool:
 def exponent_histogram(data: Bytes, kind: str) -> npt.NDArray[np.uint64]:
     """Count of every exponent value, ``[256]``, in data of that float kind."""
     return np.array(_native.exponent_histogram(data, kind, False), np.uint64)
+
+
+@dataclass(frozen=True)
+class HistogramPlan:
+    """What an encoder counts to choose code tables, so that each makes the same choice.
+
+    Histogram i covers ``rows`` rows from row ``i * rows`` on. It looks at one in ``stride`` chunks of 64 columns: in
+    row r at the chunks c with c % stride == r % stride. The last one, of the rows that are left, has ``last_stride``.
+    """
+
+    rows: int
+    count: int
+    stride: int
+    last_stride: int
+
+
+def plan_histograms(rows: int, cols: int, rows_per_table: int) -> HistogramPlan:
+    """What is to be counted of a matrix; ``rows_per_table`` 0 leaves the choice to the encoder."""
+    return HistogramPlan(*_native.planes_plan_histograms(rows, cols, rows_per_table))
+
+
+def choose_tables(counts: npt.NDArray[np.uint32], rows: int, cols: int, rows_per_table: int) -> tuple[int, Bytes]:
+    """Rows per table and the tables, ``[tables * 16]``, by histograms ``[count, 256]`` that follow the plan."""
+    return _native.planes_choose_tables(counts, rows, cols, rows_per_table)
 
 
 def encode(

@@ -44,7 +44,7 @@ def cubin(text: str, arch: str, defines: Sequence[tuple[str, str]] = (), name: s
             if found is None:
                 found = compiler.compile(text, arch, defines, name=name)
                 if file is None or not write(file, key, found):
-                    _warn(file)
+                    _warn(None if file is None else file.parent)
             _memory[key] = found
         return _memory[key]
 
@@ -108,8 +108,8 @@ def _checksum(key: str, body: bytes) -> bytes:
 
 
 @functools.cache
-def _warn(file: Path | None) -> None:
-    where = "there is no home directory" if file is None else f"{file.parent} cannot be written"
+def _warn(folder: Path | None) -> None:
+    where = "there is no home directory" if folder is None else f"{folder} cannot be written"
     warnings.warn(
         f"compiled GPU kernels are not kept: {where}. Every process compiles them again; set BITFORBIT_CACHE to a "
         "directory that can be written.",

@@ -120,6 +120,12 @@ class Driver:
         if code:
             self._check("cuLaunchKernel", code)
 
+    def capture_id(self, stream: int) -> int:
+        """The number, unique in this process, of the graph capture that a stream is in; 0 if it is in none."""
+        code, status, number, *_ = self._cuda.cuStreamGetCaptureInfo(stream)
+        self._check("cuStreamGetCaptureInfo", code)
+        return int(number) if status == self._cuda.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_ACTIVE else 0
+
     def _call(self, name: str, *arguments: Any) -> Any:
         code, *results = getattr(self._cuda, name)(*arguments)
         self._check(name, code)

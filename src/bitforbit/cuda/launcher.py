@@ -35,7 +35,7 @@ class CudaLauncher:
         self._target = compiler.target(properties.compute_capability)
         self._context = driver.primary_context(ordinal)
         self._modules: dict[tuple[str, tuple[tuple[str, str], ...]], Any] = {}
-        self._loaded: dict[int, _Loaded] = {}
+        self._loaded: dict[Kernel, _Loaded] = {}
         self._lock = threading.RLock()
 
     @property
@@ -54,8 +54,7 @@ class CudaLauncher:
         Allocates and waits for nothing once the kernel is loaded, and may be captured into a graph. Raises
         KernelLaunchError, at the first launch KernelBuildError too.
         """
-        # By identity: hashing a Kernel costs more than launching it. An entry keeps its kernel, so no id comes twice.
-        loaded = self._loaded.get(id(kernel)) or self._load(kernel)
+        loaded = self._loaded.get(kernel) or self._load(kernel)
         if 0 in config.grid:
             return
         if self._driver.current_context() == self._context:
@@ -69,7 +68,7 @@ class CudaLauncher:
 
     def _load(self, kernel: Kernel) -> _Loaded:
         with self._lock:
-            if (found := self._loaded.get(id(kernel))) is not None:
+            if (found := self._loaded.get(kernel)) is not None:
                 return found
             key = (kernel.source, kernel.defines)
             self._driver.push(self._context)
@@ -80,7 +79,7 @@ class CudaLauncher:
                 loaded = _Loaded(kernel, self._driver.function(self._modules[key], kernel.name))
             finally:
                 self._driver.pop()
-            self._loaded[id(kernel)] = loaded
+            self._loaded[kernel] = loaded
             return loaded
 
 

@@ -1,13 +1,14 @@
 """Module classes with compressed parameters.
 
 A compressed parameter ``weight`` is four uint8 parameters ``code__weight``, ``digits__weight``,
-``sign_mantissa__weight`` and ``tails__weight``; the attribute ``weight`` is a property that decodes. The class of a
-converted module is derived from its own class: :class:`Linear`, :class:`Embedding`, or one made on demand for any other
-type, whose own ``forward`` runs unchanged.
+``sign_mantissa__weight`` and ``tails__weight`` (on a GPU others, see :mod:`bitforbit.nn.layout`); the attribute
+``weight`` is a property that decodes. The class of a converted module is derived from its own class: :class:`Linear`,
+:class:`Embedding`, or one made on demand for any other type, whose own ``forward`` runs unchanged.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
 import types
@@ -19,11 +20,10 @@ import torch
 from torch import nn
 
 from bitforbit.errors import CompressedParameterError
-from bitforbit.nn import state
-from bitforbit.nn.spec import PARTS, CompressedSpec, part_name
+from bitforbit.nn import layout, state
+from bitforbit.nn.spec import CompressedSpec, part_name
 from bitforbit.nn.values import Values, decode
 from bitforbit.nn.weight import CompressedWeight
-from bitforbit.ops import direct
 
 _reading = threading.local()
 """Weights decoded for the forwards under way in this thread: ``by_module: {id(module): {name: tensor}}``."""
@@ -38,13 +38,15 @@ class Compressed(nn.Module):
     """Names of the compressed parameters."""
     _bitforbit_specs: dict[str, CompressedSpec]
     _bitforbit_mode: str
+    _bitforbit_loading = False
+    """Whether a loader is at work, which asks state dicts for names only."""
 
     def _bitforbit_parts(self, name: str) -> tuple[torch.Tensor, ...]:
-        parameters = self._parameters
+        parameters, names = self._parameters, self._bitforbit_specs[name].part_names
         try:
-            return tuple(parameters[part_name(part, name)] for part in PARTS)
+            return tuple(parameters[part_name(part, name)] for part in names)
         except KeyError:
-            raise CompressedParameterError(f"expected the parts of {name} in {type(self).__name__}: {PARTS}") from None
+            raise CompressedParameterError(f"expected the parts of {name} in {type(self).__name__}: {names}") from None
 
     def _bitforbit_read(self, name: str) -> torch.Tensor:
         spec, parts = self._bitforbit_specs[name], self._bitforbit_parts(name)
@@ -76,8 +78,8 @@ class Compressed(nn.Module):
         """The module's own, then bits per weight and mode."""
         own, sizes = super().extra_repr(), []
         for name, spec in self._bitforbit_specs.items():
-            bits = 8 * sum(part.numel() for part in self._bitforbit_parts(name)) / max(1, spec.elements)
-            sizes.append(f"{name}: {bits:.2f} bits/weight")
+            bits = 8 * sum(part.numel() for part in self._bitforbit_parts(name)) / max(1, spec.coded_elements)
+            sizes.append(f"{name}: {bits:.2f} bits/weight" + ("" if spec.layout == "planes" else f" as {spec.layout}"))
         return ", ".join(filter(None, (own, *sizes, f"mode={self._bitforbit_mode!r}")))
 
     def reset_parameters(self) -> None:
@@ -94,29 +96,42 @@ class Compressed(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Compressed:
-        """As nn.Module's, which moves and casts. Raises CompressedParameterError for a cast to another dtype."""
+        """As nn.Module's, which moves and casts; what moves to a GPU or away from it changes its layout.
+
+        Raises CompressedParameterError for a cast to another dtype.
+        """
+        left = []
         for name, spec in self._bitforbit_specs.items():
             device = self._bitforbit_parts(name)[0].device
-            dtype = fn(torch.empty(0, dtype=spec.dtype, device=device)).dtype
-            if dtype != spec.dtype:
+            probe = fn(torch.empty(0, dtype=spec.dtype, device=device))
+            if probe.dtype != spec.dtype:
                 raise CompressedParameterError(
                     f"expected {name} of {type(self).__name__} to stay {spec.dtype}, since it is compressed, got a "
-                    f"cast to {dtype}; use bitforbit.decompress_model, cast, then compress again"
+                    f"cast to {probe.dtype}; use bitforbit.decompress_model, cast, then compress again"
                 )
+            if spec.layout != "planes" and probe.device != device and not layout.stays_private(probe.device):
+                left.append(name)
+        for name in left:
+            layout.convert(self, name, "planes")
+        moved = [self._bitforbit_parts(name)[0].device for name in self._bitforbit_specs]
         super()._apply(fn, recurse)
+        if moved != [self._bitforbit_parts(name)[0].device for name in self._bitforbit_specs]:
+            layout.settle(self)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        before = len(destination)
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        state.write_metadata(destination, prefix, self._bitforbit_specs)
+        specs = self._bitforbit_specs
+        if not keep_vars and not self._bitforbit_loading:
+            specs = state.as_planes(destination, before, prefix, self)
+        state.write_metadata(destination, prefix, specs)
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        adapted, specs = state.adapt(
-            state_dict, prefix, local_metadata, self._bitforbit_specs, self._parameters, error_msgs
-        )
+        adapted, specs = state.adapt(state_dict, prefix, local_metadata, self, error_msgs)
         super()._load_from_state_dict(
             adapted, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -124,7 +139,13 @@ class Compressed(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Classes made on demand have no importable name.
-        return _new, (self._bitforbit_base, self._bitforbit_names), self.__getstate__()
+        return _new, (self._bitforbit_base, self._bitforbit_names), state.public(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        # As copy.deepcopy does it, but with the layout that the parameters have.
+        copied = memo[id(self)] = _new(self._bitforbit_base, self._bitforbit_names)
+        copied.__setstate__(copy.deepcopy(dict(self.__dict__), memo))
+        return copied
 
 
 class Linear(Compressed, nn.Linear):
@@ -137,10 +158,8 @@ class Linear(Compressed, nn.Linear):
         """``[..., in_features]`` to ``[..., out_features]``, from the compressed weight."""
         p = self._parameters
         spec = self._bitforbit_specs["weight"]
-        return direct.linear(
-            input, p["code__weight"], p["digits__weight"], p["sign_mantissa__weight"], p["tails__weight"], self.bias,
-            spec.kind, spec.rows, spec.cols, spec.rows_per_table, spec.dtype, self._bitforbit_mode,
-        )  # fmt: skip
+        first, second, third, fourth = spec.weight_keys
+        return spec.linear(input, (p[first], p[second], p[third], p[fourth]), self.bias, self._bitforbit_mode)
 
 
 class Embedding(Compressed, nn.Embedding):
@@ -153,10 +172,8 @@ class Embedding(Compressed, nn.Embedding):
         """``[...]`` to ``[..., embedding_dim]``."""
         p = self._parameters
         spec = self._bitforbit_specs["weight"]
-        return direct.embedding(
-            input, p["code__weight"], p["digits__weight"], p["sign_mantissa__weight"], p["tails__weight"],
-            spec.kind, spec.rows, spec.cols, spec.rows_per_table, spec.dtype,
-        )  # fmt: skip
+        first, second, third, fourth = spec.weight_keys
+        return spec.embedding(input, (p[first], p[second], p[third], p[fourth]))
 
 
 @contextmanager
@@ -191,9 +208,7 @@ def _weight_property(name: str) -> property:
     def assign(self: Compressed, value: object) -> None:
         if isinstance(value, CompressedWeight) and value.spec.shape == self._bitforbit_specs[name].shape:
             # The weight of another compressed module: libraries tie weights by such an assignment.
-            self._bitforbit_specs[name] = value.spec
-            for part, shared in zip(PARTS, value.parts, strict=True):
-                self._parameters[part_name(part, name)] = shared
+            layout.put(self, name, value.spec, value.parts)
         else:
             self._bitforbit_refuse(name, value)
 

@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from bitforbit.errors import UsageError
+from bitforbit.nn import layout as layouts
 from bitforbit.nn.classes import Compressed
 from bitforbit.nn.parameters import compress_parameter, install_parameter, remove_parameter
-from bitforbit.nn.spec import PARTS
+from bitforbit.nn.spec import CompressedSpec
 from bitforbit.nn.values import decode
 from bitforbit.ops import MODES
 
@@ -35,7 +36,9 @@ def compress_model(
     Left plain: vectors (they are small, and would be decoded at every step), recurrent layers, embeddings with
     ``max_norm``, and modules that compute their weights from others (weight norm and other parametrizations).
 
-    Raises UsageError for an unknown mode or parameters that are not in CPU memory.
+    Parameters in GPU memory are compressed there, those in BF16 straight to the layout for GPUs (:func:`set_layout`).
+
+    Raises UsageError for an unknown mode or parameters on any other device.
     """
     if mode not in MODES:
         raise UsageError(f"expected a mode among {', '.join(MODES)}, got {mode!r}")
@@ -64,9 +67,10 @@ def _compress_tied(
     if not compress_parameter(child, name, mode=mode, threads=threads):
         return
     assert isinstance(child, Compressed)
-    shared = dict(zip(PARTS, child._bitforbit_parts(name), strict=True))
+    spec = child._bitforbit_specs[name]
+    shared = dict(zip(spec.part_names, child._bitforbit_parts(name), strict=True))
     for other, other_name in others:
-        install_parameter(other, other_name, child._bitforbit_specs[name], shared, mode=mode)
+        install_parameter(other, other_name, spec, shared, mode=mode)
 
 
 def left_plain(module: nn.Module) -> str | None:
@@ -97,10 +101,10 @@ def decompress_model(module: nn.Module) -> nn.Module:
     Modules get their plain classes back. The parameters are frozen (``requires_grad`` is False). Raises
     CorruptTensorError.
     """
-    plain: dict[int, nn.Parameter] = {}
+    plain: dict[tuple[int, CompressedSpec], nn.Parameter] = {}
     for child, name in _compressed(module):
         spec, parts = child._bitforbit_specs[name], child._bitforbit_parts(name)
-        key = id(parts[PARTS.index("sign_mantissa")])
+        key = id(parts[0]), spec
         if key not in plain:
             plain[key] = nn.Parameter(decode(spec, parts), requires_grad=False)
         remove_parameter(child, name, plain[key])
@@ -114,6 +118,22 @@ def set_mode(module: nn.Module, mode: str) -> None:
     for child in module.modules():
         if isinstance(child, Compressed):
             child.__dict__["_bitforbit_mode"] = mode
+
+
+def set_layout(module: nn.Module, layout: str) -> nn.Module:
+    """Convert the compressed parameters of a module and of all in it, in place and one by one, and return it.
+
+    ``"tiles"``, for GPUs: BF16 parameters, where that is smaller than BF16; others stay as they are. ``"planes"``: the
+    layout of the files, also in GPU memory, which later moves keep. ``"auto"``, the default: tiles on a GPU, planes
+    elsewhere. Every layout computes the same bits. Parameters on the meta device (offloaded ones) stay as they are.
+
+    Raises UsageError for an unknown layout, and for tiles where parameters are not on a GPU.
+    """
+    layouts.check(layout)
+    for child in module.modules():
+        if isinstance(child, Compressed):
+            layouts.choose(child, layout)
+    return module
 
 
 @dataclass(frozen=True)
@@ -148,13 +168,15 @@ class CompressedSize:
 def compressed_size(module: nn.Module) -> CompressedSize:
     """Sizes of a model as it is and as it was, in bytes."""
     parts: dict[int, torch.Tensor] = {}
+    counted: set[tuple[int, CompressedSpec]] = set()
     elements = original = 0
     for child, name in _compressed(module):
-        own = {id(part): part for part in child._bitforbit_parts(name)}
-        if not own.keys() <= parts.keys():
-            elements += child._bitforbit_specs[name].elements
-            original += child._bitforbit_specs[name].nbytes
-        parts |= own
+        spec, own = child._bitforbit_specs[name], child._bitforbit_parts(name)
+        if (id(own[0]), spec) not in counted:
+            elements += spec.elements
+            original += spec.nbytes
+        counted.add((id(own[0]), spec))
+        parts |= {id(part): part for part in own}
     rest = {id(t): t for t in (*module.parameters(), *module.buffers()) if id(t) not in parts}
     return CompressedSize(_nbytes(parts.values()), elements, original, _nbytes(rest.values()))
 

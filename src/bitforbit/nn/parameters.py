@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -12,8 +12,9 @@ from bitforbit.codecs import registry
 from bitforbit.codecs.base import EncodedTensor
 from bitforbit.cpu import default_threads
 from bitforbit.errors import CompressedParameterError, UnsupportedDtypeError, UsageError
+from bitforbit.nn import layout
 from bitforbit.nn.classes import Compressed, class_for
-from bitforbit.nn.spec import PARTS, CompressedSpec, part_name
+from bitforbit.nn.spec import PARTS, CompressedSpec, PlanesSpec, part_name
 from bitforbit.nn.values import decode
 from bitforbit.ops import MODES
 
@@ -36,11 +37,21 @@ def compress_parameter(module: nn.Module, name: str, *, mode: str = "exact", thr
     plain = module._parameters.get(name)
     if plain is None:
         raise UsageError(f"expected a parameter of {type(module).__name__}, got {name!r}")
-    encoded = encode(plain, threads)
-    if encoded is None:
+    made = compressed(plain, threads)
+    if made is None:
         return False
-    install_parameter(module, name, CompressedSpec.of_encoded(encoded), torch_parts(encoded), mode=mode)
+    install_parameter(module, name, *made, mode=mode)
     return True
+
+
+def compressed(
+    tensor: torch.Tensor, threads: int | None = None
+) -> tuple[CompressedSpec, Mapping[str, torch.Tensor]] | None:
+    """Spec and parts of a tensor in the layout of its device, or None if that would not be smaller."""
+    if layout.is_gpu(tensor.device):
+        return layout.tiles_on_gpu(tensor) or layout.planes_on_gpu(tensor)
+    encoded = encode(tensor, threads)
+    return None if encoded is None else (PlanesSpec.of_encoded(encoded), torch_parts(encoded))
 
 
 def encode(tensor: torch.Tensor, threads: int | None = None) -> EncodedTensor | None:
@@ -62,7 +73,7 @@ def install_parameter(
 ) -> None:
     """Replace a parameter of the module by a compressed one, in place; its class changes to one derived from its own.
 
-    parts are uint8 tensors ``[nbytes]`` by name (PARTS). They may be on the meta device, to be filled later. Parts that
+    parts are uint8 tensors ``[nbytes]`` by name (``spec.part_names``). They may be on the meta device, to be filled later. Parts that
     are parameters already are used as they are, which ties modules. Raises UsageError for an unknown mode or
     parameter, parts of the wrong dtype or length, or a module that cannot change its class.
     """
@@ -73,15 +84,17 @@ def install_parameter(
         module.__class__ = class_for(base, names)
     except TypeError as error:
         raise UsageError(f"expected a module of an ordinary class, got {base.__qualname__} ({error})") from None
-    module.__dict__.setdefault("_bitforbit_specs", {})[name] = spec
+    specs = module.__dict__.setdefault("_bitforbit_specs", {})
+    old = [part_name(part, name) for part in specs[name].part_names] if name in specs else []
+    specs[name] = spec
     module.__dict__["_bitforbit_mode"] = mode
     entries = {}
-    for part in PARTS:
+    for part in spec.part_names:
         value = parts[part]
         if not isinstance(value, nn.Parameter):
             value = nn.Parameter(value, requires_grad=False)
         entries[part_name(part, name)] = value
-    _replace(module, (name, *entries), entries)
+    layout.replace_parameters(module, (name, *old, *entries), entries)
 
 
 def _check(module: nn.Module, name: str, spec: CompressedSpec, parts: Mapping[str, torch.Tensor], mode: str) -> None:
@@ -93,8 +106,8 @@ def _check(module: nn.Module, name: str, spec: CompressedSpec, parts: Mapping[st
     plain = module._parameters.get(name)
     if plain is not None and tuple(plain.shape) != tuple(spec.shape):
         raise UsageError(f"{where}: expected shape {tuple(plain.shape)}, got {tuple(spec.shape)}")
-    if set(parts) != set(PARTS):
-        raise UsageError(f"{where}: expected parts {', '.join(PARTS)}, got {', '.join(parts) or 'none'}")
+    if set(parts) != set(spec.part_names):
+        raise UsageError(f"{where}: expected parts {', '.join(spec.part_names)}, got {', '.join(parts) or 'none'}")
     for part, value in parts.items():
         if value.dtype != torch.uint8 or value.dim() != 1:
             raise UsageError(f"{where}: expected {part} to be uint8 [nbytes], got {value.dtype} {tuple(value.shape)}")
@@ -116,23 +129,12 @@ def decompress_parameter(module: nn.Module, name: str) -> None:
 
 def remove_parameter(module: Compressed, name: str, plain: nn.Parameter) -> None:
     """Put a plain parameter in the place of a compressed one."""
-    base = module._bitforbit_base
+    base, parts = module._bitforbit_base, module._bitforbit_specs[name].part_names
     del module._bitforbit_specs[name]
     if module._bitforbit_specs:
         module.__class__ = class_for(base, tuple(sorted(module._bitforbit_specs)))
     else:
         module.__class__ = base
-        del module.__dict__["_bitforbit_specs"], module.__dict__["_bitforbit_mode"]
-    _replace(module, [part_name(part, name) for part in PARTS], {name: plain})
-
-
-def _replace(module: nn.Module, old: Collection[str], new: Mapping[str, nn.Parameter]) -> None:
-    """Put parameters in the place of others: optimizers and state dicts go by the order."""
-    entries = list(module._parameters.items())
-    module._parameters.clear()
-    for name, value in entries:
-        if name in old:
-            module._parameters.update(new)
-        else:
-            module._parameters[name] = value
-    module._parameters.update(new)
+        for attribute in ("_bitforbit_specs", "_bitforbit_mode", "_bitforbit_layout"):
+            module.__dict__.pop(attribute, None)
+    layout.replace_parameters(module, [part_name(part, name) for part in parts], {name: plain})

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def decode(spec: CompressedSpec, parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """A fresh plain tensor of ``spec.shape``."""
-    return ops.decode(*parts, *spec.arguments, 0, spec.rows).view(spec.shape)
+    return spec.decode(parts, 0, spec.matrix_shape()[0]).view(spec.shape)
 
 
 class Values:
@@ -25,7 +25,7 @@ class Values:
         """For modules: spec and parts must fit each other."""
         self.spec = spec
         self.parts = tuple(parts)
-        self.is_stack = len(spec.shape) > 2 and spec.rows % spec.shape[0] == 0
+        self.is_stack = len(spec.shape) > 2 and spec.matrix_shape()[0] % spec.shape[0] == 0
         """Whether slices can be decoded apart: matrices of experts."""
         self._tensor: torch.Tensor | None = None
         self._missing: set[int] | None = None
@@ -48,10 +48,16 @@ class Values:
         """
         spec = self.spec
         if self._tensor is None or self._missing is None:
-            self._tensor, self._missing = ops.empty(spec.shape, spec.dtype), set(range(spec.shape[0]))
-        rows = spec.rows // spec.shape[0]
+            self._tensor, self._missing = self._empty(), set(range(spec.shape[0]))
+        rows, cols = spec.matrix_shape()
+        rows //= spec.shape[0]
         for index in self._missing.intersection(wanted):
-            out = self._tensor[index].view(rows, spec.cols)
-            ops.decode_into(out, self.parts, spec.arguments, index * rows)
+            spec.decode_into(self._tensor[index].view(rows, cols), self.parts, index * rows)
             self._missing.discard(index)
         return self._tensor
+
+    def _empty(self) -> torch.Tensor:
+        device = self.parts[0].device
+        if device.type == "cpu":
+            return ops.empty(self.spec.shape, self.spec.dtype)
+        return torch.empty(self.spec.shape, dtype=self.spec.dtype, device=device)

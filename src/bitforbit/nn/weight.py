@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch.utils._pytree import tree_map_only
 
-from bitforbit import ops
 from bitforbit.errors import CompressedParameterError
 from bitforbit.nn.values import Values
 
@@ -156,9 +155,9 @@ def _grouped_mm(func: Any, x: Any, weight: Any, offsets: torch.Tensor | None = N
 
 
 def _embedding(func: Any, weight: Any, ids: torch.Tensor, *args: Any) -> Any:
-    if not isinstance(weight, CompressedWeight) or (weight.spec.rows, weight.spec.cols) != weight.spec.shape:
+    if not isinstance(weight, CompressedWeight) or weight.spec.matrix_shape() != weight.spec.shape:
         return NotImplemented
-    return ops.embedding(ids, *weight.parts, *weight.spec.arguments)
+    return weight.spec.embedding(ids, weight.parts)
 
 
 def _is_stack(weight: Any) -> bool:

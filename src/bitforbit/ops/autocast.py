@@ -1,40 +1,44 @@
-"""``linear`` under ``torch.autocast("cpu")``: x, weight and bias are cast to its dtype, as those of nn.Linear are."""
+"""The linears under ``torch.autocast``: x, weight and bias are cast to its dtype, as those of nn.Linear are."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn import functional
 
+from bitforbit.ops.autograd import DECODERS, Decoder
 from bitforbit.ops.schema import LIBRARY
+
+_DEVICES = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 
 def register() -> None:
-    """Register the kernel; once per process."""
-    LIBRARY.impl("linear", _linear, "AutocastCPU")
+    """Register the kernels; once per process."""
+    for name, decode in DECODERS.items():
+        op = getattr(torch.ops.bitforbit, name).default
+        for device, key in _DEVICES.items():
+            LIBRARY.impl(name, functools.partial(_linear, op, decode, device), key)
 
 
 def _linear(
-    x: torch.Tensor,
-    code: torch.Tensor,
-    digits: torch.Tensor,
-    sign_mantissa: torch.Tensor,
-    tails: torch.Tensor,
-    bias: torch.Tensor | None,
-    kind: str,
-    rows: int,
-    cols: int,
-    rows_per_table: int,
-    dtype: torch.dtype,
-    mode: str,
+    op: Callable[..., torch.Tensor], decode: Decoder, device: str, x: torch.Tensor, *arguments: Any
 ) -> torch.Tensor:
-    target = torch.get_autocast_dtype("cpu")
-    with torch.autocast("cpu", enabled=False):
+    *parts, bias = arguments[:5]
+    fields, mode = arguments[5:-1], arguments[-1]
+    target = torch.get_autocast_dtype(device)
+    with torch.autocast(device, enabled=False):
         x, bias = _cast(x, target), None if bias is None else _cast(bias, target)
-        parts = (code, digits, sign_mantissa, tails)
-        if dtype == x.dtype:
-            return torch.ops.bitforbit.linear.default(x, *parts, bias, kind, rows, cols, rows_per_table, dtype, mode)
-        weight = torch.ops.bitforbit.decode.default(*parts, kind, rows, cols, rows_per_table, dtype, 0, rows)
-        return functional.linear(x, _cast(weight, target), bias)
+        if _dtype(fields) == x.dtype:
+            return op(x, *parts, bias, *fields, mode)
+        return functional.linear(x, _cast(decode(tuple(parts), fields), target), bias)
+
+
+def _dtype(fields: tuple[Any, ...]) -> torch.dtype:
+    """Dtype of a weight: the last field where it can be any, BF16 in the layouts of GPUs."""
+    return fields[-1] if isinstance(fields[-1], torch.dtype) else torch.bfloat16
 
 
 def _cast(tensor: torch.Tensor, target: torch.dtype) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Gradients of ``linear``: those of x and of the bias. The weight is frozen and decoded again, never saved.
+"""Gradients of the linears: those of x and of the bias. The weight is frozen and decoded again, never saved.
 
 The gradients have the bits that torch gives for ``nn.Linear`` over a frozen weight, so they take the steps that it
 takes: ``linear`` (ATen's native/Linear.cpp) is an ``addmm`` over flattened rows where there is a bias and x is
@@ -8,8 +8,9 @@ contiguous; else a ``matmul`` (native/LinearAlgebra.cpp: one ``mm`` over folded 
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,32 +18,63 @@ import torch
 from bitforbit.ops.schema import LIBRARY
 
 
+Decoder = Callable[[tuple[torch.Tensor, ...], tuple[Any, ...]], torch.Tensor]
+"""(parts, what else describes the weight) -> the decoded matrix ``[rows, cols]``."""
+
+_PARTS = slice(1, 5)
+_BIAS = 5
+_FIRST_FIELD = 6
+
+
 def register() -> None:
-    """Register the gradient; once per process."""
-    torch.library.register_autograd("bitforbit::linear", _backward, setup_context=_setup_context, lib=LIBRARY)
+    """Register the gradients; once per process.
+
+    Inputs of every linear: x, four parts, bias, what describes the weight, mode.
+    """
+    for name, decode in DECODERS.items():
+        torch.library.register_autograd(
+            f"bitforbit::{name}", functools.partial(_backward, decode), setup_context=_setup_context, lib=LIBRARY
+        )
+
+
+def _planes(parts: tuple[torch.Tensor, ...], weight: tuple[Any, ...]) -> torch.Tensor:
+    return torch.ops.bitforbit.decode.default(*parts, *weight, 0, weight[1])
+
+
+def _tiles(parts: tuple[torch.Tensor, ...], weight: tuple[Any, ...]) -> torch.Tensor:
+    rows, cols = weight
+    return torch.ops.bitforbit.tiles_decode.default(*parts, rows, cols, 0, rows)
+
+
+def _df11(parts: tuple[torch.Tensor, ...], weight: tuple[Any, ...]) -> torch.Tensor:
+    elements, begin, rows, cols = weight
+    return torch.ops.bitforbit.df11_decode.default(*parts, elements, begin, begin + rows * cols).view(rows, cols)
+
+
+DECODERS: dict[str, Decoder] = {"linear": _planes, "tiles_linear": _tiles, "df11_linear": _df11}
+"""How each linear's weight is decoded."""
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, *parts, bias, kind, rows, cols, rows_per_table, dtype, _mode = inputs
-    ctx.save_for_backward(*parts)
-    ctx.weight = (kind, rows, cols, rows_per_table, dtype)
+    x, bias = inputs[0], inputs[_BIAS]
+    ctx.save_for_backward(*inputs[_PARTS])
+    ctx.weight = tuple(inputs[_FIRST_FIELD:-1])
     ctx.x_shape, ctx.x_stride, ctx.x_contiguous = x.shape, x.stride(), x.is_contiguous()
     ctx.has_bias = bias is not None
 
 
-def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _backward(decode: Decoder, ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     grad_x = grad_bias = None
-    rows = ctx.weight[1]
     if ctx.needs_input_grad[0]:
-        weight = torch.ops.bitforbit.decode.default(*ctx.saved_tensors, *ctx.weight, 0, rows)
+        weight = decode(ctx.saved_tensors, ctx.weight)
         flattened = ctx.has_bias and ctx.x_contiguous
         grad_x = _grad_x(grad, weight, ctx.x_shape, ctx.x_stride, flattened)
-    if ctx.has_bias and ctx.needs_input_grad[5]:
+    if ctx.has_bias and ctx.needs_input_grad[_BIAS]:
         if ctx.x_contiguous and grad.dim() > 1:
-            grad = grad.reshape(-1, rows)
+            grad = grad.reshape(-1, grad.shape[-1])
         leading = list(range(grad.dim() - 1))
         grad_bias = grad.sum(leading) if leading else grad
-    return grad_x, None, None, None, None, grad_bias, None, None, None, None, None, None
+    return grad_x, None, None, None, None, grad_bias, *(None for _ in ctx.weight), None
 
 
 def _grad_x(

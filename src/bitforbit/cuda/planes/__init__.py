@@ -1,1 +1,1 @@
-"""The ``planes`` codec on GPUs: decoding straight from its parts."""
+"""The ``planes`` codec on GPUs: encoding, and decoding straight from its parts."""

@@ -1,9 +1,9 @@
 """Geometry of the tile layout, in which BF16 matrices lie in GPU memory. Private: packed at load, never on disk.
 
-A matrix ``[rows, cols]`` is cut into tiles of 16 rows x 64 columns; edge tiles are filled up. Tile (s, k), stripe s of 16
-rows and columns 64k to 64k + 63, has number s * tiles_per_stripe + k. Weights lie in the register order of the matrix
-instructions (PTX ISA, mma.m16n8k16: fragment A, which is also wgmma's A in registers, a warp per 16 rows): step i (0-3,
-16 columns each), lane l (0-31), register r (0-3), half h (0: low 16 bits) hold
+A matrix ``[rows, cols]`` is cut into tiles of 16 rows x 64 columns; edge tiles are filled up. Tile (s, k), stripe s of
+16 rows and columns 64k to 64k + 63, has number s * tiles_per_stripe + k. Weights lie in the register order of the
+matrix instructions (PTX ISA, mma.m16n8k16: fragment A, which is also wgmma's A in registers, a warp per 16 rows): step
+i (0-3, 16 columns each), lane l (0-31), register r (0-3), half h (0: low 16 bits) hold
 
     row    = l div 4 + 8 * (r mod 2)
     column = 16 * i + 2 * (l mod 4) + 8 * (r div 2) + h
@@ -13,22 +13,23 @@ instructions (PTX ISA, mma.m16n8k16: fragment A, which is also wgmma's A in regi
 Four parts, bytes each:
 
 ``tiles``: 1408 bytes per tile = 11 bits per weight.
-    [0:1024) sign and mantissa: lane l has 32-bit words 0-3 at 16 * l and words 4-7 at 512 + 16 * l. Word j holds pairs 2j
-    ("A") and 2j + 1 ("B"); low and high are the two halves of a pair, mantissa has 7 bits:
+    [0:1024) sign and mantissa: lane l has 32-bit words 0-3 at 16 * l and words 4-7 at 512 + 16 * l. Word j holds pairs
+    2j ("A") and 2j + 1 ("B"); low and high are the two halves of a pair, mantissa has 7 bits:
         [6:0] A low mantissa, [7] B high sign, [14:8] B low mantissa, [15] A low sign,
         [22:16] A high mantissa, [23] B low sign, [30:24] B high mantissa, [31] A high sign,
     so that ``word & 0x807F807F`` is pair A and ``rotate_right(word, 8) & 0x807F807F`` pair B, but for the exponents.
-    [1024:1408) codes of 3 bits: lane l has word w (0-2) at 1024 + 128 * w + 4 * l. Word w holds pairs 5w + j, j = 0-4: low
-    half's code at [3j+3 : 3j+1], high half's at [3j+19 : 3j+17]. Pair 15 has bit b of its low code at bit 0, of its high
-    code at bit 16 of word b.
+    [1024:1408) codes of 3 bits: lane l has word w (0-2) at 1024 + 128 * w + 4 * l. Word w holds pairs 5w + j, j = 0-4:
+    low half's code at [3j+3 : 3j+1], high half's at [3j+19 : 3j+17]. Pair 15 has bit b of its low code at bit 0, of its
+    high code at bit 16 of word b.
     The exponent of a weight is base + code, unless it is an escape, whose code is 0. Positions outside the matrix have
     sign, mantissa and code 0.
 ``escapes``: weights whose exponent is not within base to base + 7, tile by tile, in the order of positions.
     Narrow entries, u16: [9:0] position, [15:10] index into the header's exponents. Wide ones, u32: [9:0] position,
     [23:16] exponent. Padded with zeros to a multiple of 16 bytes, and at least 16.
 ``offsets``: u32 [tiles + 1], number of entries before each tile; padded with zeros to a multiple of 16 bytes.
-``header``: 128 bytes: [0:64) exponents of escapes, ascending, filled up with zeros; u32 base at 64 (0-248); u32 bytes of an
-    entry at 68 (2, or 4 if more than 64 exponents escape); u32 number of entries at 72; zeros.
+``header``: 128 bytes: [0:64) exponents of escapes, ascending, filled up with zeros (all zeros if entries are wide); u32
+    base at 64 (0-248); u32 bytes of an entry at 68 (2, or 4 if more than 64 exponents escape); u32 number of entries
+    at 72; zeros.
 
 The base is the lowest of those with the fewest escapes.
 """

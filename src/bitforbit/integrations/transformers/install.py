@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from bitforbit.integrations.transformers.config import BitforbitConfig
 from bitforbit.integrations.transformers.ties import Ties, is_compressed, split, stored_name
-from bitforbit.nn import PARTS, Compressed, CompressedSpec, compressed_parameters, install_parameter
+from bitforbit.nn import PARTS, Compressed, CompressedSpec, PlanesSpec, compressed_parameters, install_parameter
 from bitforbit.nn.model import left_plain
 from bitforbit.nn.parameters import encode, remove_parameter, torch_parts
 
@@ -63,7 +63,7 @@ class Installer:
             return {name: value}
         parts = torch_parts(encoded)
         sizes = {part: tensor.numel() for part, tensor in parts.items()}
-        twins = self.install(name, CompressedSpec.of_encoded(encoded), sizes)
+        twins = self.install(name, PlanesSpec.of_encoded(encoded), sizes)
         if missing_keys is not None:
             missing_keys.discard(name)
             missing_keys.difference_update(twins)

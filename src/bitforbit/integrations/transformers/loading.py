@@ -29,7 +29,7 @@ from bitforbit.integrations.transformers.source import (
     native_source,
 )
 from bitforbit.integrations.transformers.ties import split, stored_name
-from bitforbit.nn import PARTS, CompressedSpec
+from bitforbit.nn import PARTS, PlanesSpec
 
 
 class Load:
@@ -140,7 +140,7 @@ class Load:
         target = self._found[name].target
         record = source.record(name)
         encoded = EncodedTensor(record.codec, record.codec_version, record.dtype, record.shape, record.config)
-        self.installer.install(target, CompressedSpec.of_encoded(encoded), record.parts)
+        self.installer.install(target, PlanesSpec.of_encoded(encoded), record.parts)
         self._kept.append((name, target))
         names = {}
         for stored, part in zip(source.consumed[source.tensors[name].unit or ""], record.parts, strict=True):

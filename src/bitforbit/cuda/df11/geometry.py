@@ -1,0 +1,152 @@
+"""How a DFloat11 unit lies in GPU memory. Private: made at load from the unit's tensors, never on disk.
+
+Four parts, bytes each, lengths multiples of 16:
+
+``tables``: 2048 look-ups of 8 bytes for the first 11 bits of a window, then the rows of ``luts`` as stored, 256 bytes each.
+    A look-up is a u32 state (kernels/df11.cuh gives its bits) and up to four exponents, the first in the low byte.
+``stream``: ``encoded_exponent``, padded with zeros.
+``sign_mantissa``: as stored, padded with zeros.
+``index``: a header of 64 bytes, u32 values: magic, weights, blocks, bytes of ``stream``, rows of ``luts``, bits of the
+    shortest code, most weights of a block, zeros; then u32 positions [blocks + 1], padded with zeros; then the gaps, 80
+    u32 per block, each with the first gap in its highest bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from bitforbit.codecs.df11.unit import BLOCK_BYTES, GAP_BYTES_PER_BLOCK, MAX_CODE_BITS, MAX_TABLES, THREADS_PER_BLOCK
+from bitforbit.errors import CorruptTensorError
+
+U8 = npt.NDArray[np.uint8]
+
+PARTS = ("tables", "stream", "sign_mantissa", "index")
+
+ALIGNMENT = 16
+LOOKUP_BITS = 11
+LOOKUP_SYMBOLS = 4
+LOOKUP_BYTES = 8 << LOOKUP_BITS
+ROW_BYTES = 256
+HEADER_BYTES = 64
+MAGIC = 0x31314644
+"""The bytes DF11."""
+
+WINDOW_BITS = 64
+
+
+def padded(nbytes: int) -> int:
+    """``nbytes`` rounded up to the alignment of parts."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True, eq=False)
+class Df11Geometry:
+    """What the host knows of a unit's parts. Compared and hashed by identity."""
+
+    elements: int
+    """Weights of the unit."""
+    blocks: int
+    """Blocks of 4096 bytes of the stream, the last one perhaps shorter."""
+    stream_bytes: int
+    """Length of the part ``stream``."""
+    table_rows: int
+    """Decode tables as stored, and the row of code lengths."""
+    shortest: int
+    """Bits of the shortest code."""
+    block_symbols: int
+    """Most weights that begin in a block."""
+    positions: npt.NDArray[np.uint32] = field(repr=False)
+    """First weight of each block, then the number of weights: ``[blocks + 1]``."""
+
+    @property
+    def tables_bytes(self) -> int:
+        """Length of the part ``tables``."""
+        return LOOKUP_BYTES + ROW_BYTES * self.table_rows
+
+    @property
+    def index_bytes(self) -> int:
+        """Length of the part ``index``."""
+        return index_bytes(self.blocks)
+
+    @property
+    def part_bytes(self) -> tuple[int, int, int, int]:
+        """Lengths of the parts, in their order."""
+        return self.tables_bytes, self.stream_bytes, padded(self.elements), self.index_bytes
+
+    @property
+    def slot_words(self) -> int:
+        """Words of 4 exponents for what a thread decodes: codes that start in its window, and 3 more."""
+        return -(-((WINDOW_BITS - 1) // self.shortest + LOOKUP_SYMBOLS) // 4)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block of threads."""
+        slots = 4 * self.slot_words * THREADS_PER_BLOCK
+        return self.tables_bytes + slots + padded(self.block_symbols + 7)
+
+    def blocks_of(self, begin: int, end: int) -> tuple[int, int]:
+        """The blocks [first, last + 1) that hold the weights [begin, end), which is not empty."""
+        first = int(np.searchsorted(self.positions[:-1], begin, "right")) - 1
+        return first, int(np.searchsorted(self.positions[:-1], end, "left"))
+
+
+def index_bytes(blocks: int) -> int:
+    """Length of the part ``index``."""
+    return HEADER_BYTES + padded(4 * (blocks + 1)) + padded(GAP_BYTES_PER_BLOCK * blocks)
+
+
+def index_part(geometry: Df11Geometry, gaps: U8) -> U8:
+    """The part ``index``. gaps ``[320 blocks]``, as stored."""
+    index = np.zeros(geometry.index_bytes, np.uint8)
+    header = [MAGIC, geometry.elements, geometry.blocks, geometry.stream_bytes, geometry.table_rows]
+    header += [geometry.shortest, geometry.block_symbols]
+    index[: 4 * len(header)].view("<u4")[:] = header
+    positions = geometry.positions.astype("<u4").view(np.uint8)
+    index[HEADER_BYTES : HEADER_BYTES + positions.size] = positions
+    index[index.size - gaps.size :].view("<u4")[:] = gaps.view(">u4")
+    return index
+
+
+def geometry_of(index: U8, elements: int, stream_bytes: int) -> Df11Geometry:
+    """The geometry of a unit from a host copy of its part ``index``.
+
+    ``elements`` are the unit's weights, ``stream_bytes`` the length of the part ``stream``. Raises CorruptTensorError
+    if they do not belong together.
+    """
+    if index.dtype != np.uint8 or index.ndim != 1 or index.size < index_bytes(1):
+        raise CorruptTensorError(
+            f"expected a DF11 index of uint8 [{index_bytes(1)} or more], got {index.dtype} {list(index.shape)}"
+        )
+    index = np.ascontiguousarray(index)
+    header = index[:HEADER_BYTES].view("<u4").tolist()
+    magic, stored_elements, blocks, stored_bytes, table_rows, shortest, block_symbols = header[:7]
+    if magic != MAGIC or any(header[7:]):
+        raise CorruptTensorError(
+            f"expected a DF11 index that begins with {MAGIC:#x}, got {magic:#x}; load the file again"
+        )
+    if (stored_elements, stored_bytes) != (elements, stream_bytes):
+        raise CorruptTensorError(
+            f"the DF11 index is of {stored_elements} weights in {stored_bytes} stream bytes, got {elements} weights in "
+            f"{stream_bytes} bytes: parts of different units"
+        )
+    if index.size != index_bytes(blocks) or not 0 <= blocks * BLOCK_BYTES - stream_bytes < BLOCK_BYTES:
+        raise CorruptTensorError(
+            f"expected a DF11 index of {index_bytes(blocks)} bytes for {blocks} blocks and {stream_bytes} stream bytes, "
+            f"got {index.size}"
+        )
+    positions = index[HEADER_BYTES : HEADER_BYTES + 4 * (blocks + 1)].view("<u4").astype(np.uint32)
+    steps = np.diff(positions.astype(np.int64))
+    if positions[0] != 0 or positions[-1] != elements or steps.min() < 0 or steps.max() != block_symbols:
+        raise CorruptTensorError(
+            f"expected DF11 positions from 0 to {elements} by at most {block_symbols}, got {positions[0]} to "
+            f"{positions[-1]} by {steps.min()} to {steps.max()}"
+        )
+    if not 2 <= table_rows <= MAX_TABLES + 1 or not 1 <= shortest <= MAX_CODE_BITS or block_symbols > 8 * BLOCK_BYTES:
+        raise CorruptTensorError(
+            f"expected a DF11 index of 2 to {MAX_TABLES + 1} table rows, codes from 1 to {MAX_CODE_BITS} bits and blocks "
+            f"of up to {8 * BLOCK_BYTES} weights, got {table_rows}, {shortest} and {block_symbols}"
+        )
+    return Df11Geometry(elements, blocks, stream_bytes, table_rows, shortest, block_symbols, positions)

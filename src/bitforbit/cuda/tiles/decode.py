@@ -1,0 +1,119 @@
+"""Decoding of tiles on the GPU: a range of rows, or rows by id. Both only enqueue."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bitforbit.cuda.kernel import U32, U64, DeviceProperties, Kernel, LaunchConfig, Pointer
+from bitforbit.cuda.queue import Queue
+from bitforbit.cuda.tiles.layout import ALIGNMENT, HEADER_BYTES, PARTS, TileLayout
+from bitforbit.errors import CorruptTensorError, UsageError
+
+_RANGE = (Pointer, Pointer, U64, Pointer, Pointer, Pointer, U32, U32, U32, U32, U32, U32)
+_IDS = (Pointer, Pointer, U64, Pointer, Pointer, Pointer, U32, U64, Pointer, U32, U32, Pointer)
+
+DECODE = Kernel("tiles_decode", "tiles_decode.cu", _RANGE)
+DECODE_ANY = Kernel("tiles_decode_any", "tiles_decode.cu", _RANGE)
+ROWS = Kernel("tiles_rows", "tiles_rows.cu", _IDS)
+KERNELS = (DECODE, DECODE_ANY, ROWS)
+
+THREADS = 256
+WARPS = THREADS // 32
+WIDE_STORE = 8
+"""Weights of the widest store: rows of a multiple of them begin on its boundary."""
+LONGEST_RUN = 8
+WARPS_PER_MULTIPROCESSOR = 32
+"""That fit at 64 registers per thread."""
+TILES_PER_ROW_WARP = 8
+GRID_LIMIT = (1 << 31) - 1
+SIZE_LIMIT = 1 << 31
+
+Parts = Sequence[tuple[int, int]]
+
+
+def run_tiles(layout: TileLayout, stripes: int, properties: DeviceProperties) -> int:
+    """How many tiles, side by side, a warp decodes: more for a matrix that keeps all warps busy anyway."""
+    warps = properties.multiprocessors * WARPS_PER_MULTIPROCESSOR
+    return max(1, min(LONGEST_RUN, layout.tiles_per_stripe, -(-stripes * layout.tiles_per_stripe // warps)))
+
+
+def decode_config(layout: TileLayout, stripes: int, properties: DeviceProperties) -> LaunchConfig:
+    """Launch for so many stripes of a matrix."""
+    runs = stripes * -(-layout.tiles_per_stripe // run_tiles(layout, stripes, properties))
+    return LaunchConfig.linear(_blocks(runs), THREADS)
+
+
+def rows_config(layout: TileLayout, count: int) -> LaunchConfig:
+    """Launch for so many rows by id: a warp takes 8 tiles' worth of a row."""
+    return LaunchConfig.linear(_blocks(count * -(-layout.tiles_per_stripe // TILES_PER_ROW_WARP)), THREADS)
+
+
+def decode(queue: Queue, parts: Parts, layout: TileLayout, begin: int, end: int, out: int) -> None:
+    """Decode rows [begin, end) to ``out``, BF16 [end - begin, cols] in device memory.
+
+    ``parts``: address and bytes of tiles, escapes, offsets, header; addresses are multiples of 16, as is ``out``.
+    Raises UsageError for rows outside the matrix, CorruptTensorError for parts of wrong lengths. Parts of right lengths
+    that are damaged give wrong weights, and no access outside of them.
+    """
+    check_parts(parts, layout)
+    if not 0 <= begin <= end <= layout.rows:
+        raise UsageError(f"expected rows within 0 to {layout.rows}, got [{begin}, {end})")
+    if begin == end:
+        return
+    (tiles, _), (escapes, escapes_bytes), (offsets, _), (header, _) = parts
+    stripes = (end - 1) // 16 - begin // 16 + 1
+    run = run_tiles(layout, stripes, queue.properties)
+    per_stripe = -(-layout.tiles_per_stripe // run)
+    kernel = DECODE if layout.cols % WIDE_STORE == 0 else DECODE_ANY
+    queue.launch(
+        kernel, decode_config(layout, stripes, queue.properties), tiles, escapes, escapes_bytes, offsets, header, out,
+        layout.cols, begin, end - begin, run, per_stripe, stripes * per_stripe,
+    )  # fmt: skip
+
+
+def rows(
+    queue: Queue, parts: Parts, layout: TileLayout, ids: int, id_bytes: int, count: int, out: int, status: int = 0
+) -> None:
+    """Decode the rows of ``count`` ids to ``out``, BF16 [count, cols] in device memory.
+
+    ``ids``: address of int32 (``id_bytes`` 4) or int64 (8) in device memory. An id outside the matrix gives a row of
+    zeros and sets bit 2 of the u32 at ``status`` (0: nowhere). Parts and errors as for :func:`decode`.
+    """
+    check_parts(parts, layout)
+    if id_bytes not in (4, 8):
+        raise UsageError(f"expected ids of 4 or 8 bytes, got {id_bytes}")
+    if count < 0:
+        raise UsageError(f"expected a number of ids that is not negative, got {count}")
+    if count == 0:
+        return
+    (tiles, _), (escapes, escapes_bytes), (offsets, _), (header, _) = parts
+    queue.launch(
+        ROWS, rows_config(layout, count), tiles, escapes, escapes_bytes, offsets, header, ids, id_bytes, count, out,
+        layout.rows, layout.cols, status,
+    )  # fmt: skip
+
+
+def check_parts(parts: Parts, layout: TileLayout) -> None:
+    """Raise CorruptTensorError unless the parts have the lengths of the layout, UsageError for a matrix too large."""
+    if layout.rows >= SIZE_LIMIT or layout.cols >= SIZE_LIMIT or layout.tiles >= SIZE_LIMIT:
+        raise UsageError(
+            f"expected a matrix of fewer than 2^31 rows, columns and tiles, got [{layout.rows}, {layout.cols}]"
+        )
+    sizes = dict(zip(PARTS, (nbytes for _, nbytes in parts), strict=True))
+    expected = {"tiles": layout.tiles_bytes, "offsets": layout.offsets_bytes, "header": HEADER_BYTES}
+    for name, nbytes in expected.items():
+        if sizes[name] != nbytes:
+            raise CorruptTensorError(
+                f"expected {nbytes} bytes in part {name} of a [{layout.rows}, {layout.cols}] matrix, got {sizes[name]}"
+            )
+    if sizes["escapes"] < ALIGNMENT or sizes["escapes"] % ALIGNMENT:
+        raise CorruptTensorError(
+            f"expected a multiple of {ALIGNMENT} bytes, at least one, in part escapes, got {sizes['escapes']}"
+        )
+
+
+def _blocks(warps: int) -> int:
+    blocks = -(-warps // WARPS)
+    if blocks > GRID_LIMIT:
+        raise UsageError(f"expected at most {GRID_LIMIT} blocks in a launch, got {blocks}: decode fewer rows at once")
+    return blocks

@@ -1,0 +1,106 @@
+"""Compressed BF16 parameters in GPU memory, in layouts that are never written to a file.
+
+``tiles`` is packed from ``planes`` when a parameter comes to a GPU (:mod:`bitforbit.cuda.tiles.layout`). ``df11`` is a
+unit of a DFloat11 checkpoint as it is: the matrices of a block of the model share its parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from bitforbit.cuda.tiles import layout as tiles_layout
+from bitforbit.nn.spec import CompressedSpec, Parts, weight_keys
+
+DF11_PARTS = ("tables", "stream", "sign_mantissa", "index")
+
+
+@dataclass(frozen=True)
+class TilesSpec(CompressedSpec):
+    """A BF16 parameter in tiles of 16 rows and 64 columns of its matrix view."""
+
+    layout = "tiles"
+    part_names = tiles_layout.PARTS
+    weight_keys = weight_keys(tiles_layout.PARTS)
+
+    rows: int
+    cols: int
+
+    def matrix_shape(self) -> tuple[int, int]:
+        """Rows and columns of the matrix view."""
+        return self.rows, self.cols
+
+    def fits(self, sizes: Mapping[str, int]) -> bool:
+        """Whether parts of these lengths in bytes can be this parameter's."""
+        layout, escapes = tiles_layout.TileLayout(self.rows, self.cols), sizes.get("escapes", 0)
+        return escapes >= tiles_layout.ALIGNMENT and dict(sizes) == {
+            "tiles": layout.tiles_bytes,
+            "escapes": tiles_layout.padded(escapes),
+            "offsets": layout.offsets_bytes,
+            "header": tiles_layout.HEADER_BYTES,
+        }
+
+    def decode(self, parts: Parts, begin: int, end: int) -> torch.Tensor:
+        """Rows [begin, end) of the matrix view."""
+        rows: torch.Tensor = torch.ops.bitforbit.tiles_decode.default(*parts, self.rows, self.cols, begin, end)
+        return rows
+
+    def linear(self, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None, mode: str) -> torch.Tensor:
+        """``x @ weight.T + bias``."""
+        y: torch.Tensor = torch.ops.bitforbit.tiles_linear.default(x, *parts, bias, self.rows, self.cols, mode)
+        return y
+
+    def embedding(self, ids: torch.Tensor, parts: Parts) -> torch.Tensor:
+        """Rows by number."""
+        rows: torch.Tensor = torch.ops.bitforbit.tiles_embedding.default(ids, *parts, self.rows, self.cols)
+        return rows
+
+
+@dataclass(frozen=True)
+class Df11Spec(CompressedSpec):
+    """A BF16 matrix that begins at element ``begin`` of a DFloat11 unit of ``unit_elements``."""
+
+    layout = "df11"
+    part_names = DF11_PARTS
+    weight_keys = weight_keys(DF11_PARTS)
+
+    rows: int
+    cols: int
+    unit_elements: int
+    begin: int
+
+    @property
+    def coded_elements(self) -> int:
+        """Number of elements of the unit."""
+        return self.unit_elements
+
+    def matrix_shape(self) -> tuple[int, int]:
+        """Rows and columns of the matrix view."""
+        return self.rows, self.cols
+
+    def fits(self, sizes: Mapping[str, int]) -> bool:
+        """Whether parts of these lengths in bytes can be this parameter's, as far as lengths tell."""
+        inside = self.begin >= 0 and self.begin + self.elements <= self.unit_elements
+        return inside and set(sizes) == set(DF11_PARTS) and sizes["sign_mantissa"] >= self.unit_elements
+
+    def decode(self, parts: Parts, begin: int, end: int) -> torch.Tensor:
+        """Rows [begin, end) of the matrix view."""
+        first, last = (self.begin + row * self.cols for row in (begin, end))
+        flat: torch.Tensor = torch.ops.bitforbit.df11_decode.default(*parts, self.unit_elements, first, last)
+        return flat.view(end - begin, self.cols)
+
+    def linear(self, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None, mode: str) -> torch.Tensor:
+        """``x @ weight.T + bias``."""
+        y: torch.Tensor = torch.ops.bitforbit.df11_linear.default(
+            x, *parts, bias, self.unit_elements, self.begin, self.rows, self.cols, mode
+        )
+        return y
+
+    def embedding(self, ids: torch.Tensor, parts: Parts) -> torch.Tensor:
+        """Rows by number."""
+        rows: torch.Tensor = torch.ops.bitforbit.df11_embedding.default(
+            ids, *parts, self.unit_elements, self.begin, self.rows, self.cols
+        )
+        return rows

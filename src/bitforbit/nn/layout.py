@@ -1,0 +1,214 @@
+"""Layouts of compressed parameters in memory, and their conversion in place.
+
+A parameter is ``planes`` in CPU memory. On a GPU one in BF16 becomes ``tiles``, converted there matrix by matrix; other
+dtypes stay ``planes``, as does what tiles would not make smaller. ``df11`` parameters come from DFloat11 checkpoints
+only. Whatever leaves the process or the GPU is converted back to ``planes``, to the bytes that the files have.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from bitforbit.codecs.planes import PlanesCodec
+from bitforbit.codecs.planes.layout import matrix_view
+from bitforbit.cpu import default_threads
+from bitforbit.errors import UsageError
+from bitforbit.nn.gpu_specs import TilesSpec
+from bitforbit.nn.spec import PARTS, CompressedSpec, PlanesSpec, part_name
+
+if TYPE_CHECKING:
+    from bitforbit.nn.classes import Compressed
+
+LAYOUTS = ("auto", "planes", "tiles")
+"""What parameters can be converted to; ``"auto"``: tiles on a GPU, planes elsewhere."""
+
+Converted = tuple[CompressedSpec, tuple[nn.Parameter, ...]]
+
+
+def is_gpu(device: torch.device) -> bool:
+    """Whether parameters on this device are to be in a layout for GPUs."""
+    return bool(device.type == "cuda")
+
+
+def stays_private(device: torch.device) -> bool:
+    """Whether parameters in a layout for GPUs keep it on this device; without data there is nothing to convert."""
+    return is_gpu(device) or bool(device.type == "meta")
+
+
+def check(layout: str) -> None:
+    """Raise UsageError for a layout that there is not."""
+    if layout not in LAYOUTS:
+        raise UsageError(f"expected a layout among {', '.join(LAYOUTS)}, got {layout!r}")
+
+
+def choose(module: Compressed, layout: str) -> None:
+    """Convert the parameters of one module, as far as they can be, and remember the choice for later moves."""
+    if layout == "planes":
+        module.__dict__["_bitforbit_layout"] = layout
+    else:
+        module.__dict__.pop("_bitforbit_layout", None)
+    if layout == "auto":
+        settle(module)
+        return
+    for name in module._bitforbit_specs:
+        if not module._bitforbit_parts(name)[0].is_meta:  # offloaded: these stay as they are stored
+            convert(module, name, layout)
+
+
+def settle(module: Compressed) -> None:
+    """Give every parameter of one module the layout that belongs to the device it is on."""
+    chosen = module.__dict__.get("_bitforbit_layout")
+    for name, spec in module._bitforbit_specs.items():
+        part = module._bitforbit_parts(name)[0]
+        if part.is_meta:
+            continue
+        if not is_gpu(part.device) or (chosen == "planes" and spec.layout == "tiles"):
+            convert(module, name, "planes")
+        elif chosen is None and spec.layout == "planes":
+            convert(module, name, "tiles")
+
+
+def convert(module: Compressed, name: str, layout: str) -> bool:
+    """Convert one parameter in place; False if it stays as it is, since that layout is none for it.
+
+    Parameters that share their parts before share them afterwards. At most this parameter is in memory twice, or once
+    in BF16. Raises UsageError for parts that are not on a GPU.
+    """
+    spec = module._bitforbit_specs[name]
+    if spec.layout == layout:
+        return True
+    result = converted(spec, module._bitforbit_parts(name), layout)
+    if result is None:
+        return False
+    put(module, name, *result)
+    return True
+
+
+def put(module: Compressed, name: str, spec: CompressedSpec, parts: Sequence[nn.Parameter]) -> None:
+    """Give a compressed parameter of the module another spec and other parts."""
+    old = [part_name(part, name) for part in module._bitforbit_specs[name].part_names]
+    module._bitforbit_specs[name] = spec
+    new = {part_name(part, name): value for part, value in zip(spec.part_names, parts, strict=True)}
+    replace_parameters(module, old, new)
+
+
+def replace_parameters(module: nn.Module, old: Collection[str], new: Mapping[str, nn.Parameter]) -> None:
+    """Put parameters in the place of others: optimizers and state dicts go by the order."""
+    entries = list(module._parameters.items())
+    module._parameters.clear()
+    for name, value in entries:
+        if name in old:
+            module._parameters.update(new)
+        else:
+            module._parameters[name] = value
+    module._parameters.update(new)
+
+
+# --- what a parameter is in another layout --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Twin:
+    """A conversion that was made: of parts in this state, to these parts, if they are still in use."""
+
+    state: tuple[Any, ...]
+    spec: CompressedSpec
+    parts: tuple[weakref.ref[nn.Parameter], ...]
+
+
+_twins: Any = WeakTensorKeyDictionary()
+"""First part -> spec and wanted layout -> twin: modules that are tied are converted one after the other."""
+
+
+def converted(spec: CompressedSpec, parts: Sequence[torch.Tensor], layout: str) -> Converted | None:
+    """Spec and parts of a parameter in another layout, on the same device; None if that layout is none for it.
+
+    Asked again while the result is in use, it gives the same parts. Raises UsageError for parts that are not on a GPU.
+    """
+    known = _twins.setdefault(parts[0], {})
+    twin = known.get((spec, layout))
+    if twin is not None and twin.state == _state(parts):
+        found = tuple(part() for part in twin.parts)
+        if all(part is not None for part in found):
+            return twin.spec, found
+    with torch.no_grad():
+        made = _to_tiles(spec, parts) if layout == "tiles" else _to_planes(spec, parts)
+    if made is None:
+        return None
+    other, tensors = made
+    fresh = tuple(nn.Parameter(tensors[part], requires_grad=False) for part in other.part_names)
+    known[spec, layout] = _Twin(_state(parts), other, tuple(map(weakref.ref, fresh)))
+    return other, fresh
+
+
+def _state(parts: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+    """Changes when a part is written to or gets other memory."""
+    return tuple((part.data_ptr(), None if part.is_inference() else part._version) for part in parts)
+
+
+def _to_tiles(
+    spec: CompressedSpec, parts: Sequence[torch.Tensor]
+) -> tuple[TilesSpec, Mapping[str, torch.Tensor]] | None:
+    from bitforbit.ops import gpu
+
+    if spec.dtype != torch.bfloat16:
+        return None
+    rows, cols = spec.matrix_shape()
+    if isinstance(spec, PlanesSpec):
+        tensors = gpu.planes_to_tiles(tuple(parts), *spec.arguments)
+    else:
+        tensors = gpu.pack_tiles(spec.decode(parts, 0, rows))
+    return None if tensors is None else (TilesSpec(spec.dtype, spec.shape, rows, cols), tensors)
+
+
+def _to_planes(spec: CompressedSpec, parts: Sequence[torch.Tensor]) -> tuple[PlanesSpec, Mapping[str, torch.Tensor]]:
+    from bitforbit.ops import gpu
+
+    rows, cols = spec.matrix_shape()
+    if isinstance(spec, TilesSpec):
+        rows_per_table, tensors = gpu.tiles_to_planes(tuple(parts), rows, cols)
+        return PlanesSpec(spec.dtype, spec.shape, "BF16", rows, cols, rows_per_table), tensors
+    return planes_of(spec.decode(parts, 0, rows).view(spec.shape))
+
+
+# --- what a plain tensor is in a layout -----------------------------------------------------------------------------
+
+
+def planes_of(tensor: torch.Tensor) -> tuple[PlanesSpec, Mapping[str, torch.Tensor]]:
+    """A plain tensor as planes on its device, even where that does not make it smaller."""
+    made = planes_on_gpu(tensor)
+    if made is not None:
+        return made
+    from bitforbit import tensors
+
+    data, dtype, shape = tensors.to_bytes(tensor.detach().cpu())
+    encoded = PlanesCodec().encode_always(data, dtype, shape, dtype, default_threads())
+    parts = {part: torch.from_numpy(encoded.parts[part]).to(tensor.device) for part in PARTS}
+    return PlanesSpec.of_encoded(encoded), parts
+
+
+def planes_on_gpu(tensor: torch.Tensor) -> tuple[PlanesSpec, Mapping[str, torch.Tensor]] | None:
+    """A plain tensor in GPU memory as planes; None if that does not make it smaller."""
+    from bitforbit.ops import gpu
+
+    encoded = gpu.encode_planes(tensor)
+    return None if encoded is None else (PlanesSpec.of_encoded(encoded), encoded.parts)
+
+
+def tiles_on_gpu(tensor: torch.Tensor) -> tuple[TilesSpec, Mapping[str, torch.Tensor]] | None:
+    """A plain tensor in GPU memory as tiles; None if it is not BF16 or would not get smaller."""
+    from bitforbit.ops import gpu
+
+    if tensor.dtype != torch.bfloat16 or tensor.numel() == 0:
+        return None
+    shape = tuple(tensor.shape)
+    rows, cols = matrix_view(shape)
+    parts = gpu.pack_tiles(tensor.detach().reshape(rows, cols))
+    return None if parts is None else (TilesSpec(tensor.dtype, shape, rows, cols), parts)

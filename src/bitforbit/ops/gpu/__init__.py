@@ -1,0 +1,29 @@
+"""Compressed weights on NVIDIA GPUs: operators through CUDA kernels, exact mode with decoding ahead, conversions.
+
+Weights lie in the layouts ``tiles`` (BF16), ``df11`` (BF16 of DFloat11 checkpoints) or ``planes`` (any kind, as in
+files). On CPU tensors the kernels run in an emulation, if a test has installed one (:func:`emulate`).
+"""
+
+from __future__ import annotations
+
+from bitforbit.ops.gpu import tiles
+from bitforbit.ops.gpu.policy import Policy, scratch_bytes
+from bitforbit.ops.gpu.queues import emulate, queue_for
+from bitforbit.ops.gpu.runtime import check_status, clear, policy, use_policy
+
+__all__ = [
+    "Policy",
+    "check_status",
+    "clear",
+    "emulate",
+    "policy",
+    "queue_for",
+    "register",
+    "scratch_bytes",
+    "use_policy",
+]
+
+
+def register() -> None:
+    """Register the operators' kernels; once per process."""
+    tiles.register()

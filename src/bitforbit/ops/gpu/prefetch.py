@@ -1,0 +1,205 @@
+"""Decoding of the next weights beside the product of the current one.
+
+A model uses its weights in the same order again and again. The prefetcher learns it: every weight's successor is the
+one that came after it the last time. When a weight is used, its successor is decoded on a side stream meanwhile:
+
+    main stream   | decode 0 | product 0 | norms ... | product 1 | ...
+    side stream              | decode 1 |            | decode 2 | ...
+
+A wrong guess costs the time of one decoding, never a bit. Nothing is decoded ahead across the end of a pass (a link
+back to a weight that was first used earlier): what is decoded is used within the pass, and between passes weights may
+be changed or freed.
+
+Memory of decoded weights comes from torch's allocator, as memory of the main stream, and is freed as soon as the
+product is enqueued; the allocator then gives the same block to the weight after the next. So two weights exist at a
+time, within a graph capture they come from the graph's pool, and no block outlives its use.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bitforbit.ops.checks import Parts
+from bitforbit.ops.gpu.policy import Policy
+from bitforbit.ops.gpu.streams import Streams
+from bitforbit.ops.gpu.weights import Weight
+
+
+class Successors:
+    """Who follows whom. Shared by all streams and threads of a device; holds no weight alive."""
+
+    def __init__(self) -> None:
+        self._nodes: dict[tuple[Any, ...], _Node] = {}
+        self._seen = 0
+        self._sweep_at = 1024
+
+    def visit(self, weight: Weight) -> _Node:
+        """The node of a weight that is being used."""
+        node = self._nodes.get(weight.key)
+        if node is None or not node.alive:
+            if len(self._nodes) >= self._sweep_at:
+                self._sweep()
+            self._seen += 1
+            node = self._nodes[weight.key] = _Node(weight, self._seen)
+        else:
+            node.refer(weight.parts)
+        return node
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def _sweep(self) -> None:
+        self._nodes = {key: node for key, node in list(self._nodes.items()) if node.alive}
+        self._sweep_at = max(1024, 2 * len(self._nodes))
+
+
+class _Node:
+    """A weight's place in the order."""
+
+    def __init__(self, weight: Weight, first_seen: int) -> None:
+        self.first_seen = first_seen
+        self.next: _Node | None = None
+        self._geometry = weight.geometry
+        self.refer(weight.parts)
+
+    def refer(self, parts: Parts) -> None:
+        self._parts = tuple(weakref.ref(part) for part in parts)
+
+    @property
+    def alive(self) -> bool:
+        return all(part() is not None for part in self._parts)
+
+    def weight(self) -> Weight | None:
+        """The weight, unless it is gone."""
+        a, b, c, d = (part() for part in self._parts)
+        if a is None or b is None or c is None or d is None:
+            return None
+        return Weight(self._geometry, (a, b, c, d))
+
+    def follower(self) -> _Node | None:
+        """What is used next in the same pass."""
+        return self.next if self.next is not None and self.next.first_seen > self.first_seen else None
+
+
+@dataclass
+class _Ahead:
+    """A weight that is decoded, or being decoded on the side stream. Keeps its parts alive."""
+
+    weight: Weight
+    versions: tuple[int, ...]
+    memory: torch.Tensor
+    mark: Any
+    """None once the main stream waits for it."""
+
+
+class Prefetcher:
+    """Decodes weights for the work of one thread on one stream."""
+
+    def __init__(self, streams: Streams, successors: Successors, policy: Policy, status: int = 0) -> None:
+        self._streams = streams
+        self._successors = successors
+        self.policy = policy
+        self._status = status
+        self._last: _Node | None = None
+        self._ahead: dict[tuple[Any, ...], _Ahead] = {}
+
+    def multiply(self, weight: Weight, tokens: int, product: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """``product(matrix)`` for the decoded matrix of a weight, which is not valid afterwards.
+
+        ``product`` enqueues its work on the main stream.
+        """
+        node = self._successors.visit(weight)
+        if self._last is not None:
+            self._last.next = node
+        self._last = node
+        memory = self._take(weight)
+        if memory is None:
+            memory = self._streams.empty(weight.nbytes)
+            weight.decode(self._streams.main, memory, self._status)
+        wanted = self._allocate(node, weight) if tokens >= self.policy.least_tokens else []
+        if not wanted:
+            return product(weight.matrix(memory))
+        self._streams.fork()
+        if self.policy.product_first:
+            out = product(weight.matrix(memory))
+            self._start(wanted)
+        else:
+            self._start(wanted)
+            out = product(weight.matrix(memory))
+        if self._streams.capturing or not self.policy.join_at_use:
+            self._join()
+        return out
+
+    def discard(self) -> None:
+        """Free what was decoded ahead."""
+        for key in list(self._ahead):
+            self._drop(key)
+
+    def __del__(self) -> None:
+        # At the end of a thread: no memory is freed that the side stream still works on.
+        self.discard()
+
+    def _take(self, weight: Weight) -> torch.Tensor | None:
+        """The memory of a weight that was decoded ahead; what should have been used before it is dropped."""
+        found = self._ahead.get(weight.key)
+        for key in list(self._ahead):
+            if found is not None and key == weight.key:
+                break
+            self._drop(key)
+        if found is None:
+            return None
+        if found.versions != weight.versions:  # changed in place since
+            self._drop(weight.key)
+            return None
+        del self._ahead[weight.key]
+        self._wait(found)
+        return found.memory
+
+    def _allocate(self, node: _Node, current: Weight) -> list[_Ahead]:
+        """Followers that are to be decoded now, with their memory."""
+        wanted: list[_Ahead] = []
+        budget = self.policy.scratch_bytes
+        used = current.nbytes
+        follower = node.follower()
+        for _ in range(self.policy.ahead):
+            weight = None if follower is None else follower.weight()
+            if follower is None or weight is None:
+                break
+            used += weight.nbytes
+            if budget is not None and used > budget:
+                break
+            versions = weight.versions
+            if weight.key not in self._ahead and weight.key != current.key and versions is not None:
+                wanted.append(_Ahead(weight, versions, self._streams.empty(weight.nbytes), None))
+            follower = follower.follower()
+        return wanted
+
+    def _start(self, wanted: list[_Ahead]) -> None:
+        self._streams.follow()
+        for ahead in wanted:
+            try:
+                ahead.weight.decode(self._streams.side, ahead.memory, self._status)
+            except BaseException:
+                # Part of it may be enqueued: the main stream waits for that before the memory is freed.
+                self._streams.join(self._streams.mark())
+                raise
+            ahead.mark = self._streams.mark()
+            self._ahead[ahead.weight.key] = ahead
+
+    def _join(self) -> None:
+        for ahead in self._ahead.values():
+            self._wait(ahead)
+
+    def _drop(self, key: tuple[Any, ...]) -> None:
+        self._wait(self._ahead[key])
+        del self._ahead[key]
+
+    def _wait(self, ahead: _Ahead) -> None:
+        if ahead.mark is not None:
+            self._streams.join(ahead.mark)
+            ahead.mark = None

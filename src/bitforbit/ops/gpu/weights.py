@@ -1,0 +1,126 @@
+"""Weights in the layouts of GPUs: what the prefetcher and the operators want to know of each.
+
+A geometry is everything but the data: hashable, the same for all weights of a kind and shape. Geometries enqueue the
+decoding of their weights through functions of :mod:`bitforbit.cuda`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from bitforbit.cuda.queue import Queue
+from bitforbit.errors import UsageError
+from bitforbit.ops.checks import Parts
+
+ALIGNMENT = 256
+"""Boundary of everything that kernels write, bytes."""
+
+
+@dataclass(frozen=True)
+class Geometry(ABC):
+    """A kind of weight and its sizes."""
+
+    rows: int
+    """Rows of the matrix."""
+    cols: int
+    """Columns of the matrix."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the decoded matrix."""
+        return torch.bfloat16
+
+    @property
+    def matrix_bytes(self) -> int:
+        """Bytes of the decoded matrix."""
+        return self.rows * self.cols * int(self.dtype.itemsize)
+
+    @cached_property
+    def workspace_bytes(self) -> int:
+        """Memory that decoding needs beside the matrix."""
+        return 0
+
+    @cached_property
+    def workspace_offset(self) -> int:
+        """Where the workspace begins in the memory of a decoded weight: behind the matrix, on the next boundary."""
+        return padded(self.matrix_bytes)
+
+    @cached_property
+    def memory_bytes(self) -> int:
+        """Memory for the decoded weight, workspace included."""
+        return self.workspace_offset + self.workspace_bytes
+
+    @abstractmethod
+    def check(self, parts: Parts) -> None:
+        """Raises UsageError, CorruptTensorError if the parts cannot be such a weight's."""
+
+    @abstractmethod
+    def decode(self, queue: Queue, parts: Parts, begin: int, end: int, out: int, workspace: int, status: int) -> None:
+        """Enqueue the decoding of rows [begin, end) to address ``out``."""
+
+    @abstractmethod
+    def look_up(
+        self, queue: Queue, parts: Parts, ids: torch.Tensor, out: int, workspace: int, status: int
+    ) -> None:
+        """Enqueue the decoding of rows by number, contiguous ids of any shape, to address ``out``."""
+
+
+@dataclass(eq=False)
+class Weight:
+    """One weight."""
+
+    geometry: Geometry
+    parts: Parts
+    key: tuple[Any, ...] = field(init=False)
+    """Equal for equal memory and geometry; another weight may have it once this one is freed."""
+
+    def __post_init__(self) -> None:
+        self.key = (*(part.data_ptr() for part in self.parts), self.geometry)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes when decoded."""
+        return self.geometry.memory_bytes
+
+    @property
+    def versions(self) -> tuple[int, ...] | None:
+        """Counts of the changes in place of its parts; None if torch does not count them (inference tensors)."""
+        if any(part.is_inference() for part in self.parts):
+            return None
+        return tuple(part._version for part in self.parts)
+
+    def decode(self, queue: Queue, memory: torch.Tensor, status: int) -> None:
+        """Enqueue the decoding into memory of ``self.nbytes``."""
+        geometry, out = self.geometry, memory.data_ptr()
+        geometry.decode(queue, self.parts, 0, geometry.rows, out, out + geometry.workspace_offset, status)
+
+    def matrix(self, memory: torch.Tensor) -> torch.Tensor:
+        """The matrix ``[rows, cols]`` in such memory."""
+        geometry = self.geometry
+        return memory[: geometry.matrix_bytes].view(geometry.dtype).view(geometry.rows, geometry.cols)
+
+
+def padded(nbytes: int) -> int:
+    """``nbytes`` rounded up to the boundary on which kernels write."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def check_parts(names: Sequence[str], parts: Parts) -> None:
+    """Raises UsageError unless the parts are contiguous bytes in one dimension on one device."""
+    device = parts[0].device
+    for name, part in zip(names, parts, strict=True):
+        if part.dtype is not torch.uint8 or part.dim() != 1 or not part.is_contiguous() or part.device != device:
+            raise UsageError(
+                f"expected part {name} to be contiguous uint8 of one dimension on {device}, got {part.dtype} of shape "
+                f"{tuple(part.shape)} on {part.device}"
+            )
+        if part.data_ptr() % 16:
+            raise UsageError(
+                f"expected part {name} to lie on a 16-byte boundary, got address {part.data_ptr():#x}: clone() it"
+            )
