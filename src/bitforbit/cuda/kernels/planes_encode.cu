@@ -7,9 +7,8 @@
 // The last two give a thread block 16 rows, which it walks in chunks of kChunkGroups groups, four lanes to a group.
 #include "planes_encode.cuh"
 
-constexpr u32 kThreads = 256;
+constexpr u32 kThreads = kChunkGroups * kGroupLanes;
 constexpr u32 kWarps = kThreads / kWarp;
-constexpr u32 kChunkGroups = kThreads / 4;
 
 // How an exponent is written: [1:0], [3:2], [5:4] its digits of level 1, 2 and 3, zero where a level has none.
 __device__ __forceinline__ u8 code_of_rank(u32 rank) {
@@ -97,9 +96,9 @@ extern "C" __global__ void __launch_bounds__(256)
   if (threadIdx.x < 3) smem_sums[threadIdx.x] = 0;
   __syncthreads();
 
-  const u32 quarter = threadIdx.x % 4, fill = static_cast<u32>(table[0]) << kShift, groups = block.groups();
+  const u32 quarter = threadIdx.x % kGroupLanes, fill = static_cast<u32>(table[0]) << kShift, groups = block.groups();
   u32 n2 = 0, n3 = 0, n4 = 0;
-  for (u32 group = threadIdx.x / 4; group < groups; group += kChunkGroups) {
+  for (u32 group = threadIdx.x / kGroupLanes; group < groups; group += kChunkGroups) {
     u32 words[kWords], codes[4];
     block.load(group, quarter, fill, words);
     const Quarter values(words);
@@ -121,12 +120,7 @@ extern "C" __global__ void __launch_bounds__(256)
 // Sum of `value` over the threads before this one; `total`: over all. There must be a barrier between two calls.
 __device__ __forceinline__ u64 exclusive_sum(u64 value, u64* smem_sums, u64& total) {
   const u32 warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  u64 sum = value;
-#pragma unroll
-  for (u32 step = 1; step < kWarp; step *= 2) {
-    const u64 below = __shfl_up_sync(kAllLanes, sum, step);
-    if (lane >= step) sum += below;
-  }
+  const u64 sum = warp_inclusive_sum(value, lane);
   if (lane == kWarp - 1) smem_sums[warp] = sum;
   __syncthreads();
   u64 before = 0;
@@ -166,8 +160,8 @@ __device__ __forceinline__ void stage_tail(const u32 (&codes)[4], const u32 (&ex
 
 // Stores the groups of digits from `begin` to `end`, at most kChunkGroups, to memory of any alignment.
 __device__ __forceinline__ void store_digits(const u8* smem_digits, u32 begin, u32 end, u8* level) {
-  if (begin + threadIdx.x / kWarp * (kWarp / 4) >= end) return;  // nothing for this warp
-  const u32 quarter = threadIdx.x % 4, group = begin + threadIdx.x / 4;
+  if (begin + threadIdx.x / kWarp * (kWarp / kGroupLanes) >= end) return;  // nothing for this warp
+  const u32 quarter = threadIdx.x % kGroupLanes, group = begin + threadIdx.x / kGroupLanes;
   const bool live = group < end;
   uint4 four = make_uint4(0, 0, 0, 0);
   if (live) four = *reinterpret_cast<const uint4*>(smem_digits + (group * kGroup + kQuarter * quarter) % kStage);
@@ -211,10 +205,10 @@ extern "C" __global__ void __launch_bounds__(256)
   u8* const plane1 = sign_mantissa + pad64(all_groups * 8 * kWidth0);
   u8* const plane2 = plane1 + pad64(all_groups * 8 * kWidth1);
 
-  const u32 quarter = threadIdx.x % 4, fill = static_cast<u32>(table[0]) << kShift, groups = block.groups();
+  const u32 quarter = threadIdx.x % kGroupLanes, fill = static_cast<u32>(table[0]) << kShift, groups = block.groups();
   u32 n2 = 0, n3 = 0, n4 = 0;  // of the chunks before this one
   for (u32 chunk = 0; chunk < groups; chunk += kChunkGroups) {
-    const u32 group = chunk + threadIdx.x / 4;
+    const u32 group = chunk + threadIdx.x / kGroupLanes;
     const bool live = group < groups;
     u32 words[kWords], codes[4], digits1[4];
     block.load(group, quarter, fill, words);

@@ -5,16 +5,13 @@
 // + 3. KIND and WIDE are macros: one of the names below; 1 where BF16 is kept as F32 whose low 16 bits are zero.
 #pragma once
 
-#include "portable.cuh"
+#include "planes_common.cuh"
 
 enum Kind { kBF16, kF16, kF32, kF8E4M3, kF8E5M2 };
 constexpr Kind kKind = KIND;
 constexpr bool kWide = WIDE;
 
-constexpr u32 kGroup = 64;
-constexpr u32 kQuarter = 16;
-constexpr u32 kBlockRows = 16;
-constexpr u32 kTableBytes = 16;
+constexpr u32 kQuarter = kGroup / kGroupLanes;
 constexpr u32 kCodedRanks = 9;
 
 constexpr u32 kItem = kKind == kF32 || kWide ? 4 : kKind == kBF16 || kKind == kF16 ? 2 : 1;  // bytes
@@ -29,11 +26,6 @@ constexpr u32 kWidth1 = kKind == kF32 ? 8 : kKind == kF16 ? 2 : kKind == kF8E5M2
 constexpr u32 kWidth2 = kKind == kF32 ? 8 : kKind == kF16 ? 1 : 0;
 
 __device__ __forceinline__ u64 pad64(u64 bytes) { return (bytes + 63) / 64 * 64; }
-
-// Groups of a block of that many rows: whole tiles, then the columns that are left, run together.
-__device__ __forceinline__ u32 groups_in(u32 rows, u32 cols) {
-  return rows * (cols / kGroup) + (rows * (cols % kGroup) + kGroup - 1) / kGroup;
-}
 
 // One element, in the low bits.
 __device__ __forceinline__ u32 load_element(const u8* address) {

@@ -22,11 +22,10 @@ WARPS = THREADS // 32
 WIDE_STORE = 8
 """Weights of the widest store: rows of a multiple of them begin on its boundary."""
 LONGEST_RUN = 8
-WARPS_PER_MULTIPROCESSOR = 32
-"""That fit at 64 registers per thread."""
+WARPS_PER_MULTIPROCESSOR = 40
+"""That fit at 48 registers per thread."""
 TILES_PER_ROW_WARP = 8
 GRID_LIMIT = (1 << 31) - 1
-SIZE_LIMIT = 1 << 31
 
 Parts = Sequence[tuple[int, int]]
 
@@ -95,10 +94,7 @@ def rows(
 
 def check_parts(parts: Parts, layout: TileLayout) -> None:
     """Raise CorruptTensorError unless the parts have the lengths of the layout, UsageError for a matrix too large."""
-    if layout.rows >= SIZE_LIMIT or layout.cols >= SIZE_LIMIT or layout.tiles >= SIZE_LIMIT:
-        raise UsageError(
-            f"expected a matrix of fewer than 2^31 rows, columns and tiles, got [{layout.rows}, {layout.cols}]"
-        )
+    layout.check_size()
     sizes = dict(zip(PARTS, (nbytes for _, nbytes in parts), strict=True))
     expected = {"tiles": layout.tiles_bytes, "offsets": layout.offsets_bytes, "header": HEADER_BYTES}
     for name, nbytes in expected.items():
