@@ -4,12 +4,12 @@
 #include "portable.cuh"
 
 constexpr u32 kBlockRows = 16;
-constexpr u32 kGroup = 64;        // positions
-constexpr u32 kGroupLanes = 4;    // lanes that share a group: lane q has positions 16q to 16q + 15
-constexpr u32 kDigitBytes = 16;   // of a group of 2-bit digits
-constexpr u32 kTableBytes = 16;   // nine exponents by rank, seven zeros
-constexpr u32 kCountBytes = 12;   // u32 n2, n3, n4 of a block
-constexpr u32 kChunkGroups = 64;  // groups of one block that a thread block decodes at once; 4096 weights
+constexpr u32 kGroup = 64;         // positions
+constexpr u32 kGroupLanes = 4;     // lanes that share a group: lane q has positions 16q to 16q + 15
+constexpr u32 kDigitBytes = 16;    // of a group of 2-bit digits
+constexpr u32 kTableBytes = 16;    // nine exponents by rank, seven zeros
+constexpr u32 kCountBytes = 12;    // u32 n2, n3, n4 of a block
+constexpr u32 kChunkGroups = 128;  // groups of one block that a thread block decodes at once; 8192 weights
 
 // What decoding needs to know of a block: byte offsets of the three levels in the tails, and the number of its table.
 constexpr u32 kStartWords = 4;  // u64 each

@@ -83,19 +83,28 @@ __device__ __forceinline__ void interleave(u32 low, u32 high, u32* word) {
   word[1] = __byte_perm(low, high, 0x7362);
 }
 
-// Four weights of four exponents and fields, all bytes, to kItem words.
+// Four exponents to bytes as join4 wants them: where the float has them, but for two bytes a float, rotated right by 1.
+__device__ __forceinline__ u32 place_exponents(u32 e) {
+  if constexpr (kKind == kF16 || kKind == kF8E5M2) return e << 2 & 0x7C7C7C7C;
+  if constexpr (kKind == kF8E4M3) return e << 3 & 0x78787878;
+  return (e >> 1 & 0x7F7F7F7F) | (e << 7 & 0x80808080);
+}
+
+// Four weights of four placed exponents and fields, all bytes, to kItem words.
 __device__ __forceinline__ void join4(u32 e, u32 f0, u32 f1, u32 f2, u32* word) {
   if constexpr (kKind == kBF16 || kKind == kWideBF16 || kKind == kF32) {
-    // top field: [7] sign, [6:0] upper mantissa; high byte of the float: [7] sign, [6:0] exponent[7:1].
+    // Top field: [7] sign, [6:0] upper mantissa. Placed exponent: [7] exponent[0], [6:0] exponent[7:1].
+    // Upper two bytes of the float: [15] sign, [14:7] exponent, [6:0] upper mantissa.
     const u32 top = kKind == kF32 ? f2 : f0;
-    const u32 low = (top & 0x7F7F7F7F) | (e << 7 & 0x80808080);
-    const u32 high = (top & 0x80808080) | (e >> 1 & 0x7F7F7F7F);
+    const u32 low = (top & 0x7F7F7F7F) | (e & 0x80808080);
+    const u32 high = (top & 0x80808080) | (e & 0x7F7F7F7F);
     if constexpr (kKind == kBF16) {
       interleave(low, high, word);
     } else {
       u32 upper[2], lower[2] = {0, 0};
       interleave(low, high, upper);
       if constexpr (kKind == kF32) interleave(f0, f1, lower);
+#pragma unroll
       for (u32 i = 0; i < 2; ++i) {
         word[2 * i] = __byte_perm(lower[i], upper[i], 0x5410);
         word[2 * i + 1] = __byte_perm(lower[i], upper[i], 0x7632);
@@ -103,13 +112,13 @@ __device__ __forceinline__ void join4(u32 e, u32 f0, u32 f1, u32 f2, u32* word) 
     }
   } else if constexpr (kKind == kF16) {
     // high byte: [7] sign, [6:2] exponent, [1:0] mantissa[9:8].
-    interleave(f0, (e << 2 & 0x7C7C7C7C) | f1 | f2 << 7, word);
+    interleave(f0, e | f1 | f2 << 7, word);
   } else if constexpr (kKind == kF8E4M3) {
     // field: [3] sign, [2:0] mantissa; byte: [7] sign, [6:3] exponent, [2:0] mantissa.
-    word[0] = (f0 << 4 & 0x80808080) | (e << 3 & 0x78787878) | (f0 & 0x07070707);
+    word[0] = (f0 << 4 & 0x80808080) | e | (f0 & 0x07070707);
   } else {
     // byte: [7] sign, [6:2] exponent, [1:0] mantissa.
-    word[0] = f1 << 7 | (e << 2 & 0x7C7C7C7C) | f0;
+    word[0] = f1 << 7 | e | f0;
   }
 }
 
