@@ -40,7 +40,6 @@ constexpr u32 kLong = 0x80;
 constexpr u32 kWordEnd = 0xE0;  // at the next word, or a long code
 constexpr u32 kCountShift = 11, kEndsShift = 19;
 constexpr u32 kSlotWord = 4u << kCountShift;  // flips when a word of 4 exponents is full
-constexpr u32 kBroken = 0xFF;                 // [7:0] from where no code is found on, whatever the word
 constexpr u32 kNowhere = 63;                  // no gap
 
 struct Unit {
@@ -154,6 +153,7 @@ __device__ __forceinline__ Decoded decode_window(const Unit& unit, const Shared&
 #pragma unroll
   for (u32 i = 0; i <= kThreadWords; ++i) words[i] = __byte_perm(window.words[i], 0, 0x0123);  // first bit highest
   u32 state = gap, last = 0, partial = 0;
+  bool broken = false;
   u32* slot = shared.slots + threadIdx.x;
   const auto put = [&](u32 step, u32 symbols) {
     const u32 shift = state >> (kCountShift - 3);  // [4:0] 8 * exponents of the partial word
@@ -167,31 +167,30 @@ __device__ __forceinline__ Decoded decode_window(const Unit& unit, const Shared&
     state = next;
     last = step;
   };
-#pragma unroll 1
-  for (u32 word = 0; word < kThreadWords; ++word) {
-    for (;;) {
-      while ((state & kWordEnd) == 0) {
-        const uint2 entry = shared.lookups[__funnelshift_l(words[1], words[0], state) >> (32 - kLookupBits)];
-        put(entry.x, entry.y);
-      }
-      if ((state & kLong) == 0 || last == kBroken) break;
+  for (u32 word = 0;;) {
+    while ((state & kWordEnd) == 0) {
+      const uint2 entry = shared.lookups[__funnelshift_l(words[1], words[0], state) >> (32 - kLookupBits)];
+      put(entry.x, entry.y);
+    }
+    if ((state & kLong) != 0) {
       state &= ~kLong;
       const u32 code = long_code(unit, shared.rows, __funnelshift_l(words[1], words[0], state));
       if (code == 0) {
-        state |= kBroken;
-        last = kBroken;
+        broken = true;
         break;
       }
       put(code >> 8 | 1u << kCountShift, code & 0xFF);
       last = 0;
+      continue;
     }
     state -= 32;
+    if (++word == kThreadWords) break;
 #pragma unroll
     for (u32 i = 0; i < kThreadWords; ++i) words[i] = words[i + 1];
   }
   const u32 count = state >> kCountShift & 0xFF;
   if (count % 4 != 0) *slot = partial;
-  if (last == kBroken) return {count, kNowhere};
+  if (broken) return {count, kNowhere};
   // Ends of the last look-up's codes at the end of the bits or beyond; codes behind the first of them are not ours.
   const u32 beyond = state & 0x7F;
   if (last == 0) return {count, beyond};
@@ -234,16 +233,27 @@ __device__ __forceinline__ void compact(const Shared& shared, u32 to, u32 count)
   }
 }
 
-// Two weights, [15:0] and [31:16], from the bytes that the selectors name.
-template <u32 kDup, u32 kSpread>
-__device__ __forceinline__ u32 join(u32 exponents, u32 signs) {
-  // Signs, twice each: [15], [31] sign, [6:0], [22:16] mantissa. Exponents in [15:8], [31:24]: their place is a bit lower.
-  return (__byte_perm(signs, 0, kDup) & 0x807F807Fu) | __byte_perm(exponents, 0, kSpread) >> 1;
+// Bits of `ones` where the mask has ones, of `zeros` elsewhere.
+__device__ __forceinline__ u32 merged(u32 mask, u32 ones, u32 zeros) {
+#ifdef BITFORBIT_CUDA_SHIM
+  return (mask & ones) | (~mask & zeros);
+#else
+  u32 result;  // the compiler makes two instructions of it where the mask is known
+  asm("lop3.b32 %0, %1, %2, %3, 0xCA;" : "=r"(result) : "r"(mask), "r"(ones), "r"(zeros));
+  return result;
+#endif
+}
+
+// Four weights, a pair per word, from their exponents and signs with mantissas, a byte each.
+__device__ __forceinline__ uint2 join4(u32 exponents, u32 signs) {
+  // Of each weight: high byte [7] sign, [6:0] exponent's upper bits; low byte [7] its lowest bit, [6:0] mantissa.
+  const u32 high = merged(0x80808080u, signs, exponents >> 1), low = merged(0x80808080u, exponents << 7, signs);
+  return make_uint2(__byte_perm(low, high, 0x5140), __byte_perm(low, high, 0x7362));
 }
 
 __device__ __forceinline__ uint4 join8(uint2 exponents, uint2 signs) {
-  return make_uint4(join<0x1100, 0x1404>(exponents.x, signs.x), join<0x3322, 0x3424>(exponents.x, signs.x),
-                    join<0x1100, 0x1404>(exponents.y, signs.y), join<0x3322, 0x3424>(exponents.y, signs.y));
+  const uint2 a = join4(exponents.x, signs.x), b = join4(exponents.y, signs.y);
+  return make_uint4(a.x, a.y, b.x, b.y);
 }
 
 // Decodes a block. Those of its weights that are in [begin, end) go to `out`, where weight `begin` has the first place.
@@ -300,6 +310,7 @@ __device__ __forceinline__ void decode_block(const Unit& unit, const Shared& sha
 
   const u32 kept = min(decoded.count, max(weights, place) - place);
   if (kept != 0) compact(shared, align + place, kept);
+#pragma unroll 1
   for (u32 i = codes + threadIdx.x; i < weights; i += kThreads) shared.exponents[align + i] = 0;  // codes are missing
   __syncthreads();
 
@@ -332,7 +343,7 @@ __device__ __forceinline__ void decode_block(const Unit& unit, const Shared& sha
     const bool head = threadIdx.x < 8;
     const u32 at = (head ? first & ~7u : max(vector_end, vector_begin) * 8) + threadIdx.x % 8;
     if (at >= first && at < min(stop, head ? vector_begin * 8 : stop)) {
-      gmem_places[at] = static_cast<u16>(join<0x1100, 0x1404>(shared.exponents[at], gmem_signs[at]));
+      gmem_places[at] = static_cast<u16>(join4(shared.exponents[at], gmem_signs[at]).x);
     }
   }
 }
