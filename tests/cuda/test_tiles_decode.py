@@ -152,3 +152,24 @@ def test_arguments_that_are_refused() -> None:
     with pytest.raises(UsageError, match="2\\^31"):
         decode.decode_plan(TileLayout(1 << 31, 1), 0, 1, H200)
     assert not queue.launcher.launches
+
+
+def test_more_weights_than_32_bits_count() -> None:
+    """The last rows of a matrix of 2^32 weights and some: 6 GB of address space, nearly all of it untouched."""
+    layout = TileLayout((1 << 26) + 24, 64)
+    words = with_exponents(24, 64, [*range(118, 126)] * 9 + [3, 250], 4)
+    last = naive.pack(words)
+    tiles = np.zeros(layout.tiles_bytes, np.uint8)
+    tiles[-last["tiles"].size :] = last["tiles"]
+    offsets = np.zeros(layout.offsets_bytes // 4, np.uint32)
+    offsets[layout.tiles - 2 : layout.tiles + 1] = last["offsets"].view("<u4")[:3]
+    arrays = (tiles, last["escapes"], offsets, last["header"])
+    parts = [(array.ctypes.data, array.nbytes) for array in arrays]
+    assert layout.rows * layout.cols > 1 << 32
+    queue = EmulatedQueue()
+    out = queue.empty(words.nbytes)
+    decode.decode(queue, parts, layout, layout.rows - 24, layout.rows, out.address)
+    np.testing.assert_array_equal(out.array.view(np.uint16).reshape(words.shape), words)
+    ids = np.array([layout.rows - 1, layout.rows - 24], np.int32)
+    decode.rows(queue, parts, layout, ids.ctypes.data, 4, 2, out.address)
+    np.testing.assert_array_equal(out.array.view(np.uint16).reshape(words.shape)[:2], words[[23, 0]])
