@@ -27,8 +27,8 @@ RESULT = RESULTS / "kernels.json"
 PAGE = ROOT / "docs" / "kernels.md"
 
 _ENTRY = re.compile(
-    r"Function properties for (?P<name>\w+)\s+ptxas\s+\.\s+(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill "
-    r"stores, (?P<loads>\d+) bytes spill loads\s+ptxas info\s+: Used (?P<registers>\d+) registers(?P<rest>[^\n]*)"
+    r"Function properties for (?P<name>\w+)\s+ptxas\s+\.\s+(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes "
+    r"spill stores, (?P<loads>\d+) bytes spill loads\s+ptxas info\s+: Used (?P<registers>\d+) registers(?P<rest>[^\n]*)"
 )
 _SHARED = re.compile(r"(\d+) bytes smem")
 
@@ -56,7 +56,8 @@ _TILE = "for (u32 j = 0; j < count; ++j) {"
 _PATCH = ("tiles_decode.cu", "__device__ __forceinline__ void patch(")
 _PLANES = (
     Region(
-        "level 1 and the join, rows on 16 bytes", "planes_decode.cu", "__device__ __forceinline__ void decode_chunk(", 16,
+        "level 1 and the join, rows on 16 bytes", "planes_decode.cu",
+        "__device__ __forceinline__ void decode_chunk(", 16,
         (
             ("planes_decode.cu", "__device__ __forceinline__ void copy_tails("),
             ("planes_decode.cu", "__device__ __forceinline__ void expand_level("),
@@ -83,8 +84,8 @@ REGIONS: dict[str, tuple[Region, ...]] = {
     "planes_index": (Region("digits of level 1", "planes_decode_index.cu", "for (u32 g = lane; g < kChunkGroups", 64),),
     "planes_decode": _PLANES,
     "planes_rows": _PLANES,
-    "planes_count": (Region("a group", "planes_encode.cu", "for (u32 group = threadIdx.x / 4; group < groups", 16),),
-    "planes_write": (Region("a chunk", "planes_encode.cu", "for (u32 chunk = 0; chunk < groups", 16),),
+    "planes_count": (Region("a group", "planes_encode.cu", "for (u32 group = threadIdx.x / kGroupLanes", 16),),
+    "planes_write": (Region("a step", "planes_encode.cu", "for (u32 step = 0; step < groups", 16),),
     "planes_widened": (
         Region("four rounds", "planes_encode_widened.cu", "for (u64 col = static_cast<u64>(blockIdx.x) * 256", 4),
     ),
@@ -98,6 +99,9 @@ REGIONS: dict[str, tuple[Region, ...]] = {
             (("tiles_rows.cu", "for (u32 col = lane; col < cols_left"),),
         ),
     ),
+    "tiles_histogram": (Region("a vector", "tiles_pack.cu", "for (u64 i = thread; i < count / 8", 8),),
+    "tiles_count": (Region("a tile", "tiles_pack.cu", "tiles_count(const u16* gmem_weights", 32),),
+    "tiles_write": (Region("a tile", "tiles_pack.cu", "tiles_write(const u16* gmem_weights", 32),),
     "df11_decode": _DF11,
     "df11_rows": _DF11,
 }  # fmt: skip

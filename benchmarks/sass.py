@@ -18,12 +18,13 @@ PIPES = ("integer", "fma", "memory", "other")
 """integer: the integer ALU (MOV, SEL and PRMT too); fma: the pipe of IMAD, FFMA, HMUL2, ...; memory: loads, stores,
 atomics and shuffles, which go through the load/store unit; other: branches, barriers, POPC, the uniform datapath."""
 
-_INTEGER = set(
-    "BMSK FMNMX FSEL FSETP HMNMX2 IABS IADD IADD3 IMNMX ISCADD ISETP LEA LOP LOP3 MOV P2R PLOP3 PRMT R2P SEL SGXT SHF "
-    "SHL SHR VABSDIFF VIADD VIADDMNMX VIMNMX VIMNMX3".split()
-)
-_FMA = set("FADD FFMA FMUL HADD2 HFMA2 HMUL2 IDP IMAD IMUL".split())
-_MEMORY = set("ATOM ATOMG ATOMS LD LDG LDGSTS LDL LDS LDSM RED REDG SHFL ST STG STL STS STSM SYNCS UBLKCP".split())
+_NAMES = {
+    "integer": "BMSK FMNMX FSEL FSETP HMNMX2 IABS IADD IADD3 IMNMX ISCADD ISETP LEA LOP LOP3 MOV P2R PLOP3 PRMT R2P SEL "
+    "SGXT SHF SHL SHR VABSDIFF VIADD VIADDMNMX VIMNMX VIMNMX3",
+    "fma": "FADD FFMA FMUL HADD2 HFMA2 HMUL2 IDP IMAD IMUL",
+    "memory": "ATOM ATOMG ATOMS LD LDG LDGSTS LDL LDS LDSM RED REDG SHFL ST STG STL STS STSM SYNCS UBLKCP",
+}
+_PIPES = {name: pipe for pipe, names in _NAMES.items() for name in names.split()}
 
 _FUNCTION = re.compile(r"^\.text\.(\w+):$")
 _LABEL = re.compile(r"^(\.L_x_\d+):$")
@@ -49,8 +50,7 @@ class Instruction:
     @property
     def pipe(self) -> str:
         """One of PIPES."""
-        name = self.opcode.split(".")[0]
-        return "integer" if name in _INTEGER else "fma" if name in _FMA else "memory" if name in _MEMORY else "other"
+        return _PIPES.get(self.opcode.split(".")[0], "other")
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,12 @@ from bitforbit.cuda.kernel import Kernel
 from bitforbit.cuda.planes import decode as planes_decode
 from bitforbit.cuda.planes import encode as planes_encode
 from bitforbit.cuda.tiles import decode as tiles_decode
+from bitforbit.cuda.tiles import pack as tiles_pack
 
 KERNELS: tuple[Kernel, ...] = (
     *planes_decode.KERNELS,
     *planes_encode.KERNELS,
+    *tiles_pack.KERNELS,
     *tiles_decode.KERNELS,
     *df11.KERNELS,
 )
