@@ -83,11 +83,11 @@ class CudaStreams:
     one graph capture at most, so that no capture waits for an event recorded outside of it.
     """
 
-    def __init__(self, device: torch.device, stream: Any, capturing: bool) -> None:
+    def __init__(self, device: torch.device, stream: Any, side: Any, capturing: bool) -> None:
         self.capturing = capturing
         self._device = device
         self._main = stream
-        self._side = torch.cuda.Stream(device)
+        self._side = side
         self.main: Queue = queues.cuda_queue(device, stream.cuda_stream)
         self.side: Queue = queues.cuda_queue(device, self._side.cuda_stream)
         self._forked = torch.cuda.Event()

@@ -54,7 +54,7 @@ class Geometry(ABC):
 
     @cached_property
     def memory_bytes(self) -> int:
-        """Memory for the decoded weight, workspace included."""
+        """Memory for the decoded weight, workspace included; a multiple of every dtype's size."""
         return self.workspace_offset + self.workspace_bytes
 
     @abstractmethod
@@ -120,19 +120,26 @@ class Weight:
     @property
     def versions(self) -> tuple[int, ...] | None:
         """Counts of the changes in place of its parts; None if torch does not count them (inference tensors)."""
-        if any(part.is_inference() for part in self.parts):
+        try:
+            a, b, c, d = self.parts
+            return a._version, b._version, c._version, d._version
+        except RuntimeError:
             return None
-        return tuple(part._version for part in self.parts)
 
-    def decode(self, queue: Queue, memory: torch.Tensor, status: int) -> None:
-        """Enqueue the decoding into memory of ``self.nbytes``."""
-        geometry, out = self.geometry, memory.data_ptr()
-        geometry.decode(queue, self.parts, 0, geometry.rows, out, out + geometry.workspace_offset, status)
+    def checked(self) -> Weight:
+        """The weight with parts as kernels take them. Raises UsageError, CorruptTensorError."""
+        parts = self.geometry.checked(self.parts)
+        return self if parts is self.parts else Weight(self.geometry, parts)
 
     def matrix(self, memory: torch.Tensor) -> torch.Tensor:
-        """The matrix ``[rows, cols]`` in such memory."""
+        """The matrix ``[rows, cols]`` at the begin of memory of ``self.nbytes``."""
         geometry = self.geometry
-        return memory[: geometry.matrix_bytes].view(geometry.dtype).view(geometry.rows, geometry.cols)
+        return memory.view(geometry.dtype).as_strided((geometry.rows, geometry.cols), (geometry.cols, 1))
+
+    def decode(self, queue: Queue, matrix: torch.Tensor, status: int) -> None:
+        """Enqueue the decoding into such a matrix."""
+        geometry, out = self.geometry, matrix.data_ptr()
+        geometry.decode(queue, self.parts, 0, geometry.rows, out, out + geometry.workspace_offset, status)
 
 
 def padded(nbytes: int) -> int:
