@@ -131,7 +131,7 @@ class Prefetcher:
         self._last = node
         matrix = self._take(weight)
         if matrix is None:
-            matrix = weight.matrix(self._streams.empty(weight.nbytes))
+            matrix = weight.matrix(self._streams.empty)
             weight.decode(self._streams.main, matrix, self._status)
         wanted = [] if alone or tokens < self.policy.least_tokens else self._allocate(node, weight)
         if not wanted:
@@ -187,7 +187,7 @@ class Prefetcher:
                 break
             versions = weight.versions
             if weight.key not in self._ahead and weight.key != current.key and versions is not None:
-                matrix = weight.matrix(self._streams.empty(weight.nbytes))
+                matrix = weight.matrix(self._streams.empty)
                 wanted.append(_Ahead(weight, versions, matrix, None))
             follower = follower.follower()
         return wanted

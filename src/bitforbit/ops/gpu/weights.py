@@ -7,7 +7,7 @@ decoding of their weights through functions of :mod:`bitforbit.cuda`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -53,9 +53,17 @@ class Geometry(ABC):
         return padded(self.matrix_bytes)
 
     @cached_property
+    def memory_rows(self) -> int:
+        """Rows of a matrix whose memory holds the decoded one and the workspace."""
+        if not self.workspace_bytes:
+            return self.rows
+        row_bytes = self.cols * int(self.dtype.itemsize)
+        return -(-(self.workspace_offset + self.workspace_bytes) // row_bytes)
+
+    @cached_property
     def memory_bytes(self) -> int:
-        """Memory for the decoded weight, workspace included; a multiple of every dtype's size."""
-        return self.workspace_offset + self.workspace_bytes
+        """Memory for the decoded weight, workspace included."""
+        return self.memory_rows * self.cols * int(self.dtype.itemsize)
 
     @abstractmethod
     def checked(self, parts: Parts) -> Parts:
@@ -131,10 +139,11 @@ class Weight:
         parts = self.geometry.checked(self.parts)
         return self if parts is self.parts else Weight(self.geometry, parts)
 
-    def matrix(self, memory: torch.Tensor) -> torch.Tensor:
-        """The matrix ``[rows, cols]`` at the begin of memory of ``self.nbytes``."""
+    def matrix(self, empty: Callable[[tuple[int, int], torch.dtype], torch.Tensor]) -> torch.Tensor:
+        """Memory for the decoded matrix ``[rows, cols]``, the workspace behind it; ``empty`` takes shape and dtype."""
         geometry = self.geometry
-        return memory.view(geometry.dtype).as_strided((geometry.rows, geometry.cols), (geometry.cols, 1))
+        memory = empty((geometry.memory_rows, geometry.cols), geometry.dtype)
+        return memory if geometry.memory_rows == geometry.rows else memory[: geometry.rows]
 
     def decode(self, queue: Queue, matrix: torch.Tensor, status: int) -> None:
         """Enqueue the decoding into such a matrix."""
