@@ -75,7 +75,9 @@ _DF11 = (
 )
 
 REGIONS: dict[str, tuple[Region, ...]] = {
-    "planes_index": (Region("digits of level 1", "planes_decode_index.cu", "for (u32 g = lane; g < kChunkGroups", 64),),
+    "planes_index": (
+        Region("digits of level 1", "planes_decode_index.cu", "for (u32 chunk = thread / kWarp", 256),
+    ),
     "planes_decode": _PLANES,
     "planes_rows": _PLANES,
     "planes_count": (Region("a group", "planes_encode.cu", "for (u32 group = threadIdx.x / kGroupLanes", 16),),

@@ -125,25 +125,30 @@ def block_lines(file: str, text: str) -> Lines:
     while around and depth >= 0:
         start -= 1
         depth += lines[start - 1].count("}") - lines[start - 1].count("{")
-    depth = end = 0
-    for end in range(start, len(lines) + 1):
-        line = lines[end - 1].strip()
-        line = line.removeprefix("}") if end == start else line
-        depth += line.count("{") - line.count("}")
-        if depth == 0 and line.endswith(("}", ";")):
-            break
+    end = start + _first_end("\n".join([lines[start - 1].strip().removeprefix("}"), *lines[start:]]))
     return frozenset((Path(file).name, number) for number in range(start, end + 1))
+
+
+def _first_end(text: str) -> int:
+    """Lines before the one in which the first block in braces ends, or the first statement if that comes before."""
+    braces = parentheses = 0
+    for at, character in enumerate(text):
+        parentheses += {"(": 1, ")": -1}.get(character, 0)
+        braces += {"{": 1, "}": -1}.get(character, 0)
+        if braces == 0 and (character == "}" or (character == ";" and parentheses == 0)):
+            return text.count("\n", 0, at)
+    return text.count("\n")
 
 
 def counted(function: Function, lines: Lines, loop: bool, without: Iterable[Lines] = ()) -> dict[str, int]:
     """Instructions per pipe of a block: of its loop, or of all that comes from its lines.
 
-    A loop is the outermost one of machine instructions of which most come from the block (the first, where the compiler
-    made several). Instructions from the lines of ``without`` are not counted.
+    A loop is the outermost one of machine instructions that come from the block, but for an eighth (the first such loop,
+    where the compiler made several). Instructions from the lines of ``without`` are not counted.
     """
     code: Sequence[Instruction] = function.instructions
     if loop:
-        mostly = [r for r in function.loops() if 2 * sum(bool(code[i].lines & lines) for i in r) > len(r)]
+        mostly = [r for r in function.loops() if 8 * sum(not code[i].lines & lines for i in r) <= len(r)]
         outer = [r for r in mostly if not any(r != o and o.start <= r.start and r.stop <= o.stop for o in mostly)]
         if not outer:
             raise ValueError(f"expected a loop among the instructions of lines {sorted(lines)[:2]}..., got none")
