@@ -23,7 +23,7 @@ from torch import nn
 
 from benchmarks import gpu_common
 from benchmarks.common import table
-from benchmarks.gpu_common import Meter, same_bits
+from benchmarks.gpu_common import Meter, Report, same_bits
 from bitforbit.nn import compress_model, compressed_size, set_layout
 from bitforbit.ops import gpu
 
@@ -95,7 +95,7 @@ class Decoder:
 
         self.model = model
         self.size = size
-        self.length = size.context + size.steps + 2
+        self.length = -(-(size.context + size.steps + 2) // 64) * 64  # a round number suits the attention kernels
         self.cache = StaticCache(config=model.config, max_cache_len=self.length)
         generator = torch.Generator(device).manual_seed(batch)
         self.prompt = torch.randint(size.vocabulary, (batch, size.context), device=device, generator=generator)
@@ -237,7 +237,7 @@ def memory(models: dict[str, nn.Module], size: Size, meter: Meter) -> dict[str, 
     return result
 
 
-def measure(size: Size, meter: Meter) -> dict[str, Any]:
+def measure(size: Size, meter: Meter, report: Report) -> None:
     """All of it."""
     begin = time.perf_counter()
     plain = build(size, meter.device)
@@ -246,28 +246,37 @@ def measure(size: Size, meter: Meter) -> dict[str, Any]:
     if meter.measures:
         torch.cuda.synchronize()
     packed = time.perf_counter()
-    return {
-        "layers": size.layers,
-        "context": size.context,
-        "build_seconds": built - begin if meter.measures else None,
-        "compress_seconds": packed - built if meter.measures else None,
-        "bits_per_weight": compressed_size(models["exact"]).bits_per_weight,
-        "memory": memory(models, size, meter),
-        "prefill": prefill(models, size, meter),
-        "decode": [decode(models, batch, size, meter) for batch in size.batches],
-    }
+    report.put(
+        layers=size.layers,
+        context=size.context,
+        build_seconds=built - begin if meter.measures else None,
+        compress_seconds=packed - built if meter.measures else None,
+        bits_per_weight=compressed_size(models["exact"]).bits_per_weight,
+    )
+    if (found := report.attempt("memory", lambda: memory(models, size, meter))) is not None:
+        report.put(memory=found)
+    steps: list[dict[str, Any]] = []
+    for batch in size.batches:
+        step = report.attempt(f"batch {batch}", lambda batch=batch: decode(models, batch, size, meter))
+        steps += [step] if step else []
+        report.put(decode=steps)
+        gpu.clear()
+    if (found := report.attempt("prefill", lambda: prefill(models, size, meter))) is not None:
+        report.put(prefill=found)
 
 
 def show(result: dict[str, Any]) -> str:
     """A table of the result."""
+    names = ("bf16", "exact")
     rows = [
-        [f"step, batch {d['batch']}", *(gpu_common.cell(d["step_ms"][name], ".2f") for name in ("bf16", "exact"))]
-        for d in result["decode"]
+        [f"step, batch {d['batch']}", *(gpu_common.cell(d["step_ms"][name], ".2f") for name in names)]
+        for d in result.get("decode", ())
     ]
-    first = result["prefill"]
-    rows.append([f"prefill {first['tokens']}", *(gpu_common.cell(first["ms"][n], ".1f") for n in ("bf16", "exact"))])
+    if "prefill" in result:
+        first = result["prefill"]
+        rows.append([f"prefill {first['tokens']}", *(gpu_common.cell(first["ms"][name], ".1f") for name in names)])
     for key, label in (("weight_bytes", "weights, GB"), ("peak_beyond_weights", "peak beyond, GB")):
-        values = [result["memory"][name][key] for name in ("bf16", "exact")]
+        values = [result.get("memory", {}).get(name, {}).get(key) for name in names]
         rows.append([label, *(gpu_common.cell(None if v is None else v / 1e9, ".2f") for v in values)])
     return table([f"{result['layers']} layers", "BF16 ms", "exact ms"], rows)
 
@@ -282,11 +291,11 @@ def main(arguments: list[str]) -> int:
     options.add_argument("--layers", type=int, help="fewer than Llama-3.1-8B has")
     chosen = options.parse_args(arguments)
     size = TINY if chosen.dry_run else replace(FULL, layers=chosen.layers or LAYERS)
+    report = Report(chosen.json)
     with gpu_common.meter(chosen.dry_run) as meter:
-        result = measure(size, meter)
-    print(show(result))
-    gpu_common.finish(result, chosen.json)
-    return 0
+        measure(size, meter, report)
+    print(show(report.result))
+    return report.end()
 
 
 if __name__ == "__main__":
