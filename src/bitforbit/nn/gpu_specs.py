@@ -13,8 +13,12 @@ import torch
 
 from bitforbit.cuda.tiles import layout as tiles_layout
 from bitforbit.nn.spec import CompressedSpec, Parts, weight_keys
+from bitforbit.ops import direct
 
 DF11_PARTS = ("tables", "stream", "sign_mantissa", "index")
+
+ESCAPE_BYTES_PER_WEIGHT = 0.045
+"""What :func:`expected_tiles_bytes` reserves: 2 bytes for each of the 1.2 to 2 % of weights that escape, and some."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +53,20 @@ class TilesSpec(CompressedSpec):
 
     def linear(self, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None, mode: str) -> torch.Tensor:
         """``x @ weight.T + bias``."""
-        y: torch.Tensor = torch.ops.bitforbit.tiles_linear.default(x, *parts, bias, self.rows, self.cols, mode)
-        return y
+        tiles, escapes, offsets, header = parts
+        return direct.tiles_linear(x, tiles, escapes, offsets, header, bias, self.rows, self.cols, mode)
 
     def embedding(self, ids: torch.Tensor, parts: Parts) -> torch.Tensor:
         """Rows by number."""
-        rows: torch.Tensor = torch.ops.bitforbit.tiles_embedding.default(ids, *parts, self.rows, self.cols)
-        return rows
+        tiles, escapes, offsets, header = parts
+        return direct.tiles_embedding(ids, tiles, escapes, offsets, header, self.rows, self.cols)
+
+
+def expected_tiles_bytes(rows: int, cols: int) -> int:
+    """Bytes that a BF16 matrix takes as tiles, as is to be expected of a model's weights: an estimate."""
+    layout = tiles_layout.TileLayout(rows, cols)
+    escapes = int(ESCAPE_BYTES_PER_WEIGHT * rows * cols) + tiles_layout.ALIGNMENT
+    return layout.tiles_bytes + layout.offsets_bytes + tiles_layout.HEADER_BYTES + escapes
 
 
 @dataclass(frozen=True)
@@ -93,14 +104,14 @@ class Df11Spec(CompressedSpec):
 
     def linear(self, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None, mode: str) -> torch.Tensor:
         """``x @ weight.T + bias``."""
-        y: torch.Tensor = torch.ops.bitforbit.df11_linear.default(
-            x, *parts, bias, self.unit_elements, self.begin, self.rows, self.cols, mode
+        tables, stream, sign_mantissa, index = parts
+        return direct.df11_linear(
+            x, tables, stream, sign_mantissa, index, bias, self.unit_elements, self.begin, self.rows, self.cols, mode
         )
-        return y
 
     def embedding(self, ids: torch.Tensor, parts: Parts) -> torch.Tensor:
         """Rows by number."""
-        rows: torch.Tensor = torch.ops.bitforbit.df11_embedding.default(
-            ids, *parts, self.unit_elements, self.begin, self.rows, self.cols
+        tables, stream, sign_mantissa, index = parts
+        return direct.df11_embedding(
+            ids, tables, stream, sign_mantissa, index, self.unit_elements, self.begin, self.rows, self.cols
         )
-        return rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bitforbit.cuda.df11.geometry import PARTS, THREADS, Df11Geometry
+from bitforbit.cuda.df11.geometry import GAP_BYTES, HEADER_BYTES, PARTS, THREADS, Df11Geometry
 from bitforbit.cuda.kernel import U32, U64, DeviceProperties, Kernel, LaunchConfig, Pointer
 from bitforbit.cuda.queue import Queue
 from bitforbit.errors import CorruptTensorError, UsageError
@@ -12,7 +12,7 @@ from bitforbit.errors import CorruptTensorError, UsageError
 Part = tuple[int, int]
 """Address and length in bytes of a part."""
 
-_UNIT = (Pointer, Pointer, Pointer, Pointer, U32, U32, U32, U32, U32, U32, U32)
+_UNIT = (Pointer, Pointer, Pointer, Pointer, Pointer, U32, U32, U32, U32, U32, U32, U32)
 
 DECODE = Kernel("df11_decode", "df11.cu", (*_UNIT, U32, U32, U32, U32, Pointer, Pointer))
 ROWS = Kernel("df11_rows", "df11.cu", (*_UNIT, U32, U32, U32, Pointer, U32, U64, Pointer, Pointer))
@@ -107,8 +107,9 @@ def _check(parts: Sequence[Part], geometry: Df11Geometry) -> None:
 
 def _unit(parts: Sequence[Part], geometry: Df11Geometry) -> tuple[int, ...]:
     """The kernels' parameters that describe the unit."""
-    addresses = tuple(address for address, _ in parts)
+    (tables, _), (stream, _), (sign_mantissa, _), (index, _) = parts
+    gaps = index + HEADER_BYTES
     return (
-        *addresses, geometry.blocks, geometry.elements, geometry.stream_bytes // 4, geometry.table_rows,
-        geometry.shortest, geometry.slot_words, geometry.block_symbols,
+        tables, stream, sign_mantissa, gaps, gaps + GAP_BYTES * geometry.blocks, geometry.blocks, geometry.elements,
+        geometry.stream_bytes // 4, geometry.table_rows, geometry.shortest, geometry.slot_words, geometry.block_symbols,
     )  # fmt: skip
