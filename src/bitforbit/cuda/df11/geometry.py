@@ -13,6 +13,7 @@ Four parts, bytes each, lengths multiples of 16:
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -76,17 +77,17 @@ class Df11Geometry:
         """Length of the part ``index``."""
         return index_bytes(self.blocks)
 
-    @property
+    @functools.cached_property
     def part_bytes(self) -> tuple[int, int, int, int]:
         """Lengths of the parts, in their order."""
         return self.tables_bytes, self.stream_bytes, padded(self.elements), self.index_bytes
 
-    @property
+    @functools.cached_property
     def slot_words(self) -> int:
         """Words of 4 exponents for what a thread decodes: codes that start in its bits, and up to 3 more."""
         return -(-((THREAD_BITS - 1) // self.shortest + LOOKUP_SYMBOLS) // 4)
 
-    @property
+    @functools.cached_property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block of threads."""
         slots = 4 * self.slot_words * THREADS
