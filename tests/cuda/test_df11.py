@@ -44,6 +44,39 @@ def test_every_order_of_lanes_and_no_stray_access() -> None:
     assert decoded[1] == 0
 
 
+def test_more_blocks_than_run_at_once(queue: Any) -> None:
+    """Then each block of threads takes several, one after the other."""
+    words = gaussian(75_000 * queue.properties.multiprocessors, seed=6)
+    unit = encode_unit([words])
+    device = OnDevice(queue, unit)
+    for begin, end in [(0, words.size), (30_011, words.size - 5)]:
+        first, last = device.geometry.blocks_of(begin, end)
+        assert df11.decode_config(device.geometry, last - first, queue.properties).grid[0] < last - first
+        got, status = device.decode(begin, end)
+        np.testing.assert_array_equal(got, words[begin:end])
+        assert status == 0
+
+
+def test_several_blocks_one_after_the_other_in_every_order() -> None:
+    words = shuffled({120: 260_000, 121: 130_000, 122: 60_000, 90: 3})
+    unit = encode_unit([words])
+    assert unit.num_blocks > 16
+    decoded = run_everywhere(lambda queue: OnDevice(queue, unit).decode(), ["seed 0", "seed 11", "races"])
+    np.testing.assert_array_equal(decoded[0], words)
+    assert decoded[1] == 0
+
+
+def test_more_rows_than_run_at_once(queue: Any, words: Words) -> None:
+    device = OnDevice(queue, encode_unit([words]))
+    ids = np.random.default_rng(9).integers(-1, 601, 9 * queue.properties.multiprocessors)
+    assert df11.rows_config(device.geometry, ids.size, queue.properties).grid[0] < ids.size
+    got, status = device.rows(0, 100, 600, ids)
+    inside = (ids >= 0) & (ids < 600)
+    np.testing.assert_array_equal(got[inside], words.reshape(600, 100)[ids[inside]])
+    assert not got[~inside].any()
+    assert status == (0 if inside.all() else 2)
+
+
 def test_files_of_the_official_tool(queue: Any) -> None:
     units = golden_units()
     assert len(units) == 7
