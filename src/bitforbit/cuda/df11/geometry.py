@@ -36,6 +36,7 @@ MAGIC = 0x31314644
 """The bytes DF11."""
 
 THREADS = 256
+TOTALS_BYTES = 4 * THREADS // 32
 THREAD_BITS = 128
 """Of the stream, that one thread decodes: two windows."""
 GAP_BITS = 5
@@ -89,9 +90,9 @@ class Df11Geometry:
 
     @functools.cached_property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory of a block of threads."""
+        """Dynamic shared memory of a block of threads, all that it has."""
         slots = 4 * self.slot_words * THREADS
-        return self.tables_bytes + slots + padded(self.block_symbols + 7)
+        return self.tables_bytes + TOTALS_BYTES + slots + padded(self.block_symbols + 7)
 
     def blocks_of(self, begin: int, end: int) -> tuple[int, int]:
         """The blocks [first, last + 1) that hold the weights [begin, end), which is not empty."""

@@ -60,9 +60,9 @@ struct Unit {
 struct Shared {
   uint2* lookups;  // [kLookups]
   u8* rows;        // [rows][256]
+  u32* totals;     // [kWarps] [15:0] exponents of a warp, [31:16] bits of its last one beyond its last thread's
   u32* slots;      // [slot_words][kThreads]
   u8* exponents;   // [block_symbols + 7], padded to 16
-  u32* totals;     // [kWarps] [15:0] exponents of a warp, [31:16] bits of its last one beyond its last thread's
 };
 
 // What a thread needs of memory for one block, as stored: nothing here waits for the loads.
@@ -81,13 +81,13 @@ __device__ __forceinline__ uint2 checked(uint2 entry, u32 shortest) {
   return good ? entry : make_uint2(kLong, 0);
 }
 
-__device__ __forceinline__ Shared load_tables(const Unit& unit, u8* smem, u32* smem_totals) {
+__device__ __forceinline__ Shared load_tables(const Unit& unit, u8* smem) {
   Shared shared;
   shared.lookups = reinterpret_cast<uint2*>(smem);
   shared.rows = smem + kLookups * sizeof(uint2);
-  shared.slots = reinterpret_cast<u32*>(shared.rows + unit.rows * kRowBytes);
+  shared.totals = reinterpret_cast<u32*>(shared.rows + unit.rows * kRowBytes);
+  shared.slots = shared.totals + kWarps;
   shared.exponents = reinterpret_cast<u8*>(shared.slots + unit.slot_words * kThreads);
-  shared.totals = smem_totals;
   const uint4* from = reinterpret_cast<const uint4*>(unit.tables);
   for (u32 i = threadIdx.x; i < kLookups / 2; i += kThreads) {
     const uint4 two = from[i];
