@@ -23,8 +23,11 @@ from hypothesis import strategies as st
 
 from bitforbit.codecs.df11 import decode_unit, encode_unit, naive
 from bitforbit.cuda import df11
+from bitforbit.cuda.df11 import Df11Geometry
+from bitforbit.cuda.df11.geometry import padded
+from bitforbit.cuda.df11.prepare import lookups
 from bitforbit.errors import CorruptTensorError, UsageError
-from cuda_shim.emulation import run_everywhere
+from cuda_shim.emulation import EmulatedQueue, run_everywhere
 
 ANY_QUEUE = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -207,6 +210,35 @@ def test_rows_in_every_order_of_lanes(words: Words) -> None:
     got, status = run_everywhere(lambda queue: OnDevice(queue, unit).rows(5, 299, 200, ids))
     np.testing.assert_array_equal(got[:3], words[5 : 5 + 200 * 299].reshape(200, 299)[ids[:3]])
     assert status == 2
+
+
+def test_the_largest_unit() -> None:
+    """2^32 - 1 weights with one exponent: a stream of zeros. Its memory is never touched but for the part decoded."""
+    small = encode_unit([words_of(np.full(5, 77))])
+    elements, blocks = (1 << 32) - 1, 1 << 18
+    positions = np.minimum(16384 * np.arange(blocks + 1), elements).astype(np.uint32)
+    geometry = Df11Geometry(elements, blocks, 4096 * blocks, 2, 2, 16384, positions)
+    tables = np.concatenate([lookups(small.luts).view(np.uint8).reshape(-1), small.luts.reshape(-1)])
+    signs = np.zeros(padded(elements), np.uint8)
+    index = np.zeros(geometry.index_bytes, np.uint8)
+    index[-padded(positions.nbytes) :].view(np.uint32)[: positions.size] = positions
+    stream = np.zeros(geometry.stream_bytes, np.uint8)
+    parts = [(part.ctypes.data, part.nbytes) for part in (tables, stream, signs, index)]
+    for begin, end in [(elements - 20_000, elements), ((1 << 31) - 3, (1 << 31) + 9)]:
+        signs[begin:end] = np.random.default_rng(begin).integers(0, 256, end - begin)
+        expected = signs[begin:end].astype(np.uint16)
+        expected = (expected & 0x80) << 8 | 77 << 7 | (expected & 0x7F)
+        out, status = np.zeros(end - begin, np.uint16), np.zeros(1, np.uint32)
+        df11.decode(EmulatedQueue(), parts, geometry, begin, end, out.ctypes.data, status.ctypes.data)
+        np.testing.assert_array_equal(out, expected)
+        assert status[0] == 0
+    ids, row = np.array([(elements - 5) // 1000 - 1]), np.zeros(1000, np.uint16)
+    df11.rows(
+        EmulatedQueue(), parts, geometry, 5, 1000, elements // 1000, ids.ctypes.data, 8, 1, row.ctypes.data
+    )  # fmt: skip
+    begin = 5 + 1000 * int(ids[0])
+    np.testing.assert_array_equal(row & 0x7F, signs[begin : begin + 1000] & 0x7F)
+    assert set(row >> 7 & 0xFF) == {77}
 
 
 def test_arguments_are_checked(queue: Any, words: Words) -> None:
