@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+import bitforbit
+from bitforbit.archive import decompress
 from bitforbit.codecs.base import Bytes
 from bitforbit.cuda.tiles import naive
 from bitforbit.cuda.tiles.layout import PARTS, TileLayout
-from helpers.tile_cases import cases, gaussian
+from helpers.tile_cases import Words, cases, gaussian
 
 CASES = cases()
 
@@ -58,3 +64,25 @@ def test_bits_per_weight_of_gaussian_weights() -> None:
     """Follows from the layout: 11 bits, 16 for an escape, 4 bytes for a tile. Sizes may shrink, never grow."""
     parts = naive.pack(gaussian(1024, 1024))
     assert round(8 * sum(part.size for part in parts.values()) / 1024**2, 3) == 11.215
+
+
+def test_bits_per_weight_of_the_packaged_model(tmp_path: Path) -> None:
+    """All its matrices together; each gains."""
+    decompress(Path(bitforbit.__file__).parent / "data" / "demo_model", tmp_path / "model")
+    weights = packed = 0
+    for words in matrices(tmp_path / "model" / "model.safetensors"):
+        size = sum(part.size for part in naive.pack(words).values())
+        assert size < words.nbytes
+        weights, packed = weights + words.size, packed + size
+    assert round(8 * packed / weights, 3) == 11.291
+
+
+def matrices(path: Path) -> Iterator[Words]:
+    """BF16 matrices of a safetensors file."""
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    for name, tensor in json.loads(data[8 : 8 + size]).items():
+        if name != "__metadata__" and len(tensor["shape"]) == 2:
+            assert tensor["dtype"] == "BF16"
+            begin, end = (8 + size + offset for offset in tensor["data_offsets"])
+            yield np.frombuffer(data[begin:end], np.uint16).reshape(tensor["shape"])

@@ -29,12 +29,14 @@ def with_exponents(rows: int, cols: int, exponents: list[int], seed: int = 0) ->
 def cases() -> dict[str, Words]:
     """Hostile matrices by name."""
     window = list(range(120, 128))
-    specials = gaussian(20, 70, 3)
+    specials = gaussian(32, 256, 3)
     specials.reshape(-1)[::37] = np.resize(
-        np.array([0, 0x8000, 0x7F80, 0xFF80, 0x7FC1, 0xFFFF, 1, 0x8001], np.uint16), 38
+        np.array([0, 0x8000, 0x7F80, 0xFF80, 0x7FC1, 0xFFFF, 1, 0x8001], np.uint16), 222
     )
     return {
         **{f"gaussian-{rows}x{cols}": gaussian(rows, cols, rows) for rows, cols in SHAPES},
+        "gaussian-64x512": gaussian(64, 512, 9),
+        "gaussian-47x449": gaussian(47, 449, 10),
         "all-patterns": np.arange(1 << 16).astype(np.uint16).reshape(256, 256),
         "zeros": np.zeros((17, 65), np.uint16),
         "minus-zeros": np.full((16, 64), 0x8000, np.uint16),
@@ -45,8 +47,8 @@ def cases() -> dict[str, Words]:
         "window-at-0": with_exponents(32, 128, [*range(8), 8], 1),
         "window-at-248": with_exponents(32, 128, [*range(248, 256)], 2),
         "window-at-248-and-escapes": with_exponents(32, 128, [*range(248, 256), 247, 0, 255, 254], 2),
-        "64-escaped": with_exponents(32, 128, [*window * 20, *range(64)], 3),
-        "65-escaped": with_exponents(32, 128, [*window * 20, *range(65)], 4),
+        "64-escaped": with_exponents(32, 128, [*window * 200, *range(64)], 3),
+        "65-escaped": with_exponents(32, 128, [*window * 200, *range(65)], 4),
         "most-escape": with_exponents(40, 200, [*range(0, 256, 9)], 5),
         "specials": specials,
     }  # fmt: skip

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 from bitforbit.cuda.kernel import U32, U64, DeviceProperties, Kernel, LaunchConfig, Pointer
 from bitforbit.cuda.queue import Queue
-from bitforbit.cuda.tiles.layout import ALIGNMENT, HEADER_BYTES, PARTS, TileLayout
+from bitforbit.cuda.tiles.layout import ALIGNMENT, HEADER_BYTES, TILE_ROWS, TileLayout
 from bitforbit.errors import CorruptTensorError, UsageError
 
 _RANGE = (Pointer, Pointer, U64, Pointer, Pointer, Pointer, U32, U32, U32, U32, U32, U32)
@@ -22,11 +24,10 @@ WARPS = THREADS // 32
 WIDE_STORE = 8
 """Weights of the widest store: rows of a multiple of them begin on its boundary."""
 LONGEST_RUN = 8
-WARPS_PER_MULTIPROCESSOR = 32
-"""That fit at 64 registers per thread."""
+WARPS_PER_MULTIPROCESSOR = 40
+"""That fit at 48 registers per thread."""
 TILES_PER_ROW_WARP = 8
 GRID_LIMIT = (1 << 31) - 1
-SIZE_LIMIT = 1 << 31
 
 Parts = Sequence[tuple[int, int]]
 
@@ -37,15 +38,39 @@ def run_tiles(layout: TileLayout, stripes: int, properties: DeviceProperties) ->
     return max(1, min(LONGEST_RUN, layout.tiles_per_stripe, -(-stripes * layout.tiles_per_stripe // warps)))
 
 
-def decode_config(layout: TileLayout, stripes: int, properties: DeviceProperties) -> LaunchConfig:
-    """Launch for so many stripes of a matrix."""
-    runs = stripes * -(-layout.tiles_per_stripe // run_tiles(layout, stripes, properties))
-    return LaunchConfig.linear(_blocks(runs), THREADS)
+@dataclass(frozen=True)
+class DecodePlan:
+    """A launch for a range of rows."""
+
+    kernel: Kernel
+    config: LaunchConfig
+    run_tiles: int
+    runs_per_stripe: int
+    runs: int
 
 
+@lru_cache(maxsize=4096)
+def decode_plan(layout: TileLayout, begin: int, end: int, properties: DeviceProperties) -> DecodePlan:
+    """Launch for rows [begin, end), at least one. Raises UsageError for rows outside the matrix."""
+    layout.check_size()
+    if not 0 <= begin < end <= layout.rows:
+        raise UsageError(f"expected rows within 0 to {layout.rows}, got [{begin}, {end})")
+    stripes = (end - 1) // TILE_ROWS - begin // TILE_ROWS + 1
+    run = run_tiles(layout, stripes, properties)
+    runs_per_stripe = -(-layout.tiles_per_stripe // run)
+    runs = stripes * runs_per_stripe
+    kernel = DECODE if layout.cols % WIDE_STORE == 0 else DECODE_ANY
+    return DecodePlan(kernel, LaunchConfig.linear(-(-runs // WARPS), THREADS), run, runs_per_stripe, runs)
+
+
+@lru_cache(maxsize=4096)
 def rows_config(layout: TileLayout, count: int) -> LaunchConfig:
-    """Launch for so many rows by id: a warp takes 8 tiles' worth of a row."""
-    return LaunchConfig.linear(_blocks(count * -(-layout.tiles_per_stripe // TILES_PER_ROW_WARP)), THREADS)
+    """Launch for so many rows by id, at least one: a warp takes 8 tiles' worth of a row."""
+    layout.check_size()
+    blocks = -(-count * -(-layout.tiles_per_stripe // TILES_PER_ROW_WARP) // WARPS)
+    if not 0 < blocks <= GRID_LIMIT:
+        raise UsageError(f"expected 1 to {GRID_LIMIT} blocks of rows in a launch, got {blocks}: look up fewer at once")
+    return LaunchConfig.linear(blocks, THREADS)
 
 
 def decode(queue: Queue, parts: Parts, layout: TileLayout, begin: int, end: int, out: int) -> None:
@@ -56,18 +81,13 @@ def decode(queue: Queue, parts: Parts, layout: TileLayout, begin: int, end: int,
     that are damaged give wrong weights, and no access outside of them.
     """
     check_parts(parts, layout)
-    if not 0 <= begin <= end <= layout.rows:
-        raise UsageError(f"expected rows within 0 to {layout.rows}, got [{begin}, {end})")
-    if begin == end:
+    if begin == end and 0 <= begin <= layout.rows:
         return
+    plan = decode_plan(layout, begin, end, queue.properties)
     (tiles, _), (escapes, escapes_bytes), (offsets, _), (header, _) = parts
-    stripes = (end - 1) // 16 - begin // 16 + 1
-    run = run_tiles(layout, stripes, queue.properties)
-    per_stripe = -(-layout.tiles_per_stripe // run)
-    kernel = DECODE if layout.cols % WIDE_STORE == 0 else DECODE_ANY
     queue.launch(
-        kernel, decode_config(layout, stripes, queue.properties), tiles, escapes, escapes_bytes, offsets, header, out,
-        layout.cols, begin, end - begin, run, per_stripe, stripes * per_stripe,
+        plan.kernel, plan.config, tiles, escapes, escapes_bytes, offsets, header, out,
+        layout.cols, begin, end - begin, plan.run_tiles, plan.runs_per_stripe, plan.runs,
     )  # fmt: skip
 
 
@@ -82,8 +102,6 @@ def rows(
     check_parts(parts, layout)
     if id_bytes not in (4, 8):
         raise UsageError(f"expected ids of 4 or 8 bytes, got {id_bytes}")
-    if count < 0:
-        raise UsageError(f"expected a number of ids that is not negative, got {count}")
     if count == 0:
         return
     (tiles, _), (escapes, escapes_bytes), (offsets, _), (header, _) = parts
@@ -94,26 +112,18 @@ def rows(
 
 
 def check_parts(parts: Parts, layout: TileLayout) -> None:
-    """Raise CorruptTensorError unless the parts have the lengths of the layout, UsageError for a matrix too large."""
-    if layout.rows >= SIZE_LIMIT or layout.cols >= SIZE_LIMIT or layout.tiles >= SIZE_LIMIT:
-        raise UsageError(
-            f"expected a matrix of fewer than 2^31 rows, columns and tiles, got [{layout.rows}, {layout.cols}]"
-        )
-    sizes = dict(zip(PARTS, (nbytes for _, nbytes in parts), strict=True))
-    expected = {"tiles": layout.tiles_bytes, "offsets": layout.offsets_bytes, "header": HEADER_BYTES}
-    for name, nbytes in expected.items():
-        if sizes[name] != nbytes:
-            raise CorruptTensorError(
-                f"expected {nbytes} bytes in part {name} of a [{layout.rows}, {layout.cols}] matrix, got {sizes[name]}"
-            )
-    if sizes["escapes"] < ALIGNMENT or sizes["escapes"] % ALIGNMENT:
+    """Raise CorruptTensorError unless the parts have the lengths of the layout."""
+    (_, tiles), (_, escapes), (_, offsets), (_, header) = parts
+    expected = _expected_bytes(layout)
+    if (tiles, offsets, header) != expected:
         raise CorruptTensorError(
-            f"expected a multiple of {ALIGNMENT} bytes, at least one, in part escapes, got {sizes['escapes']}"
+            f"expected {expected} bytes in parts tiles, offsets, header of a [{layout.rows}, {layout.cols}] matrix, "
+            f"got {(tiles, offsets, header)}"
         )
+    if escapes < ALIGNMENT or escapes % ALIGNMENT:
+        raise CorruptTensorError(f"expected a multiple of {ALIGNMENT} bytes in part escapes, got {escapes}")
 
 
-def _blocks(warps: int) -> int:
-    blocks = -(-warps // WARPS)
-    if blocks > GRID_LIMIT:
-        raise UsageError(f"expected at most {GRID_LIMIT} blocks in a launch, got {blocks}: decode fewer rows at once")
-    return blocks
+@lru_cache(maxsize=4096)
+def _expected_bytes(layout: TileLayout) -> tuple[int, int, int]:
+    return layout.tiles_bytes, layout.offsets_bytes, HEADER_BYTES

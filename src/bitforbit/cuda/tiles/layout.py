@@ -38,6 +38,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bitforbit.errors import UsageError
+
 PARTS = ("tiles", "escapes", "offsets", "header")
 
 TILE_ROWS = 16
@@ -57,6 +59,7 @@ NARROW_EXPONENTS = 64
 NARROW_BYTES = 2
 WIDE_BYTES = 4
 ALIGNMENT = 16
+SIZE_LIMIT = 1 << 31
 
 
 def padded(nbytes: int) -> int:
@@ -95,6 +98,14 @@ class TileLayout:
     def offsets_bytes(self) -> int:
         """Length of the part ``offsets``."""
         return padded(4 * (self.tiles + 1))
+
+    def check_size(self) -> None:
+        """Raise UsageError for a matrix that the kernels' 32-bit indices cannot address."""
+        if max(self.rows, self.cols, self.tiles) >= SIZE_LIMIT:
+            raise UsageError(
+                f"expected a matrix of fewer than 2^31 rows, columns and tiles, got [{self.rows}, {self.cols}]; "
+                "keep it in another layout"
+            )
 
     @staticmethod
     def escapes_bytes(entries: int, entry_bytes: int) -> int:

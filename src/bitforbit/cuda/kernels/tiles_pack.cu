@@ -1,0 +1,163 @@
+// BF16 rows to tiles, in four steps between which the host chooses the window: how often each exponent occurs; the
+// escapes of each tile; their running sum (tiles_scan.cu); tiles and escapes. A warp per tile, which reads its weights
+// as they lie in the registers of the matrix instruction.
+#include "tiles.cuh"
+
+constexpr u32 kThreads = 256, kWarps = kThreads / kWarp;
+constexpr u32 kExponents = 256;
+constexpr u32 kWindow = 8;
+
+__device__ __forceinline__ u32 exponent_of(u32 weight) { return weight >> 7 & 0xFF; }  // [14:7]
+
+// gmem_bins[e] += number of weights with exponent e. Each warp counts for itself in shared memory.
+extern "C" __global__ void __launch_bounds__(kThreads)
+    tiles_histogram(const u16* gmem_weights, u64 count, u64* gmem_bins) {
+  SHARED(u32, smem_bins, kWarps * kExponents);
+  for (u32 i = threadIdx.x; i < kWarps * kExponents; i += kThreads) smem_bins[i] = 0;
+  __syncthreads();
+  u32* smem_own = smem_bins + threadIdx.x / kWarp * kExponents;
+  const u64 thread = static_cast<u64>(blockIdx.x) * kThreads + threadIdx.x;
+  const u64 threads = static_cast<u64>(gridDim.x) * kThreads;
+  for (u64 i = thread; i < count / 8; i += threads) {
+    const uint4 eight = __ldg(reinterpret_cast<const uint4*>(gmem_weights) + i);
+    const u32 pair[4] = {eight.x, eight.y, eight.z, eight.w};
+#pragma unroll
+    for (u32 j = 0; j < 4; ++j) {
+      atomicAdd(smem_own + exponent_of(pair[j]), 1u);
+      atomicAdd(smem_own + exponent_of(pair[j] >> 16), 1u);
+    }
+  }
+  if (thread < count % 8) atomicAdd(smem_own + exponent_of(gmem_weights[count / 8 * 8 + thread]), 1u);
+  __syncthreads();
+  for (u32 e = threadIdx.x; e < kExponents; e += kThreads) {
+    u64 sum = 0;
+    for (u32 w = 0; w < kWarps; ++w) sum += smem_bins[w * kExponents + e];
+    if (sum != 0) atomicAdd(gmem_bins + e, sum);
+  }
+}
+
+// Where a lane's weights of a tile begin: row and column of step 0, register 0, half 0.
+struct Corner {
+  u64 row;
+  u32 col;
+};
+
+__device__ __forceinline__ Corner corner_of(u32 tile, u32 cols, u32 lane) {
+  const u32 tiles_per_stripe = (cols - 1) / kTileCols + 1;
+  return {static_cast<u64>(tile / tiles_per_stripe) * kTileRows + lane / 4,
+          tile % tiles_per_stripe * kTileCols + 2 * (lane % 4)};
+}
+
+// A lane's 32 weights of a tile, in the order of the matrix instruction. What is outside of the matrix has the window's
+// first exponent and no other bit.
+__device__ __forceinline__ void gather_pairs(const u16* gmem_weights, u32 rows, u32 cols, Corner corner, u32 base,
+                                             u32 (&pair)[kPairs]) {
+#pragma unroll
+  for (u32 p = 0; p < kPairs; ++p) {
+    const u64 row = corner.row + 8 * (p % 2);
+    const u32 col = corner.col + 8 * (p / 2);  // 16 * step + 8 * (register div 2)
+    const u16* gmem = gmem_weights + row * cols + col;
+    pair[p] = base * kExponentPair;
+    if (row >= rows || col >= cols) continue;
+    if (cols % 2 == 0) {
+      pair[p] = __ldg(reinterpret_cast<const u32*>(gmem));
+    } else {
+      const u32 high = col + 1 < cols ? __ldg(gmem + 1) : base << 7;
+      pair[p] = __ldg(gmem) | high << 16;
+    }
+  }
+}
+
+__device__ __forceinline__ bool escapes(u32 weight, u32 base) { return exponent_of(weight) - base >= kWindow; }
+
+// gmem_counts[t] = number of escapes of tile t.
+extern "C" __global__ void __launch_bounds__(kThreads)
+    tiles_count(const u16* gmem_weights, u32 rows, u32 cols, u32 tiles, u32 base, u32* gmem_counts) {
+  const u32 lane = threadIdx.x % kWarp, tile = blockIdx.x * kWarps + threadIdx.x / kWarp;
+  if (tile >= tiles) return;
+  u32 pair[kPairs], count = 0;
+  gather_pairs(gmem_weights, rows, cols, corner_of(tile, cols, lane), base, pair);
+#pragma unroll
+  for (u32 p = 0; p < kPairs; ++p) count += escapes(pair[p], base) + escapes(pair[p] >> 16, base);
+#pragma unroll
+  for (u32 step = kWarp / 2; step > 0; step /= 2) count += __shfl_xor_sync(kAllLanes, count, static_cast<int>(step));
+  if (lane == 0) gmem_counts[tile] = count;
+}
+
+// Writes tiles, and the entries of their escapes from gmem_offsets[tile] on. Six blocks at a time: for sm_80, ptxas
+// would spill a register to have eight. gmem_ranks[e]: index of an escaped exponent in the header, for entries of 2
+// bytes.
+extern "C" __global__ void __launch_bounds__(kThreads, 6)
+    tiles_write(const u16* gmem_weights, u32 rows, u32 cols, u32 tiles, u32 base, const u8* gmem_ranks, u32 entry_bytes,
+                const u32* gmem_offsets, u8* gmem_tiles, u8* gmem_escapes, u32 entries) {
+  const u32 lane = threadIdx.x % kWarp, tile = blockIdx.x * kWarps + threadIdx.x / kWarp;
+  if (tile >= tiles) return;
+  const Corner corner = corner_of(tile, cols, lane);
+  u32 pair[kPairs];
+  gather_pairs(gmem_weights, rows, cols, corner, base, pair);
+
+  u32 word[8], code[3] = {};
+  u32 escaped = 0;  // [2p + h]: half h of pair p, which is the order of positions within a step
+#pragma unroll
+  for (u32 p = 0; p < kPairs; ++p) {
+    u32 codes = 0;  // [2:0] low half, [18:16] high half
+#pragma unroll
+    for (u32 h = 0; h < 2; ++h) {
+      const u32 weight = pair[p] >> 16 * h;
+      if (escapes(weight, base)) {
+        escaped |= 1u << (2 * p + h);
+      } else {
+        codes |= (exponent_of(weight) - base) << 16 * h;
+      }
+    }
+    const u32 rest = pair[p] & kSignMantissaPair;
+    if (p % 2 == 0) {
+      word[p / 2] = rest;
+    } else {
+      word[p / 2] |= __byte_perm(rest, 0, 0x2103);  // rotated left by 8
+    }
+    if (p < 15) {
+      code[p / 5] |= codes << (3 * (p % 5) + 1);
+    } else {
+#pragma unroll
+      for (u32 w = 0; w < 3; ++w) code[w] |= codes >> w & 0x00010001;
+    }
+  }
+  u8* gmem_tile = gmem_tiles + static_cast<u64>(tile) * kTileBytes;
+  reinterpret_cast<uint4*>(gmem_tile)[lane] = make_uint4(word[0], word[1], word[2], word[3]);
+  reinterpret_cast<uint4*>(gmem_tile)[32 + lane] = make_uint4(word[4], word[5], word[6], word[7]);
+#pragma unroll
+  for (u32 w = 0; w < 3; ++w) reinterpret_cast<u32*>(gmem_tile + kTileCodes)[32 * w + lane] = code[w];
+
+  // Escapes of steps 0-3 at [15:0], [31:16], [47:32], [63:48], at most 256 each: of this lane, then of it and all
+  // before.
+  u64 own = 0;
+#pragma unroll
+  for (u32 i = 0; i < 4; ++i) own |= static_cast<u64>(__popc(escaped >> 8 * i & 0xFF)) << 16 * i;
+  u64 before = own;
+#pragma unroll
+  for (u32 distance = 1; distance < kWarp; distance *= 2) {
+    const u64 other = __shfl_up_sync(kAllLanes, before, distance);
+    if (lane >= distance) before += other;
+  }
+  const u64 total = __shfl_sync(kAllLanes, before, kWarp - 1);
+  before -= own;
+  u32 step_begin = gmem_offsets[tile];
+#pragma unroll 1
+  for (u32 i = 0; i < 4; ++i) {
+    u32 at = step_begin + (static_cast<u32>(before >> 16 * i) & 0xFFFF);
+    for (u32 left = escaped >> 8 * i & 0xFF; left != 0 && at < entries; left &= left - 1) {
+      const u32 j = static_cast<u32>(__ffs(static_cast<i32>(left))) - 1;  // [2:1] register, [0] half
+      const u64 row = corner.row + 8 * (j >> 1 & 1);
+      const u32 col = corner.col + 16 * i + 8 * (j >> 2) + (j & 1);
+      const u32 position = 256 * i + 8 * lane + j, exponent = exponent_of(__ldg(gmem_weights + row * cols + col));
+      if (entry_bytes == kWideBytes) {
+        reinterpret_cast<u32*>(gmem_escapes)[at] = position | exponent << 16;
+      } else {
+        reinterpret_cast<u16*>(gmem_escapes)[at] = static_cast<u16>(position | __ldg(gmem_ranks + exponent) << 10);
+      }
+      ++at;
+    }
+    step_begin += static_cast<u32>(total >> 16 * i) & 0xFFFF;
+  }
+}
