@@ -151,7 +151,9 @@ __device__ __forceinline__ void store_edge(const Output& out, const Weights& wei
   }
 }
 
-// The wanted rows of chunk blockIdx.x of a block of that many rows and groups; a whole block has full_groups.
+// The wanted rows of chunk blockIdx.x of a block of that many rows and groups; a whole block has full_groups. kOneRow:
+// one row is wanted, so that sign and mantissa are loaded where it is found.
+template <bool kOneRow>
 __device__ __forceinline__ void decode_chunk(const Shared& smem, const u8* gmem_code, const u8* gmem_digits,
                                              const u8* gmem_planes, u64 plane1, u64 plane2, const u32* gmem_tails,
                                              u64 tails_words, const u64* gmem_starts, const u32* gmem_index, u64 block,
@@ -172,7 +174,7 @@ __device__ __forceinline__ void decode_chunk(const Shared& smem, const u8* gmem_
   for (u32 s = 0; s < kSlots; ++s) {
     const u32 number = min(group + s * kSlotGroups, groups - 1);
     packed[s] = load_once(gmem_block_digits + number);
-    fields[s] = planes.load(number, q);
+    if constexpr (!kOneRow) fields[s] = planes.load(number, q);
   }
 
   // Tails: whole groups of digits from where the entry says, and one more, in which the last 3s may end.
@@ -226,7 +228,7 @@ __device__ __forceinline__ void decode_chunk(const Shared& smem, const u8* gmem_
   // Whole tiles of 16 rows, all of them wanted, stores of 16 bytes: what most chunks are.
   const bool plain = out.unit == 16 && block_rows == kBlockRows && (blockIdx.x + 1) * kChunkGroups <= tile_groups &&
                      out.wants(first_row) && out.wants(first_row + (kBlockRows - 1));
-  if (plain) {
+  if (!kOneRow && plain) {
     u8* gmem_row = out.at(first_row + lane / kGroupLanes, group / kBlockRows * kGroup);
     u8* gmem_eighth = gmem_row + static_cast<u64>(out.cols) * (kSlotGroups * kItem);
 #pragma unroll
@@ -243,6 +245,7 @@ __device__ __forceinline__ void decode_chunk(const Shared& smem, const u8* gmem_
     const u32 tile = block_rows == kBlockRows ? number / kBlockRows : number / block_rows;
     const u64 row = first_row + (number - tile * block_rows);
     if (number < tile_groups && !out.wants(row)) continue;
+    if constexpr (kOneRow) fields[s] = planes.load(number, q);
     const Weights weights = join(exponents16(digits[s], smem.exponents2, at[s], table), fields[s]);
     if (number < tile_groups) {
       store_weights(out.at(row, tile * kGroup), weights, q, out.unit);
@@ -262,8 +265,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
   const Output out{gmem_out, begin, end, cols, unit};
   const u64 block = first_block + blockIdx.y;
   const bool last = block + 1 == blocks;
-  decode_chunk(smem, gmem_code, gmem_digits, gmem_planes, plane1, plane2, gmem_tails, tails_words, gmem_starts,
-               gmem_index, block, last ? last_rows : kBlockRows, last ? last_groups : full_groups, full_groups, out);
+  decode_chunk<false>(smem, gmem_code, gmem_digits, gmem_planes, plane1, plane2, gmem_tails, tails_words, gmem_starts,
+                      gmem_index, block, last ? last_rows : kBlockRows, last ? last_groups : full_groups, full_groups,
+                      out);
 }
 
 // Grid: chunks of a block, ids from first_id on. An id outside of the matrix gives a row of zeros.
@@ -287,6 +291,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
   const u64 row = static_cast<u64>(id), block = row / kBlockRows;
   const Output out{gmem_row, row, row + 1, cols, unit};
   const bool last = block + 1 == blocks;
-  decode_chunk(smem, gmem_code, gmem_digits, gmem_planes, plane1, plane2, gmem_tails, tails_words, gmem_starts,
-               gmem_index, block, last ? last_rows : kBlockRows, last ? last_groups : full_groups, full_groups, out);
+  decode_chunk<true>(smem, gmem_code, gmem_digits, gmem_planes, plane1, plane2, gmem_tails, tails_words, gmem_starts,
+                     gmem_index, block, last ? last_rows : kBlockRows, last ? last_groups : full_groups, full_groups,
+                     out);
 }
