@@ -19,8 +19,8 @@ PIPES = ("integer", "fma", "memory", "other")
 atomics and shuffles, which go through the load/store unit; other: branches, barriers, POPC, the uniform datapath."""
 
 _NAMES = {
-    "integer": "BMSK FMNMX FSEL FSETP HMNMX2 IABS IADD IADD3 IMNMX ISCADD ISETP LEA LOP LOP3 MOV P2R PLOP3 PRMT R2P SEL "
-    "SGXT SHF SHL SHR VABSDIFF VIADD VIADDMNMX VIMNMX VIMNMX3",
+    "integer": "BMSK FMNMX FSEL FSETP HMNMX2 IABS IADD IADD3 IMNMX ISCADD ISETP LEA LOP LOP3 MOV P2R PLOP3 PRMT R2P "
+    "SEL SGXT SHF SHL SHR VABSDIFF VIADD VIADDMNMX VIMNMX VIMNMX3",
     "fma": "FADD FFMA FMUL HADD2 HFMA2 HMUL2 IDP IMAD IMUL",
     "memory": "ATOM ATOMG ATOMS LD LDG LDGSTS LDL LDS LDSM RED REDG SHFL ST STG STL STS STSM SYNCS UBLKCP",
 }
@@ -31,6 +31,8 @@ _LABEL = re.compile(r"^(\.L_x_\d+):$")
 _INSTRUCTION = re.compile(r"^/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)$")
 _TARGET = re.compile(r"`\((\.L_x_\d+)\)")
 _LOCATION = re.compile(r'File "([^"]+)", line (\d+)')
+
+_AROUND = "around: "
 
 Lines = frozenset[tuple[str, int]]
 """Lines of kernel texts: file, number from 1."""
@@ -110,30 +112,43 @@ def _without_end(code: list[Instruction]) -> tuple[Instruction, ...]:
 
 
 def block_lines(file: str, text: str) -> Lines:
-    """The lines of the block in braces that begins at the one line of a kernel text that starts with ``text``."""
+    """Lines of a block of a kernel text: the one that begins at the only line that starts with ``text``.
+
+    ``around: text`` is the innermost block in braces around that line. Raises ValueError unless there is one such line.
+    """
     lines = (sources.KERNELS / file).read_text().splitlines()
+    around, text = text.startswith(_AROUND), text.removeprefix(_AROUND)
     starts = [number for number, line in enumerate(lines, 1) if line.strip().startswith(text)]
     if len(starts) != 1:
         raise ValueError(f"expected one line that starts with {text!r} in {file}, got {len(starts)}")
-    depth, number = 0, starts[0]
-    for number in range(starts[0], len(lines) + 1):
-        line = lines[number - 1].strip()
-        line = line.removeprefix("}") if number == starts[0] else line
-        depth += line.count("{") - line.count("}")
-        if depth == 0 and line.endswith(("}", ";")):
-            break
-    return frozenset((file, at) for at in range(starts[0], number + 1))
+    start, depth = starts[0], 0
+    while around and depth >= 0:
+        start -= 1
+        depth += lines[start - 1].count("}") - lines[start - 1].count("{")
+    end = start + _first_end("\n".join([lines[start - 1].strip().removeprefix("}"), *lines[start:]]))
+    return frozenset((Path(file).name, number) for number in range(start, end + 1))
+
+
+def _first_end(text: str) -> int:
+    """Lines before the one in which the first block in braces ends, or the first statement if that comes before."""
+    braces = parentheses = 0
+    for at, character in enumerate(text):
+        parentheses += {"(": 1, ")": -1}.get(character, 0)
+        braces += {"{": 1, "}": -1}.get(character, 0)
+        if braces == 0 and (character == "}" or (character == ";" and parentheses == 0)):
+            return text.count("\n", 0, at)
+    return text.count("\n")
 
 
 def counted(function: Function, lines: Lines, loop: bool, without: Iterable[Lines] = ()) -> dict[str, int]:
     """Instructions per pipe of a block: of its loop, or of all that comes from its lines.
 
-    A loop is the outermost one of machine instructions of which most come from the block (the first, where the compiler
-    made several). Instructions from the lines of ``without`` are not counted.
+    A loop is the outermost one of machine instructions that come from the block, but for an eighth (the first such loop,
+    where the compiler made several). Instructions from the lines of ``without`` are not counted.
     """
     code: Sequence[Instruction] = function.instructions
     if loop:
-        mostly = [r for r in function.loops() if 2 * sum(bool(code[i].lines & lines) for i in r) > len(r)]
+        mostly = [r for r in function.loops() if 8 * sum(not code[i].lines & lines for i in r) <= len(r)]
         outer = [r for r in mostly if not any(r != o and o.start <= r.start and r.stop <= o.stop for o in mostly)]
         if not outer:
             raise ValueError(f"expected a loop among the instructions of lines {sorted(lines)[:2]}..., got none")

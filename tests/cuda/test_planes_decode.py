@@ -13,6 +13,7 @@ from bitforbit.codecs.planes import naive
 from bitforbit.codecs.planes.layout import PLANE_WIDTHS, Layout
 from bitforbit.cuda.planes import decode
 from bitforbit.errors import CorruptTensorError, UsageError
+from cuda_shim.emulation import queue as checked_queue
 from cuda_shim.emulation import run_everywhere
 from helpers.device_planes import CODEC, Case, encoded, hostile_bytes
 
@@ -174,6 +175,21 @@ def test_damage_is_noticed_where_the_cpu_notices_it(queue: Any, part: str) -> No
             assert case.decode(0, rows) == out.tobytes()
             agreed.add(False)
     assert True in agreed
+
+
+def test_damage_leads_to_no_access_outside_of_buffers() -> None:
+    rows, cols = 19, 150
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        kind = list(PLANE_WIDTHS)[seed % 2 * 3]
+        good = encoded(hostile_bytes(kind, False, rows * cols, seed, "zeros"), kind, False, rows, cols, 16)
+        parts = {name: part.copy() for name, part in good.parts.items()}
+        name = ("code", "digits", "tails")[seed % 3]
+        parts[name][:] = 0xFF if seed < 3 else rng.integers(0, 256, parts[name].size)
+        case = Case.of_parts(checked_queue("memory"), parts, Layout.from_config(good.config, kind, (rows, cols)))
+        case.decode(0, rows)
+        case.rows(np.array([0, rows - 1], np.int32))
+        assert case.status() == 1, (seed, name)
 
 
 def test_counts_that_contradict_the_digits(queue: Any) -> None:

@@ -20,7 +20,6 @@ KERNELS: tuple[Kernel, ...] = (DECODE, ROWS)
 
 _RESERVED_SHARED = 1024
 """Bytes of shared memory that the system takes per block of threads."""
-_STATIC_SHARED = 32
 _RESIDENT = 4
 """Blocks of threads per multiprocessor for which the kernels are compiled."""
 
@@ -92,7 +91,7 @@ def rows_config(geometry: Df11Geometry, count: int, properties: DeviceProperties
 
 
 def _resident(geometry: Df11Geometry, properties: DeviceProperties) -> int:
-    per_block = geometry.shared_bytes + _STATIC_SHARED + _RESERVED_SHARED
+    per_block = geometry.shared_bytes + _RESERVED_SHARED
     by_shared = (properties.shared_bytes_per_block + _RESERVED_SHARED) // per_block
     return properties.multiprocessors * max(1, min(by_shared, _RESIDENT))
 

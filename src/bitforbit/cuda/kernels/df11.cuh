@@ -7,16 +7,15 @@
 //      memory. Longer codes (about 1 in 2000) walk the stored tables, in shared memory too.
 //   2. Counts are summed up over lanes and, behind a barrier, over warps: now each thread knows its place.
 //   3. Exponents move from the slots to their places, gap-free and aligned as the output is. Barrier.
-//   4. All threads join exponents with signs and mantissas, 8 weights each: 8-byte loads, under way since before step
-//   1,
-//      and 16-byte stores, both in the order of threads.
+//   4. All threads join exponents with signs and mantissas, 8 weights each: 8-byte loads, under way since before
+//      step 1, and 16-byte stores, both in the order of threads.
 //
-// The budget, for 2.67 bits per exponent (48 codes per thread), from the SASS for sm_90a, where the slowest of 32 lanes
-// counts: 16.3 look-ups of 16 instructions per thread make 5.5 instructions per weight, what surrounds them 1.5, loads and
-// addresses 2.3, sums 2.3, moves to places 3, joins 2.8: about 17, 9 of them on the integer ALU. Shared memory per weight:
-// 2.7 bytes of look-ups, 2 of slots, 2 of places. A block of threads has 56 registers per thread, 47 KiB of shared
-// memory (codes of 2 bits or more) and 16 KiB under way: 12 of signs and mantissas and the next block's 4 of the stream.
-// Four of them run per multiprocessor with 228 KiB, three with 164, two with 100.
+// The budget, for 2.67 bits per exponent (48 codes per thread), counted in the SASS for sm_90a, where the slowest of 32
+// lanes decides: 16.3 look-ups of 16 instructions per thread make 5.5 instructions per weight, what surrounds them 1.3,
+// long codes 0.9, loads and addresses 2.3, sums 2.3, moves to places 3, joins 2.8: about 18, 10 of them on the integer
+// ALU. Shared memory per weight: 2.7 bytes of look-ups, 2 of slots, 2 of places. A block of threads has 56 registers
+// per thread, 47 KiB of shared memory (if no code has 1 bit) and 16 KiB under way: 12 of signs and mantissas and the
+// next block's 4 of the stream. Four run per multiprocessor with 228 KiB, three with 164, two with 100.
 #pragma once
 #include "portable.cuh"
 
@@ -61,9 +60,9 @@ struct Unit {
 struct Shared {
   uint2* lookups;  // [kLookups]
   u8* rows;        // [rows][256]
+  u32* totals;     // [kWarps] [15:0] exponents of a warp, [31:16] bits of its last one beyond its last thread's
   u32* slots;      // [slot_words][kThreads]
   u8* exponents;   // [block_symbols + 7], padded to 16
-  u32* totals;     // [kWarps] [15:0] exponents of a warp, [31:16] bits of its last one beyond its last thread's
 };
 
 // What a thread needs of memory for one block, as stored: nothing here waits for the loads.
@@ -82,13 +81,13 @@ __device__ __forceinline__ uint2 checked(uint2 entry, u32 shortest) {
   return good ? entry : make_uint2(kLong, 0);
 }
 
-__device__ __forceinline__ Shared load_tables(const Unit& unit, u8* smem, u32* smem_totals) {
+__device__ __forceinline__ Shared load_tables(const Unit& unit, u8* smem) {
   Shared shared;
   shared.lookups = reinterpret_cast<uint2*>(smem);
   shared.rows = smem + kLookups * sizeof(uint2);
-  shared.slots = reinterpret_cast<u32*>(shared.rows + unit.rows * kRowBytes);
+  shared.totals = reinterpret_cast<u32*>(shared.rows + unit.rows * kRowBytes);
+  shared.slots = shared.totals + kWarps;
   shared.exponents = reinterpret_cast<u8*>(shared.slots + unit.slot_words * kThreads);
-  shared.totals = smem_totals;
   const uint4* from = reinterpret_cast<const uint4*>(unit.tables);
   for (u32 i = threadIdx.x; i < kLookups / 2; i += kThreads) {
     const uint4 two = from[i];

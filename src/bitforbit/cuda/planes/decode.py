@@ -39,7 +39,7 @@ INDEX = Kernel(
     (Pointer, Pointer, Pointer, U64, Pointer, U64, U64, U32, U32, U32, Pointer, Pointer),
 )  # fmt: skip
 
-_SOURCE = (Pointer, Pointer, Pointer, U64, U64, Pointer, U64, Pointer, Pointer, U64, U32)
+_SOURCE = (Pointer, Pointer, Pointer, U64, U64, Pointer, U64, Pointer, Pointer, U32, U32, U64, U32, U32)
 # (kind, wide) -> BITFORBIT_KIND of the text.
 _KINDS = {
     ("BF16", False): "0", ("F16", False): "1", ("F32", False): "2", ("F8_E4M3", False): "3", ("F8_E5M2", False): "4",
@@ -177,10 +177,13 @@ def _aligned(what: str, address: int) -> None:
 def _source(parts: Parts, layout: Layout, workspace: int) -> tuple[int, ...]:
     (code, _), (digits, _), (planes, _), (tails, tails_bytes) = _checked(parts, layout, workspace)
     plane_bytes = (*layout.plane_bytes, 0, 0)
-    index = workspace + _starts_bytes(layout)
+    index, last_rows = workspace + _starts_bytes(layout), layout.block_rows(layout.blocks - 1)
+    geometry = (
+        layout.cols, layout.groups_in(BLOCK_ROWS), layout.blocks, last_rows, layout.groups_in(last_rows),
+    )  # fmt: skip
     return (
         code, digits, planes, plane_bytes[0], plane_bytes[0] + plane_bytes[1], tails, tails_bytes // 4,
-        workspace, index, layout.rows, layout.cols,
+        workspace, index, *geometry,
     )  # fmt: skip
 
 

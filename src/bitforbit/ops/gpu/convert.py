@@ -103,7 +103,8 @@ def df11_prepare(
 ) -> tuple[Df11Geometry, Tensors]:
     """A unit of a DFloat11 file, made ready for kernels: its geometry and its four parts on a device.
 
-    ``unit``: itself, or its luts, encoded_exponent, sign_mantissa, output_positions and gaps by name. The device may be a CPU, from which the parts move to a GPU later. Raises Df11FormatError and its kinds.
+    ``unit``: itself, or its luts, encoded_exponent, sign_mantissa, output_positions and gaps by name.
+    The device may be a CPU, from which the parts move to a GPU later. Raises Df11FormatError and its kinds.
     """
     arrays: Mapping[str, npt.NDArray[Any]] = unit.tensors() if isinstance(unit, Df11Unit) else unit
     names = ("luts", "encoded_exponent", "sign_mantissa", "output_positions", "gaps")
