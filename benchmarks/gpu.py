@@ -33,7 +33,7 @@ KILL_SECONDS = 5
 NO_GPU = 2
 
 MODELS = "tests/gpu/test_models_gpu.py"
-BENCHMARKS = ("decode", "model", "load")
+BENCHMARKS = ("decode", "linear", "model", "load")
 TESTS = {
     "kernels": ("tests/cuda", "tests/gpu/test_launcher_gpu.py"),
     "operators": ("tests/ops", "tests/gpu", "--ignore=tests/gpu/test_launcher_gpu.py", f"--ignore={MODELS}"),
@@ -85,6 +85,7 @@ def steps(dry_run: bool, work: Path) -> list[Step]:
         benchmarks["decode"],
         tests["operators"],
         benchmarks["model"],
+        benchmarks["linear"],
         tests["models"],
         benchmarks["load"],
     ]
