@@ -63,7 +63,7 @@ def steps(dry_run: bool, work: Path) -> list[Step]:
         found.append(Step("build", (python, *pip, "."), 180))
     found.append(Step("facts", (python, "-m", "benchmarks.gpu_common", "--json", str(facts), *small), 60, result=facts))
     only = ("--collect-only", "tests/gpu") if dry_run else ("--timeout=100", *(t for t in TESTS if (ROOT / t).exists()))
-    found.append(Step("tests", (*pytest, *only), 150))
+    found.append(Step("tests", (*pytest, *only), 130))
     for name in BENCHMARKS:
         file = work / f"{name}.json"
         command = (python, "-m", f"benchmarks.gpu_{name}", "--json", str(file), *small)
@@ -81,10 +81,10 @@ def find_sanitizer() -> str | None:
 
 
 def environment(dry_run: bool) -> dict[str, str]:
-    """The commands' environment: the package from ``build/gpu``, and nothing that reaches for the network."""
+    """The commands' environment: the package from ``build/gpu`` (as installed in a dry run), and no network."""
     values = {key: value for key, value in os.environ.items() if not key.startswith("PIP_")}
-    paths = [str(ROOT / "src")] if dry_run else [str(BUILD / "site")]
-    values["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
+    if not dry_run:
+        values["PYTHONPATH"] = os.pathsep.join([str(BUILD / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
     values.setdefault("BITFORBIT_CACHE", str(BUILD / "cache"))
     return {**values, "HF_HUB_OFFLINE": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PYTHONUNBUFFERED": "1"}
 
@@ -153,7 +153,8 @@ def has_gpu() -> bool:
 
 def file_name(result: dict[str, Any]) -> str:
     """``gpu-<device>-<date>.json``."""
-    name = result.get("device", {}).get("name", "emulated").lower().replace("nvidia", "")
+    unknown = "emulated" if result["dry_run"] else "unknown"
+    name = result.get("device", {}).get("name", unknown).lower().replace("nvidia", "")
     slug = re.sub(r"[^a-z0-9]+", "-", name).strip("-")
     return f"gpu-{slug}-{result['date']}.json"
 
@@ -212,7 +213,7 @@ def main(arguments: list[str]) -> int:
                 result.update(content if step.name == "facts" else {step.name.removeprefix("benchmark "): content})
                 if chosen.commit and "machine" in result:
                     result["machine"]["commit"] = chosen.commit
-            if "machine" in result:
+            if step.name != "build":  # the name of the file comes with the facts
                 write(result, folders)
         _say("\n" + summary(result) + "\n", log)
     return 0 if all(step["status"] == "passed" for step in result["steps"]) else 1

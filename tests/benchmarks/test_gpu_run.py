@@ -78,10 +78,11 @@ def test_nothing_of_pips_settings_reaches_the_build(monkeypatch: pytest.MonkeyPa
 
 def test_file_names() -> None:
     assert (
-        gpu.file_name({"device": {"name": "NVIDIA H100 80GB HBM3"}, "date": "2026-01-02"})
+        gpu.file_name({"device": {"name": "NVIDIA H100 80GB HBM3"}, "date": "2026-01-02", "dry_run": False})
         == "gpu-h100-80gb-hbm3-2026-01-02.json"
     )
-    assert gpu.file_name({"date": "2026-01-02"}) == "gpu-emulated-2026-01-02.json"
+    assert gpu.file_name({"date": "2026-01-02", "dry_run": True}) == "gpu-emulated-2026-01-02.json"
+    assert gpu.file_name({"date": "2026-01-02", "dry_run": False}) == "gpu-unknown-2026-01-02.json"
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,3 +123,35 @@ def figures(value: Any, name: str = "") -> list[Any]:
         return [found for inner in value for found in figures(inner, name)]
     measured = name in MEASURED or name.endswith("_seconds") or name == "peak_bytes"
     return [(name, value)] if measured and value is not None else []
+
+
+def test_what_fails_is_noted_and_does_not_stop_the_rest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gpu_common = pytest.importorskip("benchmarks.gpu_common", reason="needs torch")
+    report = gpu_common.Report(tmp_path / "result.json")
+    report.put(first=1)
+    assert report.attempt("division", lambda: 1 // 0) is None
+    assert report.attempt("sum", lambda: 1 + 1) == 2
+    report.put(last=2)
+    assert json.loads((tmp_path / "result.json").read_text()) == {
+        "errors": {"division": "ZeroDivisionError: integer division or modulo by zero"},
+        "first": 1,
+        "last": 2,
+    }
+    assert report.end() == 1
+    assert "FAILED division" in capsys.readouterr().out
+
+
+def test_the_gate_names_the_first_difference() -> None:
+    torch = pytest.importorskip("torch")
+    from benchmarks.gpu_common import same_bits
+
+    zeros = torch.zeros(2, 3, dtype=torch.bfloat16)
+    same_bits(zeros.clone(), zeros, "zeros")
+    nan = torch.full((2, 3), float("nan"), dtype=torch.bfloat16)
+    same_bits(nan.clone(), nan, "nan")
+    other = zeros.clone()
+    other[1, 0] = -0.0
+    with pytest.raises(AssertionError, match="minus: 1 elements differ, the first at 3"):
+        same_bits(other, zeros, "minus")
+    with pytest.raises(AssertionError, match="shapes: expected"):
+        same_bits(zeros, zeros[:1], "shapes")

@@ -22,7 +22,8 @@ def test_row_ranges_are_encoded_anew(queue: Queue, kind: str, wide: bool) -> Non
     words = dtypes.join(exponents, rest, layout)
     data = (words.astype("<u4") << 16 if wide else words.astype(f"<u{layout.itemsize}")).reshape(rows, cols)
 
-    whole = encode.encode(queue, queue.upload(data.tobytes()).address, kind, wide, rows, cols, always=True)
+    matrix = queue.upload(data.tobytes())
+    whole = encode.encode(queue, matrix.address, kind, wide, rows, cols, always=True)
     assert whole is not None
     geometry = Layout(kind, rows, cols, whole[0])
     parts = [(part.address, part.nbytes) for part in whole[1].values()]

@@ -6,11 +6,11 @@ import json
 
 import pytest
 import torch
-from gpu_weights import LAYOUTS
 from torch.nn import functional
 
 from bitforbit import ops
 from bitforbit.ops.gpu import Policy, slices
+from helpers.gpu_weights import LAYOUTS
 from torch_helpers import assert_same_bits, gaussian
 
 CPU = torch.device("cpu")

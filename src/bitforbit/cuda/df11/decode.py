@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bitforbit.codecs.df11.unit import THREADS_PER_BLOCK
-from bitforbit.cuda.df11.geometry import PARTS, Df11Geometry
+from bitforbit.cuda.df11.geometry import GAP_BYTES, HEADER_BYTES, PARTS, THREADS, Df11Geometry
 from bitforbit.cuda.kernel import U32, U64, DeviceProperties, Kernel, LaunchConfig, Pointer
 from bitforbit.cuda.queue import Queue
 from bitforbit.errors import CorruptTensorError, UsageError
@@ -13,7 +12,7 @@ from bitforbit.errors import CorruptTensorError, UsageError
 Part = tuple[int, int]
 """Address and length in bytes of a part."""
 
-_UNIT = (Pointer, Pointer, Pointer, Pointer, U32, U32, U32, U32, U32, U32, U32)
+_UNIT = (Pointer, Pointer, Pointer, Pointer, Pointer, U32, U32, U32, U32, U32, U32, U32)
 
 DECODE = Kernel("df11_decode", "df11.cu", (*_UNIT, U32, U32, U32, U32, Pointer, Pointer))
 ROWS = Kernel("df11_rows", "df11.cu", (*_UNIT, U32, U32, U32, Pointer, U32, U64, Pointer, Pointer))
@@ -21,8 +20,7 @@ KERNELS: tuple[Kernel, ...] = (DECODE, ROWS)
 
 _RESERVED_SHARED = 1024
 """Bytes of shared memory that the system takes per block of threads."""
-_STATIC_SHARED = 64
-_RESIDENT = 2
+_RESIDENT = 4
 """Blocks of threads per multiprocessor for which the kernels are compiled."""
 
 
@@ -31,8 +29,8 @@ def decode(
 ) -> None:
     """Decode the unit's weights [begin, end) as BF16 to ``out``, which has an even address.
 
-    Fastest where ``out - 2 * begin`` is a multiple of 16, as for a matrix that begins at a multiple of 8 weights. status:
-    address of a u32, or 0; gets bit 0 where the data is corrupt. Raises UsageError for a range beyond the unit,
+    Fastest where ``out - 2 * begin`` is a multiple of 16, as for a matrix that begins at a multiple of 8 weights.
+    status: address of a u32, or 0; gets bit 0 where the data is corrupt. Raises UsageError for a range beyond the unit,
     CorruptTensorError for parts of other lengths.
     """
     _check(parts, geometry)
@@ -83,17 +81,17 @@ def decode_config(geometry: Df11Geometry, blocks: int, properties: DevicePropert
     """For blocks of the stream: as many blocks of threads as run at once, each with the same share."""
     resident = _resident(geometry, properties)
     shares = -(-blocks // resident)
-    return LaunchConfig.linear(-(-blocks // shares), THREADS_PER_BLOCK, geometry.shared_bytes)
+    return LaunchConfig.linear(-(-blocks // shares), THREADS, geometry.shared_bytes)
 
 
 def rows_config(geometry: Df11Geometry, count: int, properties: DeviceProperties) -> LaunchConfig:
     """For rows: as many blocks of threads as run at once, at most one per row."""
     grid = min(count, _resident(geometry, properties))
-    return LaunchConfig.linear(grid, THREADS_PER_BLOCK, geometry.shared_bytes)
+    return LaunchConfig.linear(grid, THREADS, geometry.shared_bytes)
 
 
 def _resident(geometry: Df11Geometry, properties: DeviceProperties) -> int:
-    per_block = geometry.shared_bytes + _STATIC_SHARED + _RESERVED_SHARED
+    per_block = geometry.shared_bytes + _RESERVED_SHARED
     by_shared = (properties.shared_bytes_per_block + _RESERVED_SHARED) // per_block
     return properties.multiprocessors * max(1, min(by_shared, _RESIDENT))
 
@@ -108,8 +106,9 @@ def _check(parts: Sequence[Part], geometry: Df11Geometry) -> None:
 
 def _unit(parts: Sequence[Part], geometry: Df11Geometry) -> tuple[int, ...]:
     """The kernels' parameters that describe the unit."""
-    addresses = tuple(address for address, _ in parts)
+    (tables, _), (stream, _), (sign_mantissa, _), (index, _) = parts
+    gaps = index + HEADER_BYTES
     return (
-        *addresses, geometry.blocks, geometry.elements, geometry.stream_bytes // 4, geometry.table_rows,
-        geometry.shortest, geometry.slot_words, geometry.block_symbols,
+        tables, stream, sign_mantissa, gaps, gaps + GAP_BYTES * geometry.blocks, geometry.blocks, geometry.elements,
+        geometry.stream_bytes // 4, geometry.table_rows, geometry.shortest, geometry.slot_words, geometry.block_symbols,
     )  # fmt: skip

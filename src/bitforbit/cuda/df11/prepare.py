@@ -17,7 +17,7 @@ _WALKED_BITS = 16
 
 _LONG = 0x80
 _COUNT_SHIFT = 11
-_ENDS_SHIFT = 18
+_ENDS_SHIFT = 19
 
 
 def prepare(
@@ -103,4 +103,4 @@ def _first_codes(luts: U8) -> npt.NDArray[np.uint32]:
 
 def _pad(array: U8) -> U8:
     missing = padded(array.size) - array.size
-    return np.pad(array, (0, missing)) if missing else array
+    return np.pad(array, (0, missing)) if missing else np.ascontiguousarray(array)

@@ -11,7 +11,7 @@ constexpr u32 kSignMantissaPair = 0x807F807F;  // of a pair: [31], [22:16], [15]
 constexpr u32 kExponentPair = 0x00800080;      // a pair of ones at the exponents' lowest bits
 
 constexpr u32 kHeaderBase = 64, kHeaderEntryBytes = 68;
-constexpr u32 kNarrowBytes = 2, kWideBytes = 4;
+constexpr u32 kWideBytes = 4;  // of an entry; narrow ones have 2
 
 #ifdef BITFORBIT_CUDA_SHIM
 
@@ -75,9 +75,18 @@ __device__ __forceinline__ void decode_lane(const u32 (&word)[8], const u32 (&co
 }
 
 // Where a tile's weights lie in shared memory, as half-word indices. A lane's four registers of a step stay side by
-// side (16 bytes); those of step i are moved among four lanes (l to l ^ i), so that ldmatrix finds eight steps' and
-// lanes' worth of a row in different banks.
-__device__ __forceinline__ u32 staged(u32 position) { return position ^ (position >> 8 << 3); }
+// side (16 bytes); lanes l and l ^ i change places at step i, so that the eight rows of an ldmatrix, two lanes at four
+// steps, lie in different banks.
+__device__ __forceinline__ u32 staged(u32 position) { return position ^ (position >> 5 & 0x18); }
+
+// Writes a lane's weights of a tile to shared memory.
+__device__ __forceinline__ void stage(const u32 (&pair)[kPairs], u16* smem_tile, u32 lane) {
+#pragma unroll
+  for (u32 i = 0; i < 4; ++i) {
+    *reinterpret_cast<uint4*>(smem_tile + 256 * i + (8 * lane ^ 8 * i)) =
+        make_uint4(pair[4 * i], pair[4 * i + 1], pair[4 * i + 2], pair[4 * i + 3]);
+  }
+}
 
 struct Header {
   u32 base_pair;  // base at [14:7] and [30:23]
@@ -112,4 +121,31 @@ __device__ __forceinline__ u32 entry_exponent(u32 entry, const Header& header) {
 
 __device__ __forceinline__ u16 with_exponent(u16 weight, u32 exponent) {
   return static_cast<u16>((weight & ~kExponentBits) | exponent << 7);
+}
+
+// A run's escapes: lane j has the first entry and the number of entries of the run's tile j. At most 31 tiles.
+struct RunEscapes {
+  u32 first, count;
+};
+
+__device__ __forceinline__ RunEscapes load_run_escapes(const u32* gmem_offsets, u64 tile, u32 tiles, u32 capacity,
+                                                       u32 lane) {
+  const u32 first = min(__ldg(gmem_offsets + tile + min(lane, tiles)), capacity);
+  const u32 next = __shfl_down_sync(kAllLanes, first, 1);
+  return {first, next > first ? min(next - first, kTileWeights) : 0};
+}
+
+// Puts the exponents of a tile's escapes in place: lane e has entry e. Called by all lanes of a warp.
+__device__ __forceinline__ void patch(u16* smem_tile, u32 lane, const u8* gmem_escapes, u32 entry, u32 first,
+                                      u32 entries, const Header& header) {
+  for (u32 done = 0;;) {
+    const u32 exponent = entry_exponent(entry, header);
+    if (done + lane < entries) {
+      u16* weight = smem_tile + staged(entry & (kTileWeights - 1));  // [9:0] position
+      *weight = with_exponent(*weight, exponent);
+    }
+    done += kWarp;
+    if (done >= entries) return;  // more than 32 are rare
+    entry = done + lane < entries ? load_entry(gmem_escapes, first + done + lane, header.wide) : 0;
+  }
 }

@@ -1,23 +1,11 @@
-// Tiles to BF16 rows. A warp takes a run of tiles side by side; of each it loads the next tile's words and escapes,
-// decodes this one's to shared memory, patches the escapes there, one per lane, and stores whole rows of 128 bytes.
+// Tiles to BF16 rows. A warp takes a run of tiles side by side. It decodes a tile to shared memory, loads the next one
+// into the registers that are free now, patches this one's escapes, a lane for each, and stores rows of 128 bytes.
 //
 // Safe for any content of the parts: what comes from memory is clamped before it becomes an address or a count.
 #include "ldmatrix.cuh"
 #include "tiles.cuh"
 
 constexpr u32 kThreads = 256, kWarps = kThreads / kWarp;
-
-// A run's escapes: lane j has the first entry and the number of entries of the run's tile j. At most 31 tiles.
-struct RunEscapes {
-  u32 first, count;
-};
-
-__device__ __forceinline__ RunEscapes load_run_escapes(const u32* gmem_offsets, u64 tile, u32 tiles, u32 capacity,
-                                                       u32 lane) {
-  const u32 first = min(__ldg(gmem_offsets + tile + min(lane, tiles)), capacity);
-  const u32 next = __shfl_down_sync(kAllLanes, first, 1);
-  return {first, next > first ? min(next - first, kTileWeights) : 0};
-}
 
 // Where a run's rows begin and end: row of the output that a tile's row 0 has, modulo 2^32, and number of rows. Rows
 // before the first have numbers near 2^32; the output has fewer than 2^31.
@@ -44,29 +32,34 @@ __device__ __forceinline__ void store_tile_wide(const u16* smem_tile, u32 lane, 
   }
 }
 
-// The same for any number of columns, weight by weight.
+// The same for any number of columns, 4 bytes at a time: lane l has columns 2l and 2l + 1. Where a row begins at an odd
+// element, the two that lie in one word are a high half and the next lane's low half.
 __device__ __forceinline__ void store_tile_any(const u16* smem_tile, u32 lane, u16* gmem_out, Rows rows, u32 col,
                                                u32 cols) {
-  for (u32 i = lane; i < kTileWeights; i += kWarp) {
-    const u32 r = i / kTileCols, c = i % kTileCols, row = rows.first + r;
-    const u32 position = c / 16 * 256 + r % 8 * 32 + c % 8 / 2 * 8 + (c / 8 % 2 * 2 + r / 8) * 2 + c % 2;
-    if (row < rows.count && c < cols - col)
-      gmem_out[static_cast<u64>(row) * cols + col + c] = smem_tile[staged(position)];
-  }
-}
-
-// Puts the exponents of a tile's escapes in place: lane e has entry e. Called by all lanes of a warp.
-__device__ __forceinline__ void patch(u16* smem_tile, u32 lane, const u8* gmem_escapes, u32 entry, u32 first,
-                                      u32 entries, const Header& header) {
-  for (u32 done = 0;;) {
-    const u32 exponent = entry_exponent(entry, header);
-    if (done + lane < entries) {
-      u16* weight = smem_tile + staged(entry & (kTileWeights - 1));  // [9:0] position
-      *weight = with_exponent(*weight, exponent);
+  const u32 step = lane >> 3;
+  const u16* smem_pair = smem_tile + 256 * step + 8 * ((lane & 3) ^ step) + 4 * (lane >> 2 & 1);
+  col += 2 * lane;
+#pragma unroll 4
+  for (u32 r = 0; r < kTileRows; ++r) {
+    const u32 row = rows.first + r, pair = *reinterpret_cast<const u32*>(smem_pair + 32 * (r % 8) + 2 * (r / 8));
+    const u32 next = __shfl_down_sync(kAllLanes, pair, 1);
+    if (row >= rows.count) continue;
+    const u64 index = static_cast<u64>(row) * cols + col;
+    u16* gmem = gmem_out + index;
+    if (index % 2 == 0) {
+      if (col + 1 < cols) {
+        *reinterpret_cast<u32*>(gmem) = pair;
+      } else if (col < cols) {
+        *gmem = static_cast<u16>(pair);
+      }
+    } else {
+      if (lane == 0) *gmem = static_cast<u16>(pair);
+      if (lane < kWarp - 1 && col + 2 < cols) {
+        *reinterpret_cast<u32*>(gmem + 1) = pair >> 16 | next << 16;
+      } else if (col + 1 < cols) {
+        gmem[1] = static_cast<u16>(pair >> 16);
+      }
     }
-    done += kWarp;
-    if (done >= entries) return;  // more than 32 are rare
-    entry = done + lane < entries ? load_entry(gmem_escapes, first + done + lane, header.wide) : 0;
   }
 }
 
@@ -95,11 +88,7 @@ __device__ __forceinline__ void decode_run(const u8* gmem_tiles, const u8* gmem_
   for (u32 j = 0; j < count; ++j) {
     u32 pair[kPairs];
     decode_lane(word, code, header.base_pair, pair);
-#pragma unroll
-    for (u32 i = 0; i < 4; ++i) {
-      *reinterpret_cast<uint4*>(smem_tile + staged(256 * i + 8 * lane)) =
-          make_uint4(pair[4 * i], pair[4 * i + 1], pair[4 * i + 2], pair[4 * i + 3]);
-    }
+    stage(pair, smem_tile, lane);
     const u32 this_first = first_entry, this_entries = entries, this_entry = entry;
     if (j + 1 < count) {
       gmem_tile += kTileBytes;

@@ -1,9 +1,9 @@
 """Decoding of the ``planes`` codec: from its four parts in device memory to floats.
 
 Outline (docs/format.md, section 3): which tail digits a weight takes depends on all weights of its 16-row block before
-it. :func:`prepare` counts once and leaves in a workspace where the digits of each *chunk* of 64 groups (4096 weights)
+it. :func:`prepare` counts once and leaves in a workspace where the digits of each *chunk* of 128 groups (8192 weights)
 begin; with that, :func:`decode` and :func:`rows` give every chunk to a thread block of its own. The workspace costs
-16 bytes per chunk (0.03 bits per weight) and 32 bytes per block.
+16 bytes per chunk (0.02 bits per weight) and 32 bytes per block.
 
 Limits: rows x (columns + 64) of a block below 2^32, as the format has it; the number of elements is not limited.
 """
@@ -21,10 +21,10 @@ from bitforbit.errors import CorruptTensorError, UsageError
 Parts = Sequence[tuple[int, int]]
 """(address, bytes) of code, digits, sign_mantissa and tails."""
 
-CHUNK_GROUPS = 64
+CHUNK_GROUPS = 128
 ENTRY_BYTES = 16
 START_BYTES = 32
-DECODE_THREADS = 256
+DECODE_THREADS = 128
 SCAN_THREADS = 1024
 INDEX_THREADS = 256
 MAX_GRID_X = (1 << 31) - 1
@@ -39,7 +39,7 @@ INDEX = Kernel(
     (Pointer, Pointer, Pointer, U64, Pointer, U64, U64, U32, U32, U32, Pointer, Pointer),
 )  # fmt: skip
 
-_SOURCE = (Pointer, Pointer, Pointer, U64, U64, Pointer, U64, Pointer, Pointer, U64, U32)
+_SOURCE = (Pointer, Pointer, Pointer, U64, U64, Pointer, U64, Pointer, Pointer, U32, U32, U64, U32, U32)
 # (kind, wide) -> BITFORBIT_KIND of the text.
 _KINDS = {
     ("BF16", False): "0", ("F16", False): "1", ("F32", False): "2", ("F8_E4M3", False): "3", ("F8_E5M2", False): "4",
@@ -177,10 +177,13 @@ def _aligned(what: str, address: int) -> None:
 def _source(parts: Parts, layout: Layout, workspace: int) -> tuple[int, ...]:
     (code, _), (digits, _), (planes, _), (tails, tails_bytes) = _checked(parts, layout, workspace)
     plane_bytes = (*layout.plane_bytes, 0, 0)
-    index = workspace + _starts_bytes(layout)
+    index, last_rows = workspace + _starts_bytes(layout), layout.block_rows(layout.blocks - 1)
+    geometry = (
+        layout.cols, layout.groups_in(BLOCK_ROWS), layout.blocks, last_rows, layout.groups_in(last_rows),
+    )  # fmt: skip
     return (
         code, digits, planes, plane_bytes[0], plane_bytes[0] + plane_bytes[1], tails, tails_bytes // 4,
-        workspace, index, layout.rows, layout.cols,
+        workspace, index, *geometry,
     )  # fmt: skip
 
 
