@@ -143,8 +143,8 @@ def _first_end(text: str) -> int:
 def counted(function: Function, lines: Lines, loop: bool, without: Iterable[Lines] = ()) -> dict[str, int]:
     """Instructions per pipe of a block: of its loop, or of all that comes from its lines.
 
-    A loop is the outermost one of machine instructions that come from the block, but for an eighth (the first such loop,
-    where the compiler made several). Instructions from the lines of ``without`` are not counted.
+    A loop is the outermost one of machine instructions that come from the block, but for an eighth (the first such
+    loop, where the compiler made several). Instructions from the lines of ``without`` are not counted.
     """
     code: Sequence[Instruction] = function.instructions
     if loop:
