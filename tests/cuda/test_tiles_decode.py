@@ -145,6 +145,11 @@ def test_arguments_that_are_refused() -> None:
         wrong[i] = (256, nbytes)
         with pytest.raises(CorruptTensorError, match=f"parts? .*{PARTS[i]}.*got.*{nbytes}"):
             decode.decode(queue, wrong, layout, 0, 20, 256)
+    for misaligned in ([(264, parts[0][1]), *parts[1:]], [*parts[:3], (258, 128)]):
+        with pytest.raises(UsageError, match="multiples of 16"):
+            decode.decode(queue, misaligned, layout, 0, 20, 256)
+    with pytest.raises(UsageError, match="multiples of 16"):
+        decode.decode(queue, parts, layout, 0, 20, 258)
     with pytest.raises(UsageError, match="4 or 8 bytes"):
         decode.rows(queue, parts, layout, 256, 2, 1, 256)
     with pytest.raises(UsageError, match="fewer at once"):

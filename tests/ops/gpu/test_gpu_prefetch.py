@@ -65,7 +65,7 @@ class Model:
         self.checked = 0
 
     def create(self, rows: int) -> Weight:
-        parts = tuple(self.simulation.empty(16) for _ in range(4))
+        parts = tuple(self.simulation.bytes(16) for _ in range(4))
         self.values.append(0)
         weight = Weight(Simulated(rows, 64), parts)
         self.write(weight, len(self.values) - 1, in_place=False)
@@ -94,7 +94,7 @@ class Model:
         simulation, weight, value = self.simulation, self.weights[index], self.values[index]
 
         def product(matrix: torch.Tensor) -> torch.Tensor:
-            out = simulation.empty(32)
+            out = simulation.bytes(32)
             place, target = simulation.place(matrix), simulation.place(out)
             assert place[1] - place[0] == weight.geometry.matrix_bytes
 
@@ -297,7 +297,7 @@ def test_the_order_keeps_no_weight_alive():
     successors = Successors()
     prefetcher = Prefetcher(simulation, successors, Policy())
     for _ in range(3000):
-        weight = Weight(Simulated(1, 64), tuple(simulation.empty(16) for _ in range(4)))
+        weight = Weight(Simulated(1, 64), tuple(simulation.bytes(16) for _ in range(4)))
         successors.visit(weight)
     del weight
     assert simulation.used == 0

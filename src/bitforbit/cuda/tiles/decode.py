@@ -77,10 +77,10 @@ def decode(queue: Queue, parts: Parts, layout: TileLayout, begin: int, end: int,
     """Decode rows [begin, end) to ``out``, BF16 [end - begin, cols] in device memory.
 
     ``parts``: address and bytes of tiles, escapes, offsets, header; addresses are multiples of 16, as is ``out``.
-    Raises UsageError for rows outside the matrix, CorruptTensorError for parts of wrong lengths. Parts of right lengths
-    that are damaged give wrong weights, and no access outside of them.
+    Raises UsageError for rows outside the matrix and other alignments, CorruptTensorError for parts of wrong lengths.
+    Parts of right lengths that are damaged give wrong weights, and no access outside of them.
     """
-    check_parts(parts, layout)
+    check_parts(parts, layout, out)
     if begin == end and 0 <= begin <= layout.rows:
         return
     plan = decode_plan(layout, begin, end, queue.properties)
@@ -99,7 +99,7 @@ def rows(
     ``ids``: address of int32 (``id_bytes`` 4) or int64 (8) in device memory. An id outside the matrix gives a row of
     zeros and sets bit 2 of the u32 at ``status`` (0: nowhere). Parts and errors as for :func:`decode`.
     """
-    check_parts(parts, layout)
+    check_parts(parts, layout, out)
     if id_bytes not in (4, 8):
         raise UsageError(f"expected ids of 4 or 8 bytes, got {id_bytes}")
     if count == 0:
@@ -111,9 +111,14 @@ def rows(
     )  # fmt: skip
 
 
-def check_parts(parts: Parts, layout: TileLayout) -> None:
-    """Raise CorruptTensorError unless the parts have the lengths of the layout."""
-    (_, tiles), (_, escapes), (_, offsets), (_, header) = parts
+def check_parts(parts: Parts, layout: TileLayout, out: int) -> None:
+    """Raise CorruptTensorError unless the parts have the lengths of the layout, UsageError unless all are aligned."""
+    (at_tiles, tiles), (at_escapes, escapes), (at_offsets, offsets), (at_header, header) = parts
+    if (at_tiles | at_escapes | at_offsets | at_header | out) % ALIGNMENT:
+        raise UsageError(
+            f"expected addresses of parts and output that are multiples of {ALIGNMENT}, "
+            f"got {[hex(at) for at, _ in parts]}, {out:#x}"
+        )
     expected = _expected_bytes(layout)
     if (tiles, offsets, header) != expected:
         raise CorruptTensorError(
