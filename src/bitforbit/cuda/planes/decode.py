@@ -2,8 +2,9 @@
 
 Outline (docs/format.md, section 3): which tail digits a weight takes depends on all weights of its 16-row block before
 it. :func:`prepare` counts once and leaves in a workspace where the digits of each *chunk* of 128 groups (8192 weights)
-begin; with that, :func:`decode` and :func:`rows` give every chunk to a thread block of its own. The workspace costs
-16 bytes per chunk (0.02 bits per weight) and 32 bytes per block.
+begin; with that, :func:`decode` and :func:`rows` give every chunk to a thread block of its own, so that a matrix of few
+blocks keeps a GPU busy too, and no digit is read twice but for the one group that two chunks share per level. The
+workspace costs 16 bytes per chunk (0.02 bits per weight) and 32 bytes per block.
 
 Limits: rows x (columns + 64) of a block below 2^32, as the format has it; the number of elements is not limited.
 """
