@@ -20,7 +20,7 @@ import torch
 import bitforbit.ops  # noqa: F401  (registers the operators)
 from benchmarks import gpu_common
 from benchmarks.common import table
-from benchmarks.gpu_common import Meter, same_bits
+from benchmarks.gpu_common import Meter, Report, same_bits
 from bitforbit.codecs.base import Bytes
 from bitforbit.cpu import default_threads
 from bitforbit.ops import gpu
@@ -141,14 +141,15 @@ def planes(meter: Meter, matrix: torch.Tensor, packed: Mapping[str, torch.Tensor
     assert converted is not None
     for name, part in packed.items():
         same_bits(converted[name], part, f"{name} of tiles from planes")
-    per_table, back = gpu.tiles_to_planes(tuple(packed.values()), rows, cols)
-    assert per_table == encoded.config["rows_per_table"]
-    for name in PARTS:
-        same_bits(back[name], encoded.parts[name], f"{name} of planes from tiles")
+    if packed:
+        per_table, back = gpu.tiles_to_planes(tuple(packed.values()), rows, cols)
+        assert per_table == encoded.config["rows_per_table"]
+        for name in PARTS:
+            same_bits(back[name], encoded.parts[name], f"{name} of planes from tiles")
     traffic, bits = nbytes(parts) + nbytes([matrix]), 8 * nbytes(parts) / matrix.numel()
     sets = copies(parts, meter.rotations(traffic))
     times = meter.microseconds(bound(decode, sets, *shape, torch.bfloat16, 0, rows))
-    both = nbytes(parts) + nbytes(list(packed.values()))
+    both = nbytes(parts) + nbytes(list(converted.values()))
     return [
         Row("planes to BF16", (rows, cols), traffic, times, bits),
         Row(
@@ -162,7 +163,7 @@ def planes(meter: Meter, matrix: torch.Tensor, packed: Mapping[str, torch.Tensor
             "tiles to planes",
             (rows, cols),
             both,
-            meter.eager_microseconds(lambda: gpu.tiles_to_planes(tuple(packed.values()), rows, cols)),
+            meter.eager_microseconds(lambda: gpu.tiles_to_planes(tuple(converted.values()), rows, cols)),
             graph=False,
         ),
         Row(
@@ -231,17 +232,24 @@ def embedding(meter: Meter, size: Size) -> list[Row]:
     return result
 
 
-def measure(meter: Meter, size: Size) -> dict[str, Any]:
+def measure(meter: Meter, size: Size, report: Report) -> None:
     """All of it."""
-    copied = copy(meter, size)
-    rows = [copied]
+    copied = report.attempt("copy", lambda: copy(meter, size))
+    speed = None if copied is None else gpu_common.per_second(copied.nbytes, copied.microseconds)
+    rows: list[Row] = []
+
+    def add(made: Sequence[Row] | None) -> None:
+        rows.extend(made or ())
+        report.put(copy_gb_per_s=speed, rows=[row.to_json(speed) for row in rows])
+
+    add(copied and [copied])
     for shape in size.matrices:
         matrix = weights(*shape, meter.device)
-        made, packed = tiles(meter, matrix)
-        rows += [*made, *planes(meter, matrix, packed)]
-    rows += [*df11(meter, size), *embedding(meter, size)]
-    speed = gpu_common.per_second(copied.nbytes, copied.microseconds)
-    return {"copy_gb_per_s": speed, "rows": [row.to_json(speed) for row in rows]}
+        made, packed = report.attempt(f"tiles {shape}", lambda matrix=matrix: tiles(meter, matrix)) or ([], {})
+        add(made)
+        add(report.attempt(f"planes {shape}", lambda matrix=matrix, packed=packed: planes(meter, matrix, packed)))
+    add(report.attempt("df11", lambda: df11(meter, size)))
+    add(report.attempt("rows", lambda: embedding(meter, size)))
 
 
 def show(result: dict[str, Any]) -> str:
@@ -264,11 +272,11 @@ def show(result: dict[str, Any]) -> str:
 def main(arguments: list[str]) -> int:
     """Measure and print."""
     chosen = gpu_common.parser(__doc__).parse_args(arguments)
+    report = Report(chosen.json)
     with gpu_common.meter(chosen.dry_run) as meter:
-        result = measure(meter, TINY if chosen.dry_run else FULL)
-    print(show(result))
-    gpu_common.finish(result, chosen.json)
-    return 0
+        measure(meter, TINY if chosen.dry_run else FULL, report)
+    print(show(report.result))
+    return report.end()
 
 
 if __name__ == "__main__":

@@ -28,11 +28,11 @@ import torch
 import bitforbit
 from benchmarks import gpu_common
 from benchmarks.common import ROOT, table
-from benchmarks.gpu_common import Meter
+from benchmarks.gpu_common import Meter, Report
 from benchmarks.gpu_model import FULL, TINY, Size, build
 
 LAYERS = 8
-ROUNDS = 3
+ROUNDS = 2
 SHARED_MEMORY = Path("/dev/shm")
 NAMES = ("bf16", "exact")
 
@@ -91,7 +91,7 @@ def measure(size: Size, meter: Meter) -> dict[str, Any]:
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in NAMES}
         for _ in range(rounds):
             for name in NAMES:
-                runs[name].append(_in_process(folder / name, not meter.measures))
+                runs[name].append(_in_process(folder / name) if meter.measures else load(folder / name, dry_run=True))
     digests = {run["digest"] for several in runs.values() for run in several}
     if len(digests) != 1:
         raise AssertionError("the compressed checkpoint gives other logits than the plain one")
@@ -106,8 +106,8 @@ def measure(size: Size, meter: Meter) -> dict[str, Any]:
     }
 
 
-def _in_process(folder: Path, dry_run: bool) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.gpu_load", "--load", str(folder), *(["--dry-run"] if dry_run else [])]
+def _in_process(folder: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.gpu_load", "--load", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise AssertionError(f"loading {folder.name} failed:\n{done.stderr[-4000:]}")
@@ -143,13 +143,13 @@ def main(arguments: list[str]) -> int:
     options.add_argument("--layers", type=int, default=LAYERS, help="of Llama-3.1-8B's 32")
     options.add_argument("--load", type=Path, help=argparse.SUPPRESS)
     chosen = options.parse_args(arguments)
+    if chosen.load is not None:
+        print(json.dumps(load(chosen.load, dry_run=False)))
+        return 0
     with gpu_common.meter(chosen.dry_run) as meter:
-        if chosen.load is not None:
-            print(json.dumps(load(chosen.load, chosen.dry_run)))
-            return 0
         result = measure(TINY if chosen.dry_run else replace(FULL, layers=chosen.layers), meter)
+    Report(chosen.json).put(**result)
     print(show(result))
-    gpu_common.finish(result, chosen.json)
     return 0
 
 

@@ -13,21 +13,43 @@ from bitforbit.codecs.planes import naive
 from bitforbit.codecs.planes.layout import PLANE_WIDTHS, Layout
 from bitforbit.cuda.planes import decode
 from bitforbit.errors import CorruptTensorError, UsageError
+from cuda_shim.emulation import queue as checked_queue
+from cuda_shim.emulation import run_everywhere
 from helpers.device_planes import CODEC, Case, encoded, hostile_bytes
 
 KINDS = [(kind, False) for kind in PLANE_WIDTHS] + [("BF16", True)]
+STYLES = ["random", "trained", "constant", "far", "zeros"]
 # One row, one column, edge columns, short blocks, fewer columns than a group, several chunks in a block.
 SHAPES = [(1, 1), (1, 63), (1, 64), (1, 65), (2, 3), (16, 64), (17, 130), (33, 200), (5, 1000), (40, 576), (1, 9000)]
 
 
 @pytest.mark.parametrize(("kind", "wide"), KINDS)
-@pytest.mark.parametrize("style", ["random", "trained", "constant", "far", "zeros"])
-def test_whole_matrices(queue: Any, kind: str, wide: bool, style: str) -> None:
-    for seed, (rows, cols) in enumerate(SHAPES):
-        data = hostile_bytes(kind, wide, rows * cols, seed, style)
-        case = Case(queue, encoded(data, kind, wide, rows, cols), wide)
-        assert case.decode(0, rows) == data.tobytes(), (rows, cols)
-        assert case.status() == 0
+def test_whole_matrices(queue: Any, kind: str, wide: bool) -> None:
+    for number, (rows, cols) in enumerate(SHAPES):
+        for style in (STYLES[number % 5], STYLES[(number + 2) % 5]):
+            data = hostile_bytes(kind, wide, rows * cols, number, style)
+            case = Case(queue, encoded(data, kind, wide, rows, cols), wide)
+            assert case.decode(0, rows) == data.tobytes(), (rows, cols, style)
+            assert case.status() == 0
+
+
+@pytest.mark.parametrize(("kind", "wide"), KINDS)
+def test_no_races_and_no_access_outside_of_buffers(kind: str, wide: bool) -> None:
+    for rows, cols, style in ((17, 200, "zeros"), (18, 576, "random"), (1, 65, "constant")):
+        data = hostile_bytes(kind, wide, rows * cols, 9, style)
+        tensor = encoded(data, kind, wide, rows, cols)
+
+        def run(queue: Any, tensor: EncodedTensor = tensor, rows: int = rows) -> tuple[bytes, bytes, bytes, int]:
+            case = Case(queue, tensor, wide)
+            ids = np.array([rows - 1, 0, rows, -1, 0], np.int64)
+            return case.decode(0, rows), case.decode(rows // 2, rows), case.rows(ids), case.status()
+
+        whole, half, chosen, status = run_everywhere(run)
+        row_bytes = data.size // rows
+        assert whole == data.tobytes()
+        assert half == whole[rows // 2 * row_bytes :]
+        assert chosen == whole[-row_bytes:] + whole[:row_bytes] + bytes(2 * row_bytes) + whole[:row_bytes]
+        assert status == 2
 
 
 @pytest.mark.parametrize("kind", ["BF16", "F16"])
@@ -67,7 +89,7 @@ def test_any_row_range(queue: Any, kind: str, wide: bool, cols: int) -> None:
     rows = 37
     data = hostile_bytes(kind, wide, rows * cols, 2, "trained")
     case = Case(queue, encoded(data, kind, wide, rows, cols), wide)
-    edges = [0, 1, 7, 15, 16, 17, 31, 32, 33, 36, 37]
+    edges = [0, 1, 15, 16, 17, 32, 36, 37]
     for begin in edges:
         for end in edges:
             if begin <= end:
@@ -75,7 +97,7 @@ def test_any_row_range(queue: Any, kind: str, wide: bool, cols: int) -> None:
                 assert case.decode(begin, end) == expected, (begin, end)
 
 
-@pytest.mark.parametrize("cols", range(64, 73))
+@pytest.mark.parametrize("cols", [65, 66, 68, 72])
 def test_rows_at_every_alignment(queue: Any, cols: int) -> None:
     for kind, wide in KINDS:
         data = hostile_bytes(kind, wide, 19 * cols, cols, "trained")
@@ -83,10 +105,24 @@ def test_rows_at_every_alignment(queue: Any, cols: int) -> None:
         assert case.decode(1, 19) == data[case.row_bytes :].tobytes(), kind
 
 
+@pytest.mark.parametrize("shift", [1, 2, 4, 8, 16])
+def test_outputs_at_every_alignment(queue: Any, shift: int) -> None:
+    for kind, wide in KINDS:
+        data = hostile_bytes(kind, wide, 19 * 128, shift, "trained")
+        case = Case(queue, encoded(data, kind, wide, 19, 128), wide)
+        if shift % (case.row_bytes // 128):
+            continue
+        room = queue.zeros(data.size + 64)
+        decode.decode(
+            queue, case.parts, case.layout, wide, 0, 19, room.address + shift, case.workspace.address
+        )  # fmt: skip
+        assert queue.download(room) == bytes(shift) + data.tobytes() + bytes(64 - shift), kind
+
+
 @pytest.mark.parametrize("id_type", [np.int32, np.int64])
 @pytest.mark.parametrize(("kind", "wide"), KINDS)
 def test_rows_by_id(queue: Any, kind: str, wide: bool, id_type: type) -> None:
-    for cols in (64, 133, 600):
+    for cols in (64, 133):
         data = hostile_bytes(kind, wide, 35 * cols, cols, "zeros")
         case = Case(queue, encoded(data, kind, wide, 35, cols), wide)
         matrix = data.reshape(35, -1)
@@ -155,6 +191,21 @@ def test_damage_is_noticed_where_the_cpu_notices_it(queue: Any, part: str) -> No
     assert True in agreed
 
 
+def test_damage_leads_to_no_access_outside_of_buffers() -> None:
+    rows, cols = 19, 150
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        kind = list(PLANE_WIDTHS)[seed % 2 * 3]
+        good = encoded(hostile_bytes(kind, False, rows * cols, seed, "zeros"), kind, False, rows, cols, 16)
+        parts = {name: part.copy() for name, part in good.parts.items()}
+        name = ("code", "digits", "tails")[seed % 3]
+        parts[name][:] = 0xFF if seed < 3 else rng.integers(0, 256, parts[name].size)
+        case = Case.of_parts(checked_queue("memory"), parts, Layout.from_config(good.config, kind, (rows, cols)))
+        case.decode(0, rows)
+        case.rows(np.array([0, rows - 1], np.int32))
+        assert case.status() == 1, (seed, name)
+
+
 def test_counts_that_contradict_the_digits(queue: Any) -> None:
     data = hostile_bytes("BF16", False, 40 * 100, 0, "trained")
     good = encoded(data, "BF16", False, 40, 100, 64)
@@ -186,14 +237,15 @@ def test_what_cannot_be_carried_out(queue: Any) -> None:
     data = hostile_bytes("F16", False, 40 * 100, 0, "trained")
     case = Case(queue, encoded(data, "F16", False, 40, 100))
     out, space, layout = 1 << 12, case.workspace.address, case.layout
+    decode.prepare(queue, case.parts, layout, space)
     with pytest.raises(UsageError, match="41"):
         decode.decode(queue, case.parts, layout, False, 0, 41, out, space)
     with pytest.raises(UsageError, match="widened"):
         decode.decode(queue, case.parts, layout, True, 0, 40, out, space)
     with pytest.raises(UsageError, match="output"):
-        decode.decode(queue, case.parts, layout, False, 0, 40, out + 2, space)
+        decode.decode(queue, case.parts, layout, False, 0, 40, out + 1, space)
     with pytest.raises(UsageError, match="workspace"):
-        decode.decode(queue, case.parts, layout, False, 0, 40, out, space + 16)
+        decode.decode(queue, case.parts, layout, False, 0, 40, out, space + 8)
     with pytest.raises(UsageError, match="4 or 8"):
         decode.rows(queue, case.parts, layout, False, 0, 2, 1, out, space)
     with pytest.raises(UsageError, match="part 'code'"):

@@ -69,10 +69,12 @@ def test_runs_of_tiles(seed: int) -> None:
 
 def test_launch_configurations() -> None:
     """A wave of warps where the matrix allows it; longer runs where there is more than one."""
-    assert [
-        (decode.run_tiles(layout, layout.stripes, H200), decode.decode_config(layout, layout.stripes, H200).grid[0])
-        for layout in (TileLayout(1, 1), TileLayout(1024, 4096), TileLayout(4096, 4096), TileLayout(28672, 8192))
-    ] == [(1, 1), (1, 512), (4, 512), (8, 3584)]
+    plans = [
+        decode.decode_plan(TileLayout(rows, cols), 0, rows, H200)
+        for rows, cols in [(1, 1), (1024, 4096), (4096, 4096), (28672, 8192), (7, 9)]
+    ]
+    assert [(plan.run_tiles, plan.config.grid[0]) for plan in plans] == [(1, 1), (1, 512), (4, 512), (8, 3584), (1, 1)]
+    assert [plan.kernel.name for plan in plans[2:]] == ["tiles_decode", "tiles_decode", "tiles_decode_any"]
     assert decode.rows_config(TileLayout(128_256, 4096), 5).grid[0] == 5
 
 
@@ -141,12 +143,38 @@ def test_arguments_that_are_refused() -> None:
     for i, nbytes in [(0, 1408), (1, 0), (1, 24), (2, 32), (3, 64)]:
         wrong = list(parts)
         wrong[i] = (256, nbytes)
-        with pytest.raises(CorruptTensorError, match=f"part {PARTS[i]}"):
+        with pytest.raises(CorruptTensorError, match=f"parts? .*{PARTS[i]}.*got.*{nbytes}"):
             decode.decode(queue, wrong, layout, 0, 20, 256)
+    for misaligned in ([(264, parts[0][1]), *parts[1:]], [*parts[:3], (258, 128)]):
+        with pytest.raises(UsageError, match="multiples of 16"):
+            decode.decode(queue, misaligned, layout, 0, 20, 256)
+    with pytest.raises(UsageError, match="multiples of 16"):
+        decode.decode(queue, parts, layout, 0, 20, 258)
     with pytest.raises(UsageError, match="4 or 8 bytes"):
         decode.rows(queue, parts, layout, 256, 2, 1, 256)
-    with pytest.raises(UsageError, match="not negative"):
+    with pytest.raises(UsageError, match="fewer at once"):
         decode.rows(queue, parts, layout, 256, 8, -1, 256)
     with pytest.raises(UsageError, match="2\\^31"):
-        decode.decode(queue, parts, TileLayout(1 << 31, 1), 0, 1, 256)
+        decode.decode_plan(TileLayout(1 << 31, 1), 0, 1, H200)
     assert not queue.launcher.launches
+
+
+def test_more_weights_than_32_bits_count() -> None:
+    """The last rows of a matrix of 2^32 weights and some: 6 GB of address space, nearly all of it untouched."""
+    layout = TileLayout((1 << 26) + 24, 64)
+    words = with_exponents(24, 64, [*range(118, 126)] * 9 + [3, 250], 4)
+    last = naive.pack(words)
+    tiles = np.zeros(layout.tiles_bytes, np.uint8)
+    tiles[-last["tiles"].size :] = last["tiles"]
+    offsets = np.zeros(layout.offsets_bytes // 4, np.uint32)
+    offsets[layout.tiles - 2 : layout.tiles + 1] = last["offsets"].view("<u4")[:3]
+    arrays = (tiles, last["escapes"], offsets, last["header"])
+    parts = [(array.ctypes.data, array.nbytes) for array in arrays]
+    assert layout.rows * layout.cols > 1 << 32
+    queue = EmulatedQueue()
+    out = queue.empty(words.nbytes)
+    decode.decode(queue, parts, layout, layout.rows - 24, layout.rows, out.address)
+    np.testing.assert_array_equal(out.array.view(np.uint16).reshape(words.shape), words)
+    ids = np.array([layout.rows - 1, layout.rows - 24], np.int32)
+    decode.rows(queue, parts, layout, ids.ctypes.data, 4, 2, out.address)
+    np.testing.assert_array_equal(out.array.view(np.uint16).reshape(words.shape)[:2], words[[23, 0]])

@@ -49,6 +49,27 @@ def test_memory_and_races(name: str) -> None:
     assert_as_the_reference(run_everywhere(lambda queue: packed(queue, CASES[name])), CASES[name])
 
 
+@pytest.mark.parametrize("skipped", range(1, 9))
+@pytest.mark.parametrize(("rows", "cols"), [(80, 192), (70, 191)])
+def test_weights_at_any_address(queue: Any, rows: int, cols: int, skipped: int) -> None:
+    words = gaussian(rows, cols, skipped)
+    data = queue.upload(bytes(2 * skipped) + words.tobytes())
+    parts = pack.pack(queue, data.address + 2 * skipped, rows, cols)
+    assert parts is not None
+    assert_as_the_reference({name: np.frombuffer(queue.download(parts[name]), np.uint8) for name in PARTS}, words)
+
+
+def test_few_weights_at_any_address(queue: Any) -> None:
+    """Fewer than lie before a boundary of 16 bytes."""
+    for count in range(1, 9):
+        data, bins = queue.upload(bytes(6) + bytes([0x80, 0x3F]) * count), queue.zeros(2048)
+        queue.launch(
+            pack.HISTOGRAM, pack.histogram_config(count, queue.properties), data.address + 6, count, bins.address
+        )
+        found = np.frombuffer(queue.download(bins), "<u8")
+        assert (found[127], found.sum()) == (count, count)
+
+
 def test_cases_are_there_for_both_answers() -> None:
     sizes = {name: sum(p.size for p in naive.pack(words).values()) / words.nbytes for name, words in CASES.items()}
     assert {name for name, size in sizes.items() if size >= 1} >= {"all-patterns", "most-escape", "one-weight"}

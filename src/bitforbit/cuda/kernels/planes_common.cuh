@@ -21,6 +21,7 @@ __device__ __forceinline__ u32 count_threes(uint4 group) {
   return __popc(threes(group.x) | threes(group.y) << 1) + __popc(threes(group.z) | threes(group.w) << 1);
 }
 
+// Sum over the lanes up to and with this one.
 template <class T>
 __device__ __forceinline__ T warp_inclusive_sum(T value, u32 lane) {
 #pragma unroll
@@ -31,13 +32,22 @@ __device__ __forceinline__ T warp_inclusive_sum(T value, u32 lane) {
   return value;
 }
 
-__device__ __forceinline__ u32 warp_sum(u32 value) {
+// The same; shuffles tell lanes without a lower one apart, which saves the comparisons.
+__device__ __forceinline__ u32 warp_inclusive_sum32(u32 value, u32 lane) {
+#ifdef BITFORBIT_CUDA_SHIM
+  return warp_inclusive_sum(value, lane);
+#else
 #pragma unroll
-  for (u32 mask = kWarp / 2; mask != 0; mask /= 2) value += __shfl_xor_sync(kAllLanes, value, static_cast<int>(mask));
+  for (u32 delta = 1; delta < kWarp; delta *= 2) {
+    asm volatile(
+        "{.reg .u32 below; .reg .pred has;\n"
+        "shfl.sync.up.b32 below|has, %0, %1, 0, 0xffffffff;\n"
+        "@has add.u32 %0, %0, below;}"
+        : "+r"(value)
+        : "r"(delta));
+  }
   return value;
+#endif
 }
 
-// Groups of a block of that many rows: whole tile rows, then the edge columns run together.
-__device__ __forceinline__ u32 groups_in(u32 rows, u32 cols) {
-  return rows * (cols / kGroup) + (rows * (cols % kGroup) + kGroup - 1) / kGroup;
-}
+__device__ __forceinline__ u32 warp_sum(u32 value) { return __reduce_add_sync(kAllLanes, value); }

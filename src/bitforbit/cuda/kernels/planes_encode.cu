@@ -95,7 +95,7 @@ extern "C" __global__ void __launch_bounds__(256)
   u32 n2 = 0, n3 = 0, n4 = 0;
   for (u32 group = threadIdx.x / kGroupLanes; group < groups; group += kStepGroups) {
     u32 words[kWords], codes[4];
-    block.load(group, quarter, fill, words);
+    block.load<true>(group, quarter, fill, words);
     const Quarter values(words);
 #pragma unroll
     for (u32 k = 0; k < 4; ++k) codes[k] = codes_of(values.exponents[k], smem_codes);
@@ -209,7 +209,7 @@ extern "C" __global__ void __launch_bounds__(256)
     const u32 group = step + threadIdx.x / kGroupLanes;
     const bool live = group < groups;
     u32 words[kWords], codes[4], digits1[4];
-    block.load(group, quarter, fill, words);
+    block.load<false>(group, quarter, fill, words);
     const Quarter values(words);
 #pragma unroll
     for (u32 k = 0; k < 4; ++k) {

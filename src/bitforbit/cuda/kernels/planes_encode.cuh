@@ -8,6 +8,11 @@
 
 #include "planes_common.cuh"
 
+// Groups of a block of that many rows: whole tile rows, then the edge columns run together.
+__device__ __forceinline__ u32 groups_in(u32 rows, u32 cols) {
+  return rows * (cols / kGroup) + (rows * (cols % kGroup) + kGroup - 1) / kGroup;
+}
+
 enum Kind { kBF16, kF16, kF32, kF8E4M3, kF8E5M2 };
 constexpr Kind kKind = BITFORBIT_KIND;
 constexpr bool kWide = BITFORBIT_WIDE;
@@ -54,6 +59,8 @@ struct BlockRows {
   __device__ u32 groups() const { return groups_in(rows, cols); }
 
   // A quarter's elements, in the order of positions. Where the matrix has none, behind the last group too: `fill`.
+  // kAgain: they will be read again and should stay in the caches.
+  template <bool kAgain>
   __device__ __forceinline__ void load(u32 group, u32 quarter, u32 fill, u32 (&words)[kWords]) const {
     const u32 tiles = cols / kGroup;
     if (group < tiles * rows) {
@@ -61,7 +68,7 @@ struct BlockRows {
       const u32 tile = rows == kBlockRows ? group / kBlockRows : group / rows, row = group - tile * rows;
       const u8* at = first + row * stride + static_cast<u64>(tile) * kGroup * kItem;
       if (vectors) {
-        load_vectors(at, quarter, words);
+        load_vectors<kAgain>(at, quarter, words);
       } else {
         load_elements(words, [&](u32 i) { return load_element(at + element(quarter, i) * kItem); });
       }
@@ -90,11 +97,13 @@ struct BlockRows {
   }
 
   // Wide kinds: 8 elements at 8 * quarter, 8 at 32 + 8 * quarter; others: 16 at 16 * quarter.
+  template <bool kAgain>
   static __device__ __forceinline__ void load_vectors(const u8* group, u32 quarter, u32 (&words)[kWords]) {
 #pragma unroll
     for (u32 v = 0; v < kWords / 4; ++v) {
       const u32 i = v * 16 / kItem;
-      const uint4 four = load_once(reinterpret_cast<const uint4*>(group + element(quarter, i) * kItem));
+      const uint4* const address = reinterpret_cast<const uint4*>(group + element(quarter, i) * kItem);
+      const uint4 four = kAgain ? __ldg(address) : load_once(address);
       words[4 * v] = four.x, words[4 * v + 1] = four.y, words[4 * v + 2] = four.z, words[4 * v + 3] = four.w;
     }
   }

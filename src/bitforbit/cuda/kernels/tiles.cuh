@@ -77,13 +77,13 @@ __device__ __forceinline__ void decode_lane(const u32 (&word)[8], const u32 (&co
 // Where a tile's weights lie in shared memory, as half-word indices. A lane's four registers of a step stay side by
 // side (16 bytes); lanes l and l ^ i change places at step i, so that the eight rows of an ldmatrix, two lanes at four
 // steps, lie in different banks.
-__device__ __forceinline__ u32 staged(u32 position) { return position ^ (position >> 8 << 3); }
+__device__ __forceinline__ u32 staged(u32 position) { return position ^ (position >> 5 & 0x18); }
 
 // Writes a lane's weights of a tile to shared memory.
 __device__ __forceinline__ void stage(const u32 (&pair)[kPairs], u16* smem_tile, u32 lane) {
 #pragma unroll
   for (u32 i = 0; i < 4; ++i) {
-    *reinterpret_cast<uint4*>(smem_tile + staged(256 * i + 8 * lane)) =
+    *reinterpret_cast<uint4*>(smem_tile + 256 * i + (8 * lane ^ 8 * i)) =
         make_uint4(pair[4 * i], pair[4 * i + 1], pair[4 * i + 2], pair[4 * i + 3]);
   }
 }

@@ -1,5 +1,5 @@
-// Tiles to BF16 rows. A warp takes a run of tiles side by side; of each it loads the next tile's words and escapes,
-// decodes this one's to shared memory, patches the escapes there, one per lane, and stores whole rows of 128 bytes.
+// Tiles to BF16 rows. A warp takes a run of tiles side by side. It decodes a tile to shared memory, loads the next one
+// into the registers that are free now, patches this one's escapes, a lane for each, and stores rows of 128 bytes.
 //
 // Safe for any content of the parts: what comes from memory is clamped before it becomes an address or a count.
 #include "ldmatrix.cuh"

@@ -18,8 +18,11 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   u32* smem_own = smem_bins + threadIdx.x / kWarp * kExponents;
   const u64 thread = static_cast<u64>(blockIdx.x) * kThreads + threadIdx.x;
   const u64 threads = static_cast<u64>(gridDim.x) * kThreads;
-  for (u64 i = thread; i < count / 8; i += threads) {
-    const uint4 eight = __ldg(reinterpret_cast<const uint4*>(gmem_weights) + i);
+  // Up to 7 weights before the first 16-byte boundary, whole groups of 8, up to 7 after them.
+  const u64 head = min(count, (16 - reinterpret_cast<u64>(gmem_weights) % 16) / 2 % 8);
+  const u64 groups = (count - head) / 8, tail = head + 8 * groups;
+  for (u64 i = thread; i < groups; i += threads) {
+    const uint4 eight = __ldg(reinterpret_cast<const uint4*>(gmem_weights + head) + i);
     const u32 pair[4] = {eight.x, eight.y, eight.z, eight.w};
 #pragma unroll
     for (u32 j = 0; j < 4; ++j) {
@@ -27,7 +30,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
       atomicAdd(smem_own + exponent_of(pair[j] >> 16), 1u);
     }
   }
-  if (thread < count % 8) atomicAdd(smem_own + exponent_of(gmem_weights[count / 8 * 8 + thread]), 1u);
+  if (thread < head) atomicAdd(smem_own + exponent_of(gmem_weights[thread]), 1u);
+  if (thread < count - tail) atomicAdd(smem_own + exponent_of(gmem_weights[tail + thread]), 1u);
   __syncthreads();
   for (u32 e = threadIdx.x; e < kExponents; e += kThreads) {
     u64 sum = 0;
@@ -59,7 +63,7 @@ __device__ __forceinline__ void gather_pairs(const u16* gmem_weights, u32 rows, 
     const u16* gmem = gmem_weights + row * cols + col;
     pair[p] = base * kExponentPair;
     if (row >= rows || col >= cols) continue;
-    if (cols % 2 == 0) {
+    if (col + 1 < cols && reinterpret_cast<u64>(gmem) % 4 == 0) {
       pair[p] = __ldg(reinterpret_cast<const u32*>(gmem));
     } else {
       const u32 high = col + 1 < cols ? __ldg(gmem + 1) : base << 7;

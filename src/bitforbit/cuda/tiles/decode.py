@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 from bitforbit.cuda.kernel import U32, U64, DeviceProperties, Kernel, LaunchConfig, Pointer
 from bitforbit.cuda.queue import Queue
-from bitforbit.cuda.tiles.layout import ALIGNMENT, HEADER_BYTES, PARTS, TileLayout
+from bitforbit.cuda.tiles.layout import ALIGNMENT, HEADER_BYTES, TILE_ROWS, TileLayout
 from bitforbit.errors import CorruptTensorError, UsageError
 
 _RANGE = (Pointer, Pointer, U64, Pointer, Pointer, Pointer, U32, U32, U32, U32, U32, U32)
@@ -36,37 +38,56 @@ def run_tiles(layout: TileLayout, stripes: int, properties: DeviceProperties) ->
     return max(1, min(LONGEST_RUN, layout.tiles_per_stripe, -(-stripes * layout.tiles_per_stripe // warps)))
 
 
-def decode_config(layout: TileLayout, stripes: int, properties: DeviceProperties) -> LaunchConfig:
-    """Launch for so many stripes of a matrix."""
-    runs = stripes * -(-layout.tiles_per_stripe // run_tiles(layout, stripes, properties))
-    return LaunchConfig.linear(_blocks(runs), THREADS)
+@dataclass(frozen=True)
+class DecodePlan:
+    """A launch for a range of rows."""
+
+    kernel: Kernel
+    config: LaunchConfig
+    run_tiles: int
+    runs_per_stripe: int
+    runs: int
 
 
+@lru_cache(maxsize=4096)
+def decode_plan(layout: TileLayout, begin: int, end: int, properties: DeviceProperties) -> DecodePlan:
+    """Launch for rows [begin, end), at least one. Raises UsageError for rows outside the matrix."""
+    layout.check_size()
+    if not 0 <= begin < end <= layout.rows:
+        raise UsageError(f"expected rows within 0 to {layout.rows}, got [{begin}, {end})")
+    stripes = (end - 1) // TILE_ROWS - begin // TILE_ROWS + 1
+    run = run_tiles(layout, stripes, properties)
+    runs_per_stripe = -(-layout.tiles_per_stripe // run)
+    runs = stripes * runs_per_stripe
+    kernel = DECODE if layout.cols % WIDE_STORE == 0 else DECODE_ANY
+    return DecodePlan(kernel, LaunchConfig.linear(-(-runs // WARPS), THREADS), run, runs_per_stripe, runs)
+
+
+@lru_cache(maxsize=4096)
 def rows_config(layout: TileLayout, count: int) -> LaunchConfig:
-    """Launch for so many rows by id: a warp takes 8 tiles' worth of a row."""
-    return LaunchConfig.linear(_blocks(count * -(-layout.tiles_per_stripe // TILES_PER_ROW_WARP)), THREADS)
+    """Launch for so many rows by id, at least one: a warp takes 8 tiles' worth of a row."""
+    layout.check_size()
+    blocks = -(-count * -(-layout.tiles_per_stripe // TILES_PER_ROW_WARP) // WARPS)
+    if not 0 < blocks <= GRID_LIMIT:
+        raise UsageError(f"expected 1 to {GRID_LIMIT} blocks of rows in a launch, got {blocks}: look up fewer at once")
+    return LaunchConfig.linear(blocks, THREADS)
 
 
 def decode(queue: Queue, parts: Parts, layout: TileLayout, begin: int, end: int, out: int) -> None:
     """Decode rows [begin, end) to ``out``, BF16 [end - begin, cols] in device memory.
 
     ``parts``: address and bytes of tiles, escapes, offsets, header; addresses are multiples of 16, as is ``out``.
-    Raises UsageError for rows outside the matrix, CorruptTensorError for parts of wrong lengths. Parts of right lengths
-    that are damaged give wrong weights, and no access outside of them.
+    Raises UsageError for rows outside the matrix and other alignments, CorruptTensorError for parts of wrong lengths.
+    Parts of right lengths that are damaged give wrong weights, and no access outside of them.
     """
-    check_parts(parts, layout)
-    if not 0 <= begin <= end <= layout.rows:
-        raise UsageError(f"expected rows within 0 to {layout.rows}, got [{begin}, {end})")
-    if begin == end:
+    check_parts(parts, layout, out)
+    if begin == end and 0 <= begin <= layout.rows:
         return
+    plan = decode_plan(layout, begin, end, queue.properties)
     (tiles, _), (escapes, escapes_bytes), (offsets, _), (header, _) = parts
-    stripes = (end - 1) // 16 - begin // 16 + 1
-    run = run_tiles(layout, stripes, queue.properties)
-    per_stripe = -(-layout.tiles_per_stripe // run)
-    kernel = DECODE if layout.cols % WIDE_STORE == 0 else DECODE_ANY
     queue.launch(
-        kernel, decode_config(layout, stripes, queue.properties), tiles, escapes, escapes_bytes, offsets, header, out,
-        layout.cols, begin, end - begin, run, per_stripe, stripes * per_stripe,
+        plan.kernel, plan.config, tiles, escapes, escapes_bytes, offsets, header, out,
+        layout.cols, begin, end - begin, plan.run_tiles, plan.runs_per_stripe, plan.runs,
     )  # fmt: skip
 
 
@@ -78,11 +99,9 @@ def rows(
     ``ids``: address of int32 (``id_bytes`` 4) or int64 (8) in device memory. An id outside the matrix gives a row of
     zeros and sets bit 2 of the u32 at ``status`` (0: nowhere). Parts and errors as for :func:`decode`.
     """
-    check_parts(parts, layout)
+    check_parts(parts, layout, out)
     if id_bytes not in (4, 8):
         raise UsageError(f"expected ids of 4 or 8 bytes, got {id_bytes}")
-    if count < 0:
-        raise UsageError(f"expected a number of ids that is not negative, got {count}")
     if count == 0:
         return
     (tiles, _), (escapes, escapes_bytes), (offsets, _), (header, _) = parts
@@ -92,24 +111,24 @@ def rows(
     )  # fmt: skip
 
 
-def check_parts(parts: Parts, layout: TileLayout) -> None:
-    """Raise CorruptTensorError unless the parts have the lengths of the layout, UsageError for a matrix too large."""
-    layout.check_size()
-    sizes = dict(zip(PARTS, (nbytes for _, nbytes in parts), strict=True))
-    expected = {"tiles": layout.tiles_bytes, "offsets": layout.offsets_bytes, "header": HEADER_BYTES}
-    for name, nbytes in expected.items():
-        if sizes[name] != nbytes:
-            raise CorruptTensorError(
-                f"expected {nbytes} bytes in part {name} of a [{layout.rows}, {layout.cols}] matrix, got {sizes[name]}"
-            )
-    if sizes["escapes"] < ALIGNMENT or sizes["escapes"] % ALIGNMENT:
-        raise CorruptTensorError(
-            f"expected a multiple of {ALIGNMENT} bytes, at least one, in part escapes, got {sizes['escapes']}"
+def check_parts(parts: Parts, layout: TileLayout, out: int) -> None:
+    """Raise CorruptTensorError unless the parts have the lengths of the layout, UsageError unless all are aligned."""
+    (at_tiles, tiles), (at_escapes, escapes), (at_offsets, offsets), (at_header, header) = parts
+    if (at_tiles | at_escapes | at_offsets | at_header | out) % ALIGNMENT:
+        raise UsageError(
+            f"expected addresses of parts and output that are multiples of {ALIGNMENT}, "
+            f"got {[hex(at) for at, _ in parts]}, {out:#x}"
         )
+    expected = _expected_bytes(layout)
+    if (tiles, offsets, header) != expected:
+        raise CorruptTensorError(
+            f"expected {expected} bytes in parts tiles, offsets, header of a [{layout.rows}, {layout.cols}] matrix, "
+            f"got {(tiles, offsets, header)}"
+        )
+    if escapes < ALIGNMENT or escapes % ALIGNMENT:
+        raise CorruptTensorError(f"expected a multiple of {ALIGNMENT} bytes in part escapes, got {escapes}")
 
 
-def _blocks(warps: int) -> int:
-    blocks = -(-warps // WARPS)
-    if blocks > GRID_LIMIT:
-        raise UsageError(f"expected at most {GRID_LIMIT} blocks in a launch, got {blocks}: decode fewer rows at once")
-    return blocks
+@lru_cache(maxsize=4096)
+def _expected_bytes(layout: TileLayout) -> tuple[int, int, int]:
+    return layout.tiles_bytes, layout.offsets_bytes, HEADER_BYTES

@@ -93,7 +93,7 @@ def tile_config(layout: TileLayout) -> LaunchConfig:
 
 
 def pack(queue: Queue, data: int, rows: int, cols: int) -> dict[str, Buffer] | None:
-    """Pack BF16 [rows, cols] at the address ``data`` (a multiple of 16) into the four parts; None if not smaller.
+    """Pack BF16 [rows, cols] at the address ``data`` (a multiple of 2) into the four parts; None if not smaller.
 
     The bytes are those of :func:`bitforbit.cuda.tiles.naive.pack`. Raises UsageError for a matrix without weights, or
     with 2^31 or more rows, columns or tiles.
