@@ -292,6 +292,28 @@ def test_a_failed_decode_leaves_nothing_behind():
     simulation.synchronize()
 
 
+def test_too_little_memory_to_decode_ahead_is_no_error():
+    simulation = Simulation()
+    model = Model(simulation, Policy(), [1, 2, 3])
+    for index in range(3):
+        model.use(index)
+    plenty = simulation.empty
+    calls = []
+
+    def scarce(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        calls.append(shape)
+        if len(calls) % 2 == 0:
+            raise torch.OutOfMemoryError("no memory")
+        return plenty(shape, dtype)
+
+    simulation.empty = scarce
+    simulation.names.clear()
+    for index in range(2):
+        model.use(index)
+    simulation.synchronize()
+    assert not [name for name in simulation.names if name.startswith("side")]
+
+
 def test_the_order_keeps_no_weight_alive():
     simulation = Simulation()
     successors = Successors()

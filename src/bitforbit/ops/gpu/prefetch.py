@@ -17,6 +17,7 @@ time, within a graph capture they come from the graph's pool, and no block outli
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -139,9 +140,8 @@ class Prefetcher:
         self._streams.fork()
         if self.policy.product_first:
             out = product(matrix)
-            self._start(wanted)
-        else:
-            self._start(wanted)
+        self._start(wanted)
+        if not self.policy.product_first:
             out = product(matrix)
         if self._streams.capturing or not self.policy.join_at_use:
             self._join()
@@ -152,9 +152,14 @@ class Prefetcher:
         for key in list(self._ahead):
             self._drop(key)
 
+    def abandon(self) -> None:
+        """Free what was decoded ahead in a graph capture that is over: nothing of it runs any more."""
+        self._ahead.clear()
+
     def __del__(self) -> None:
         # At the end of a thread: no memory is freed that the side stream still works on.
-        self.discard()
+        if not sys.is_finalizing():
+            self.discard()
 
     def _take(self, weight: Weight) -> torch.Tensor | None:
         """The matrix of a weight that was decoded ahead; what should have been used before it is dropped."""
@@ -187,7 +192,10 @@ class Prefetcher:
                 break
             versions = weight.versions
             if weight.key not in self._ahead and weight.key != current.key and versions is not None:
-                matrix = weight.matrix(self._streams.empty)
+                try:
+                    matrix = weight.matrix(self._streams.empty)
+                except torch.OutOfMemoryError:
+                    break  # decoded when it is used, then
                 wanted.append(_Ahead(weight, versions, matrix, None))
             follower = follower.follower()
         return wanted

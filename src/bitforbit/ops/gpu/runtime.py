@@ -60,6 +60,8 @@ def clear() -> None:
     """Forget the order of weights and, in this thread, free what was decoded ahead."""
     for _, prefetcher in _local.prefetchers.values():
         prefetcher.discard()
+    for _, prefetcher in _local.captured.values():
+        prefetcher.abandon()
     _local.prefetchers.clear()
     _local.captured.clear()
     _successors.clear()
@@ -183,7 +185,9 @@ def _prefetcher(device: torch.device, word: status.Status) -> Prefetcher:
         found_in = _local.captured if capture else _local.prefetchers
     number, found = found_in.get(place, (0, None))
     if found is None or number != capture or found.policy is not _settings.policy:
-        if found is not None:
+        if found is not None and capture:
+            found.abandon()
+        elif found is not None:
             found.discard()
         streams = OneStream(queue) if device.type == "cpu" else _cuda_streams(device, stream, capture != 0)
         order = _successors.setdefault(device, Successors())
