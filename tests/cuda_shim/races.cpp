@@ -50,7 +50,7 @@ bool after_reads(const State& s, const Fibre& me, const Cell& cell) {
 
 void note_read(const State& s, const Fibre& me, Cell& cell, unsigned time, bool atomic) {
   const unsigned short warp = static_cast<unsigned short>(me.warp + 1);
-  if (cell.read_warp == 0 || cell.read_barriers != s.barriers) {
+  if (after_reads(s, me, cell)) {  // reads before this one that matter no more
     cell.read_warp = warp;
     cell.read_lanes = 0;
     cell.read_atomic = true;
