@@ -61,6 +61,8 @@ _PLANES = (
         "level 1 and the join, whole tiles, rows on 16 bytes", "planes_decode.cu",
         "__device__ __forceinline__ void decode_chunk(", 64,
         (
+            ("planes_decode.cu", "struct TailWords {"),
+            ("planes_decode.cu", "around: smem.tables[0] = place_exponents("),
             ("planes_decode.cu", "__device__ __forceinline__ void copy_tails("),
             ("planes_decode.cu", "__device__ __forceinline__ void expand_level3("),
             ("planes_decode.cu", "__device__ __forceinline__ void expand_level2("),
