@@ -47,7 +47,7 @@ def test_last_rows_of_more_than_2_to_32_weights() -> None:
     workspace = Sparse(decode.workspace_bytes(layout))
     starts = prepared[: decode.START_BYTES].view(np.uint64) + np.array([*[tails_before] * 3, BLOCKS - 1], np.uint64)
     workspace.array[(BLOCKS - 1) * decode.START_BYTES :][: decode.START_BYTES] = starts.view(np.uint8)
-    entries = prepared[-(decode.workspace_bytes(small.layout) - 256) :]
+    entries = prepared[decode.START_BYTES :]
     workspace.array[-entries.size :] = entries
 
     begin, out = layout.rows - 9, queue.empty(9 * 2 * COLS)

@@ -203,3 +203,17 @@ def test_compile_is_asked_for() -> None:
     for compiled in (False, True):
         quantizer = tf.quantizers.auto.AutoHfQuantizer.from_config(BitforbitConfig(compile=compiled))
         assert quantizer.is_compileable is compiled
+
+
+def test_saving_an_adapter_converts_nothing(
+    directories: Directories, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peft = pytest.importorskip("peft")
+    model = tf.AutoModelForCausalLM.from_pretrained(directories("llama")[1])
+    model.add_adapter(peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    with monkeypatch.context() as patch:
+        patch.setattr(layout, "converted", None)
+        model.save_pretrained(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    assert "model.norm.weight" in model.state_dict()
+    assert any(name.endswith("code__weight") for name in model.state_dict())

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from bitforbit.cuda.tiles import layout as tiles_layout
-from bitforbit.nn.spec import CompressedSpec, Parts, weight_keys
+from bitforbit.nn.spec import CompressedSpec, Parameters, Parts
 from bitforbit.ops import direct
 
 DF11_PARTS = ("tables", "stream", "sign_mantissa", "index")
@@ -27,7 +27,6 @@ class TilesSpec(CompressedSpec):
 
     layout = "tiles"
     part_names = tiles_layout.PARTS
-    weight_keys = weight_keys(tiles_layout.PARTS)
 
     rows: int
     cols: int
@@ -51,10 +50,12 @@ class TilesSpec(CompressedSpec):
         rows: torch.Tensor = torch.ops.bitforbit.tiles_decode.default(*parts, self.rows, self.cols, begin, end)
         return rows
 
-    def linear(self, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None, mode: str) -> torch.Tensor:
+    def linear(self, x: torch.Tensor, own: Parameters, bias: torch.Tensor | None, mode: str) -> torch.Tensor:
         """``x @ weight.T + bias``."""
-        tiles, escapes, offsets, header = parts
-        return direct.tiles_linear(x, tiles, escapes, offsets, header, bias, self.rows, self.cols, mode)
+        return direct.tiles_linear(
+            x, own["tiles__weight"], own["escapes__weight"], own["offsets__weight"], own["header__weight"], bias,
+            self.rows, self.cols, mode,
+        )  # fmt: skip
 
     def embedding(self, ids: torch.Tensor, parts: Parts) -> torch.Tensor:
         """Rows by number."""
@@ -75,7 +76,6 @@ class Df11Spec(CompressedSpec):
 
     layout = "df11"
     part_names = DF11_PARTS
-    weight_keys = weight_keys(DF11_PARTS)
 
     rows: int
     cols: int
@@ -102,12 +102,12 @@ class Df11Spec(CompressedSpec):
         flat: torch.Tensor = torch.ops.bitforbit.df11_decode.default(*parts, self.unit_elements, first, last)
         return flat.view(end - begin, self.cols)
 
-    def linear(self, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None, mode: str) -> torch.Tensor:
+    def linear(self, x: torch.Tensor, own: Parameters, bias: torch.Tensor | None, mode: str) -> torch.Tensor:
         """``x @ weight.T + bias``."""
-        tables, stream, sign_mantissa, index = parts
         return direct.df11_linear(
-            x, tables, stream, sign_mantissa, index, bias, self.unit_elements, self.begin, self.rows, self.cols, mode
-        )
+            x, own["tables__weight"], own["stream__weight"], own["sign_mantissa__weight"], own["index__weight"], bias,
+            self.unit_elements, self.begin, self.rows, self.cols, mode,
+        )  # fmt: skip
 
     def embedding(self, ids: torch.Tensor, parts: Parts) -> torch.Tensor:
         """Rows by number."""

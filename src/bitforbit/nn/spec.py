@@ -24,16 +24,12 @@ from bitforbit.ops.checks import layout as checked_layout
 __all__ = ["PARTS", "CompressedSpec", "PlanesSpec", "part_name"]
 
 Parts = Sequence[torch.Tensor]
+Parameters = Mapping[str, torch.Tensor]
 
 
 def part_name(part: str, name: str) -> str:
     """Name of the module's parameter that holds a part of its parameter ``name``, as in files: ``code__weight``."""
     return f"{part}__{name}"
-
-
-def weight_keys(parts: Sequence[str]) -> tuple[str, ...]:
-    """The names of the parts of a parameter that is called ``weight``."""
-    return tuple(part_name(part, "weight") for part in parts)
 
 
 @dataclass(frozen=True)
@@ -47,8 +43,6 @@ class CompressedSpec:
     layout: ClassVar[str]
     """Name of the layout."""
     part_names: ClassVar[tuple[str, ...]]
-    weight_keys: ClassVar[tuple[str, ...]]
-    """The names of the parts of a parameter that is called ``weight``."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -84,8 +78,8 @@ class CompressedSpec:
         """Rows from ``begin`` on into a contiguous tensor ``[rows, cols]``."""
         out.copy_(self.decode(parts, begin, begin + len(out)))
 
-    def linear(self, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None, mode: str) -> torch.Tensor:
-        """``x @ weight.T + bias``, for a parameter that is a matrix."""
+    def linear(self, x: torch.Tensor, own: Parameters, bias: torch.Tensor | None, mode: str) -> torch.Tensor:
+        """``x @ weight.T + bias``, for the parameter ``weight`` of a module whose parameters are given."""
         raise NotImplementedError
 
     def embedding(self, ids: torch.Tensor, parts: Parts) -> torch.Tensor:
@@ -103,7 +97,6 @@ class PlanesSpec(CompressedSpec):
 
     layout = "planes"
     part_names = PARTS
-    weight_keys = weight_keys(PARTS)
 
     kind: str
     rows: int
@@ -169,12 +162,11 @@ class PlanesSpec(CompressedSpec):
         else:
             super().decode_into(out, parts, begin)
 
-    def linear(self, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None, mode: str) -> torch.Tensor:
+    def linear(self, x: torch.Tensor, own: Parameters, bias: torch.Tensor | None, mode: str) -> torch.Tensor:
         """``x @ weight.T + bias``."""
-        code, digits, sign_mantissa, tails = parts
         return direct.linear(
-            x, code, digits, sign_mantissa, tails, bias, self.kind, self.rows, self.cols, self.rows_per_table,
-            self.dtype, mode,
+            x, own["code__weight"], own["digits__weight"], own["sign_mantissa__weight"], own["tails__weight"], bias,
+            self.kind, self.rows, self.cols, self.rows_per_table, self.dtype, mode,
         )  # fmt: skip
 
     def embedding(self, ids: torch.Tensor, parts: Parts) -> torch.Tensor:

@@ -7,7 +7,8 @@ other lengths, as other weights have, are loaded too; a plain parameter is compr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,6 +71,19 @@ def _saved(spec: CompressedSpec, parts: Sequence[torch.Tensor]) -> tuple[Compres
         known = planes, tuple(part.detach().cpu() for part in on_device)
         layout.remember(spec, parts, "saved", known)
     return known
+
+
+@contextmanager
+def raw_state_dicts(model: nn.Module) -> Iterator[None]:
+    """Within this context the model's state dicts hold parts as they are: nothing is converted for names only."""
+    modules = [module for module in model.modules() if hasattr(module, "_bitforbit_raw_state")]
+    for module in modules:
+        module.__dict__["_bitforbit_raw_state"] = True
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.__dict__.pop("_bitforbit_raw_state", None)
 
 
 def public(module: Compressed) -> dict[str, Any]:

@@ -1,11 +1,11 @@
-// Decodes rows of a planes matrix. A thread block takes a chunk: up to 128 groups of 64 weights of one block of 16
-// rows.
+// Decodes rows of a planes matrix. A thread block takes a chunk: up to 128 groups of one block of 16 rows.
 //
 // BITFORBIT_KIND names the float (see planes_floats.cuh). Outline: the chunk's part of the tails is copied to shared
 // memory; its digits become exponents there, innermost level first; then every thread makes 4 x 16 weights: those of a
-// level-1 digit 3 take the next exponent of level 2. Where a chunk's digits begin, the index of planes_index says.
+// level-1 digit 3 take the next exponent of level 2. The index of planes_index says where a chunk's digits begin.
+//
 // Four lanes share a group; lane q has its positions 16q to 16q + 15, in the order in which they take digits. A warp
-// has 32 groups in a row, eight at a time (a slot): those of 8 rows of a tile, so that what a lane stores is 8 rows
+// has 32 groups in a row, eight at a time (a slot): 8 rows of a tile, so that a lane's slots are 8 rows or a tile
 // apart.
 #include "planes_exponents.cuh"
 #include "planes_floats.cuh"
@@ -19,8 +19,7 @@ constexpr u32 kOutOfRange = 2;  // bit of *status
 constexpr u32 kMinBlocks = kKind == kF32 ? 4 : kKind == kF16 ? 5 : kItem == 2 || kKind == kF8E4M3 ? 7 : 6;
 static_assert(kSlots == 4, "slots are counted in pairs of 16 bits, stored in pairs of 8 rows");
 
-// What a chunk can need at most: its 3s begin and end anywhere in a group, so the levels below span one group more
-// each.
+// What a chunk can need at most: its 3s begin and end anywhere in a group, so each level below spans one group more.
 constexpr u32 kLevel2Groups = kChunkGroups + 1;
 constexpr u32 kLevel3Groups = kLevel2Groups + 2;
 constexpr u32 kRawBytes = kLevel3Groups * kGroup;
@@ -36,13 +35,13 @@ struct Shared {
   u32* tables;     // [4] exponents of levels 1, 2, 3, in bytes 0-2; all are placed (place_exponents)
 };
 
-#define PLANES_SHARED(name)                                          \
-  SHARED(u32, smem_level2, 4 * kLevel2Groups);                       \
-  SHARED(u32, smem_level3, 4 * kLevel3Groups);                       \
-  SHARED(u8, smem_exponents3, kLevel3Groups* kGroup + kWindowBytes); \
-  SHARED(u8, smem_exponents2, kRawBytes + kWindowBytes);             \
-  SHARED(u32, smem_counts, kWarps);                                  \
-  SHARED(u32, smem_tables, 4);                                       \
+#define PLANES_SHARED(name)                              \
+  SHARED(u32, smem_level2, 4 * kLevel2Groups);           \
+  SHARED(u32, smem_level3, 4 * kLevel3Groups);           \
+  SHARED(u8, smem_exponents3, kRawBytes + kWindowBytes); \
+  SHARED(u8, smem_exponents2, kRawBytes + kWindowBytes); \
+  SHARED(u32, smem_counts, kWarps);                      \
+  SHARED(u32, smem_tables, 4);                           \
   const Shared name { smem_level2, smem_level3, smem_exponents3, smem_exponents2, smem_counts, smem_tables }
 
 // The tails from some byte on, at any alignment, as words; zeros behind their end.

@@ -217,7 +217,7 @@ class Load:
             if self.installer.may_compress(target) and self._dtypes.of(target) == torch.bfloat16:
                 loaded |= self.installer.keep(target, spec, parts, missing_keys)
                 for each in (target, *self.installer.ties.twins(target)):
-                    self.model.get_submodule(split(each)[0]).__dict__["_bitforbit_loading"] = True
+                    self.model.get_submodule(split(each)[0]).__dict__["_bitforbit_raw_state"] = True
             else:
                 plain = plain or self._source.restore(anchor)
                 loaded |= self.finish(target, plain[name].to(device), missing_keys)
@@ -253,7 +253,7 @@ class Load:
                 # In order: of several errors, that of the first tensor.
                 deque(pool.map(self._source.check, names, parts), maxlen=0)
         for module in self.model.modules():
-            module.__dict__.pop("_bitforbit_loading", None)
+            module.__dict__.pop("_bitforbit_raw_state", None)
         self._settle()
         # What is kept for saving must not keep this load, and with it the files, open.
         used = self.model._weight_conversions
