@@ -213,10 +213,7 @@ def planes_on_gpu(tensor: torch.Tensor) -> tuple[PlanesSpec, Mapping[str, torch.
     from bitforbit.ops import gpu
 
     encoded = gpu.encode_planes(tensor)
-    if encoded is None:
-        return None
-    record = {"dtype": encoded.dtype, "shape": encoded.shape, "config": encoded.config}
-    return PlanesSpec.from_record(record), encoded.parts
+    return None if encoded is None else (PlanesSpec.of_encoded(encoded), encoded.parts)
 
 
 def tiles_on_gpu(tensor: torch.Tensor) -> tuple[TilesSpec, Mapping[str, torch.Tensor]] | None:

@@ -20,6 +20,7 @@ from bitforbit.errors import StateDictError
 from bitforbit.ops import direct
 from bitforbit.ops.checks import PARTS, dtype_name
 from bitforbit.ops.checks import layout as checked_layout
+from bitforbit.ops.gpu.convert import EncodedOnDevice
 
 __all__ = ["PARTS", "CompressedSpec", "PlanesSpec", "part_name"]
 
@@ -110,7 +111,7 @@ class PlanesSpec(CompressedSpec):
         Layout.from_config(config, dtype_name(self.dtype), tuple(self.shape))
 
     @classmethod
-    def of_encoded(cls, encoded: EncodedTensor) -> PlanesSpec:
+    def of_encoded(cls, encoded: EncodedTensor | EncodedOnDevice) -> PlanesSpec:
         """The spec of a tensor that the codec ``planes`` has encoded, or that a record describes."""
         return cls.from_record({"dtype": encoded.dtype, "shape": encoded.shape, "config": encoded.config})
 
