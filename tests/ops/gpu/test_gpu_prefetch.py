@@ -12,6 +12,7 @@ from simulated_streams import RaceError, Simulation
 
 from bitforbit.ops.gpu.policy import Policy, scratch_bytes
 from bitforbit.ops.gpu.prefetch import Prefetcher, Successors
+from bitforbit.ops.gpu.streams import Streams
 from bitforbit.ops.gpu.weights import Geometry, Weight
 
 POLICIES = {
@@ -53,9 +54,9 @@ class Simulated(Geometry):
 class Model:
     """Weights in simulated memory, and products with them that are checked when they are done."""
 
-    def __init__(self, simulation: Simulation, policy: Policy, rows: list[int]) -> None:
+    def __init__(self, simulation: Simulation, policy: Policy, rows: list[int], streams: Streams | None = None) -> None:
         self.simulation = simulation
-        self.prefetcher = Prefetcher(simulation, Successors(), policy)
+        self.prefetcher = Prefetcher(streams or simulation, Successors(), policy)
         self.values: list[int] = []
         self.weights: list[Weight] = []
         self.next_value = 0
@@ -112,9 +113,9 @@ class Model:
             assert not simulation.open_side_work
 
 
-def play(simulation: Simulation, policy: Policy, seed: int) -> None:
+def play(simulation: Simulation, policy: Policy, seed: int, streams: Streams | None = None) -> None:
     draw = random.Random(seed)
-    model = Model(simulation, policy, [draw.randint(1, 20) for _ in range(6)])
+    model = Model(simulation, policy, [draw.randint(1, 20) for _ in range(6)], streams)
     uses = 0
     for _ in range(8):
         order = list(range(6))
