@@ -322,8 +322,10 @@ def test_state_that_does_not_fit():
     with pytest.raises(RuntimeError, match=r"size mismatch for 1\.weight"):
         model.load_state_dict({"1.weight": torch.zeros(3, 3)}, strict=False)
     del state["1.tails__weight"]
-    with pytest.raises(RuntimeError, match="Missing key"):
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "1\.tails__weight"\.'):
         model.load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r'Missing key.* "1\.code__weight", "1\.digits__weight"'):
+        model.load_state_dict({})
     assert_same_bits(model(IDS), plain(IDS))
 
 

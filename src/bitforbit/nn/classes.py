@@ -130,9 +130,9 @@ class Compressed(nn.Module):
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
         adapted, specs = state.adapt(state_dict, prefix, local_metadata, self, error_msgs)
-        super()._load_from_state_dict(
-            adapted, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        missing: list[str] = []
+        super()._load_from_state_dict(adapted, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
+        missing_keys += state.public_names(missing, state_dict, prefix, self)
         self._bitforbit_specs.update(specs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -142,6 +142,17 @@ def adapt(
     return adapted, specs
 
 
+def public_names(missing: list[str], state_dict: Mapping[str, Any], prefix: str, module: Compressed) -> list[str]:
+    """Names of missing entries, as they would be in a state dict: with the parts of planes for those of a GPU."""
+    names = list(missing)
+    for name, spec in module._bitforbit_specs.items():
+        own = {prefix + part_name(part, name) for part in spec.part_names}
+        if spec.layout != "planes" and not own.isdisjoint(missing):
+            keys = [prefix + part_name(part, name) for part in PARTS]
+            names = [key for key in names if key not in own] + [key for key in keys if key not in state_dict]
+    return names
+
+
 def _fitted(
     module: Compressed, name: str, spec: PlanesSpec, parts: Mapping[str, torch.Tensor]
 ) -> tuple[CompressedSpec, Mapping[str, torch.Tensor]]:
