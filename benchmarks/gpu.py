@@ -33,7 +33,7 @@ KILL_SECONDS = 5
 NO_GPU = 2
 
 MODELS = "tests/gpu/test_models_gpu.py"
-BENCHMARKS = ("decode", "model", "load")
+BENCHMARKS = ("decode", "linear", "model", "load")
 TESTS = {
     "kernels": ("tests/cuda", "tests/gpu/test_launcher_gpu.py"),
     "operators": ("tests/ops", "tests/gpu", "--ignore=tests/gpu/test_launcher_gpu.py", f"--ignore={MODELS}"),
@@ -85,6 +85,7 @@ def steps(dry_run: bool, work: Path) -> list[Step]:
         benchmarks["decode"],
         tests["operators"],
         benchmarks["model"],
+        benchmarks["linear"],
         tests["models"],
         benchmarks["load"],
     ]
@@ -123,22 +124,27 @@ def run(step: Step, seconds: float, log: TextIO, values: dict[str, str]) -> dict
     )
     assert process.stdout is not None
     os.set_blocking(process.stdout.fileno(), False)
-    status, last = "failed", ""
+    last = ""
+
+    def pass_on() -> bool:
+        nonlocal last
+        text = (process.stdout.read() or b"").decode(errors="replace") if process.stdout else ""
+        _say(text, log)
+        last = (last + text)[-2000:]
+        return bool(text)
+
     while True:
-        chunk = process.stdout.read()
-        if chunk:
-            text = chunk.decode(errors="replace")
-            _say(text, log)
-            last = (last + text)[-2000:]
-        elif process.poll() is not None:
+        running = process.poll() is None  # asked before reading: what was written before the end is not missed
+        busy = pass_on()
+        if not running:
             status = "passed" if process.returncode == 0 else f"failed ({process.returncode})"
             break
-        elif time.monotonic() - begin > seconds:
+        if time.monotonic() - begin > seconds:
             _stop(process)
+            pass_on()
             status = "out of time"
-            _say((process.stdout.read() or b"").decode(errors="replace"), log)
             break
-        else:
+        if not busy:
             time.sleep(0.05)
     lines = [line for line in last.strip().splitlines() if line.strip()]
     return {

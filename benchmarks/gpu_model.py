@@ -58,7 +58,7 @@ class Size:
 
 
 FULL = Size(LAYERS, 4096, 14336, 32, 8, 128256, (1, 8, 32, 64), 128, 32, 2048, 5)
-TINY = Size(1, 64, 96, 2, 1, 96, (1, 2), 3, 2, 5, 1)
+TINY = Size(1, 64, 96, 2, 1, 96, (2,), 3, 2, 5, 1)
 
 
 def build(size: Size, device: torch.device) -> nn.Module:

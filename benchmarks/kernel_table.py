@@ -55,18 +55,21 @@ class Region:
 
 _TILE = "for (u32 j = 0; j < count; ++j) {"
 _PATCH = ("tiles.cuh", "__device__ __forceinline__ void patch(")
+_LEVEL2 = Region("level 2, per digit there", "planes_decode.cu", "for (u32 first = warp * kSlotGroups", 16)
 _PLANES = (
     Region(
         "level 1 and the join, whole tiles, rows on 16 bytes", "planes_decode.cu",
         "__device__ __forceinline__ void decode_chunk(", 64,
         (
+            ("planes_decode.cu", "struct TailWords {"),
+            ("planes_decode.cu", "around: smem.tables[0] = place_exponents("),
             ("planes_decode.cu", "__device__ __forceinline__ void copy_tails("),
             ("planes_decode.cu", "__device__ __forceinline__ void expand_level3("),
             ("planes_decode.cu", "__device__ __forceinline__ void expand_level2("),
-            ("planes_decode.cu", "around: if (group + s * kSlotGroups >= groups) break;"),
+            ("planes_decode.cu", "around: if (number >= groups) break;"),
         ),
     ),
-    Region("level 2, per digit there", "planes_decode.cu", "for (u32 first = warp * kSlotGroups", 16),
+    _LEVEL2,
 )  # fmt: skip
 _DF11 = (
     Region("a look-up of 1 to 4 exponents", "df11.cuh", "while ((state & kWordEnd) == 0) {", 1),
@@ -79,7 +82,7 @@ REGIONS: dict[str, tuple[Region, ...]] = {
         Region("digits of level 1", "planes_decode_index.cu", "for (u32 chunk = thread / kWarp", 256),
     ),
     "planes_decode": _PLANES,
-    "planes_rows": _PLANES,
+    "planes_rows": (_LEVEL2,),
     "planes_count": (Region("a group", "planes_encode.cu", "for (u32 group = threadIdx.x / kGroupLanes", 16),),
     "planes_write": (Region("a step", "planes_encode.cu", "for (u32 step = 0; step < groups", 16),),
     "planes_widened": (
@@ -95,7 +98,7 @@ REGIONS: dict[str, tuple[Region, ...]] = {
             (("tiles_rows.cu", "for (u32 col = lane; col < cols_left"),),
         ),
     ),
-    "tiles_histogram": (Region("a vector", "tiles_pack.cu", "for (u64 i = thread; i < count / 8", 8),),
+    "tiles_histogram": (Region("a vector", "tiles_pack.cu", "for (u64 i = thread; i < groups", 8),),
     "tiles_count": (Region("a tile", "tiles_pack.cu", "tiles_count(const u16* gmem_weights", 32),),
     "tiles_write": (Region("a tile", "tiles_pack.cu", "tiles_write(const u16* gmem_weights", 32),),
     "df11_decode": _DF11,

@@ -62,9 +62,15 @@ class Function:
     instructions: tuple[Instruction, ...]
     labels: dict[str, int]
 
+    @property
+    def usual(self) -> tuple[Instruction, ...]:
+        """Without what follows the last EXIT: loops that stand in for shuffles where lanes are not in step."""
+        exits = (at for at, i in enumerate(self.instructions) if i.opcode.split(".")[0] in ("EXIT", "RET"))
+        return self.instructions[: max(exits, default=len(self.instructions)) + 1]
+
     def loops(self) -> list[range]:
         """Indices from the target of each backward branch to the branch."""
-        ends = enumerate(self.instructions)
+        ends = enumerate(self.usual)
         return [range(self.labels[i.target], at + 1) for at, i in ends if self.labels.get(i.target, at + 1) <= at]
 
 
@@ -143,10 +149,10 @@ def _first_end(text: str) -> int:
 def counted(function: Function, lines: Lines, loop: bool, without: Iterable[Lines] = ()) -> dict[str, int]:
     """Instructions per pipe of a block: of its loop, or of all that comes from its lines.
 
-    A loop is the outermost one of machine instructions that come from the block, but for an eighth (the first such loop,
-    where the compiler made several). Instructions from the lines of ``without`` are not counted.
+    A loop is the outermost one of machine instructions that come from the block, but for an eighth (the first such
+    loop, where the compiler made several). Instructions from the lines of ``without`` are not counted.
     """
-    code: Sequence[Instruction] = function.instructions
+    code: Sequence[Instruction] = function.usual
     if loop:
         mostly = [r for r in function.loops() if 8 * sum(not code[i].lines & lines for i in r) <= len(r)]
         outer = [r for r in mostly if not any(r != o and o.start <= r.start and r.stop <= o.stop for o in mostly)]

@@ -49,6 +49,7 @@ constinit thread_local State* g_state = nullptr;
 constinit thread_local Context g_context{};
 RaceHooks g_races;
 bool g_report_uninitialized = false;
+bool g_mma_rounds_each = false;
 
 #ifdef __SANITIZE_ADDRESS__
 constexpr size_t kStackBytes = 256 << 10;
@@ -233,7 +234,8 @@ void* dynamic_memory() {
 }
 
 static bool runnable(const State& s, const Fibre& f) {
-  return f.wait == Wait::kNone || (f.wait == Wait::kCollective && complete(*f.joined, s.warps[f.warp]));
+  return f.wait == Wait::kNone || (f.wait == Wait::kCollective && complete(*f.joined, s.warps[f.warp])) ||
+         (f.wait == Wait::kPhase && phase_is_over(*f.phases, f.parity));
 }
 
 unsigned permuted(unsigned i, unsigned n, unsigned seed, unsigned round) {
@@ -249,7 +251,7 @@ static std::string deadlock(const State& s) {
   unsigned told = 0;
   const Site* last = nullptr;
   for (const Fibre& f : s.fibres) {
-    if (f.wait != Wait::kBarrier && f.wait != Wait::kCollective) continue;
+    if (f.wait == Wait::kNone || f.wait == Wait::kDone) continue;
     if ((last != nullptr && same(*last, f.site)) || told == 4) continue;
     last = &f.site;
     ++told;
@@ -264,6 +266,8 @@ static void start_block(State& s) {
   s.running = s.threads;
   s.at_barrier = 0;
   s.barriers = 1;
+  s.ticks = 0;
+  s.phases.clear();
   s.round = 0;
   if (s.dynamic_bytes != 0) make_shared_array(s, "dynamic shared memory", s.dynamic_bytes);
   for (Warp& warp : s.warps) {

@@ -79,23 +79,6 @@ T reduce(const Site& site, unsigned mask, T value, F fold) {
 }
 }  // namespace shim
 
-// ldmatrix.sync.aligned.m8n8.x4.shared.b16, with a generic address: ldmatrix.cuh has the meaning.
-inline uint4 ldmatrix_x4(const void* row, SHIM_SITE) {
-  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) shim::fail("misaligned ldmatrix");
-  const uint64_t address = reinterpret_cast<uintptr_t>(row);
-  const shim::Collective& all = shim::meet({"ldmatrix", file, line}, 0xFFFFFFFFu, &address, 1);
-  if (all.arrived != 0xFFFFFFFFu) shim::fail("ldmatrix: a lane has exited");
-  const unsigned lane = shim::g_context.lane;
-  unsigned words[4];
-  for (unsigned k = 0; k < 4; ++k) {
-    const char* source = reinterpret_cast<const char*>(all.values[8 * k + lane / 4][0]) + 4 * (lane % 4);
-    shim::touched(source, 4, false);
-    std::memcpy(&words[k], source, 4);
-  }
-  shim::meet({"ldmatrix", file, line}, 0xFFFFFFFFu, nullptr, 0);  // no lane goes on before all have read
-  return {words[0], words[1], words[2], words[3]};
-}
-
 template <class T>
 T __shfl_sync(unsigned mask, T value, int source, int width = 32, SHIM_SITE) {
   const int lane = static_cast<int>(shim::g_context.lane);
@@ -204,8 +187,7 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   return result;
 }
 
-// --- memory
-// ------------------------------------------------------------------------------------------------------------
+// --- memory ----------------------------------------------------------------------------------------------------------
 
 // Atomics on 32 and 64 bits; each returns the old value.
 template <class T>
@@ -276,3 +258,5 @@ void __stcs(T* address, T value) {
 }
 using std::max;
 using std::min;
+
+#include "async.hpp"

@@ -116,8 +116,8 @@ def df11_prepare(
 
 def _upload(part: npt.NDArray[np.uint8], device: torch.device) -> torch.Tensor:
     tensor = queues.empty_bytes(part.nbytes, device)
-    # A copy: arrays of files are read-only, and torch warns of those.
-    return tensor.copy_(torch.frombuffer(bytearray(part.tobytes()), dtype=torch.uint8)) if part.nbytes else tensor
+    host = part if part.flags.writeable else part.copy()  # arrays of files are not, which torch warns of
+    return tensor.copy_(torch.from_numpy(host))
 
 
 def _tensors(buffers: Mapping[str, Buffer]) -> Tensors:
