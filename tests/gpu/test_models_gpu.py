@@ -137,6 +137,8 @@ def test_in_a_cuda_graph(batch: int, directories: Directories) -> None:
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled(backend: str, directories: Directories) -> None:
     """The same compiler for both: what it fuses may round otherwise than eager torch does."""
+    if backend == "inductor":
+        pytest.importorskip("triton")
     model, plain = models("llama", directories)
     got, expected = (torch.compile(each, backend=backend) for each in (model, plain))
     for batch in (1, 8):
@@ -145,6 +147,7 @@ def test_compiled(backend: str, directories: Directories) -> None:
 
 def test_generate_may_compile(directories: Directories) -> None:
     """With a static cache and ``compile=True`` generate compiles the decode step and runs it as CUDA graphs."""
+    pytest.importorskip("triton")
     plain, native = directories("llama")
     tokens = []
     for directory in (native, plain):

@@ -165,15 +165,21 @@ def test_leaving_a_gpu_converts_first(emulated: None, monkeypatch: pytest.Monkey
     linear, seen = model[1], []
 
     def move(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.dtype == torch.uint8 and tensor.numel():
+        if tensor.dtype == torch.uint8:
             seen.append(tensor.numel())
-            return tensor
-        return tensor.to("meta") if tensor.numel() == 0 else tensor
+        return tensor
 
-    monkeypatch.setattr(layout, "stays_private", lambda device: False)
+    monkeypatch.setattr(layout, "leaves_gpu", lambda before, after: True)
     linear._apply(move)
     assert linear._bitforbit_specs["weight"].layout == "planes"
     assert seen == [p.numel() for p in linear._bitforbit_parts("weight")]
+
+
+def test_what_leaves_a_gpu() -> None:
+    cpu, meta, first, second = map(torch.device, ("cpu", "meta", "cuda:0", "cuda:1"))
+    assert layout.leaves_gpu(first, cpu)
+    for move in ((first, second), (first, first), (first, meta), (meta, cpu), (cpu, first), (cpu, cpu)):
+        assert not layout.leaves_gpu(*move)
 
 
 @pytest.mark.usefixtures("emulated")

@@ -109,7 +109,7 @@ class Compressed(nn.Module):
                     f"expected {name} of {type(self).__name__} to stay {spec.dtype}, since it is compressed, got a "
                     f"cast to {probe.dtype}; use bitforbit.decompress_model, cast, then compress again"
                 )
-            if spec.layout != "planes" and probe.device != device and not layout.stays_private(probe.device):
+            if spec.layout != "planes" and layout.leaves_gpu(device, probe.device):
                 left.append(name)
         for name in left:
             layout.convert(self, name, "planes")
