@@ -188,6 +188,7 @@ def test_meta_has_nothing_to_convert():
     bnn.set_layout(model, "tiles").to("meta")
     assert layouts(model) == ["tiles"] * 3
     assert model(IDS.to("meta")).shape == (2, 3, 64)
+    assert all(value.is_meta for value in model.state_dict().values())
     bnn.set_layout(model, "auto")
     assert layouts(model) == ["tiles"] * 3
 

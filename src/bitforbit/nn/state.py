@@ -41,7 +41,11 @@ def as_planes(destination: dict[str, Any], before: int, prefix: str, module: Com
     The first ``before`` entries are of other modules. Returns the specs of what is in the state dict.
     """
     specs = dict(module._bitforbit_specs)
-    private = {name: spec for name, spec in specs.items() if spec.layout != "planes"}
+    private = {
+        name: spec
+        for name, spec in specs.items()
+        if spec.layout != "planes" and not module._bitforbit_parts(name)[0].is_meta
+    }
     if not private:
         return specs
     new: dict[str, dict[str, torch.Tensor]] = {}
