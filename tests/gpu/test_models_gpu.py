@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -260,3 +261,16 @@ def test_memory_while_loading(tmp_path: Path) -> None:
     largest = 8192 * 1024 * 2
     assert size < 0.73 * plain_bytes
     assert peak < size + 3 * largest
+
+
+def test_bench(directories: Directories, capsys: pytest.CaptureFixture[str]) -> None:
+    from bitforbit.cli import main
+
+    _, native = directories("llama")
+    sizes = ["--tokens", "4", "--prompt-tokens", "5", "--rounds", "1", "--mode", "exact"]
+    assert main(["bench", str(native), *sizes, "--device", DEVICE, "--json"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    assert (value["exact"], value["device"]) == (True, DEVICE)
+    plain, exact = value["variants"]
+    assert 0 < exact["weight_bytes"] < plain["weight_bytes"]
+    assert exact["gpu_running_peak"] > 0

@@ -227,3 +227,13 @@ def test_saving_an_adapter_converts_nothing(
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     assert "model.norm.weight" in model.state_dict()
     assert any(name.endswith("code__weight") for name in model.state_dict())
+
+
+def test_official_files_of_dfloat11() -> None:
+    official = Path(__file__).parents[1] / "data" / "df11-official" / "llama_dir"
+    config = BitforbitConfig(runtime="df11")
+    model = tf.AutoModelForCausalLM.from_pretrained(official / "df11", quantization_config=config)
+    assert layouts(model) == {"df11"}
+    reference = tf.AutoModelForCausalLM.from_pretrained(official / "bf16")
+    for batch in (1, 8):
+        assert torch.equal(zoo.logits(model, "llama", batch), zoo.logits(reference, "llama", batch))
