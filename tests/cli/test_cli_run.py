@@ -225,3 +225,31 @@ def test_on_a_cpu_by_name(models: dict[str, Path], capsys: pytest.CaptureFixture
     assert main(["run", str(models["native"]), "-p", PROMPT, *options]) == 0
     value = one_object(capsys.readouterr().out)
     assert (value["device"], value["runtime"], value["gpu_peak_bytes"]) == ("cpu", "planes", None)
+
+
+def test_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arguments for from_pretrained: with accelerate a device map, without it a move after loading."""
+    from bitforbit.integrations.generation import place
+
+    class Model:
+        device = "cpu"
+
+        def to(self, device: str) -> Model:
+            self.device = device
+            return self
+
+    monkeypatch.setattr(place, "_require", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    for has, options, runtime, moved in (
+        (True, {"device_map": {"": "cuda:1"}}, "tiles", "cpu"),
+        (False, {}, "auto", "cuda:1"),
+    ):
+        monkeypatch.setattr(place, "_has_accelerate", lambda has=has: has)
+        chosen = place.choose("cuda:1", "tiles")
+        assert (chosen.options, chosen.config, chosen.on_gpu) == (options, {"runtime": runtime}, True)
+        assert chosen.settle(Model()).device == moved
+        assert place.choose("auto").options == ({"device_map": "auto"} if has else {})
+        assert place.choose("auto").settle(Model()).device == ("cpu" if has else "cuda")
+        assert place.choose("cpu") == place.CPU
+        assert place.CPU.settle(Model()).device == "cpu"
+        assert place.choose("cuda", "df11").config == {"runtime": "df11"}

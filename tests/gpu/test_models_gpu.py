@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,8 @@ def test_in_a_cuda_graph(batch: int, directories: Directories) -> None:
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled(backend: str, directories: Directories) -> None:
     """The same compiler for both: what it fuses may round otherwise than eager torch does."""
+    if backend == "inductor":
+        pytest.importorskip("triton")
     model, plain = models("llama", directories)
     got, expected = (torch.compile(each, backend=backend) for each in (model, plain))
     for batch in (1, 8):
@@ -145,6 +148,7 @@ def test_compiled(backend: str, directories: Directories) -> None:
 
 def test_generate_may_compile(directories: Directories) -> None:
     """With a static cache and ``compile=True`` generate compiles the decode step and runs it as CUDA graphs."""
+    pytest.importorskip("triton")
     plain, native = directories("llama")
     tokens = []
     for directory in (native, plain):
@@ -257,3 +261,16 @@ def test_memory_while_loading(tmp_path: Path) -> None:
     largest = 8192 * 1024 * 2
     assert size < 0.73 * plain_bytes
     assert peak < size + 3 * largest
+
+
+def test_bench(directories: Directories, capsys: pytest.CaptureFixture[str]) -> None:
+    from bitforbit.cli import main
+
+    _, native = directories("llama")
+    sizes = ["--tokens", "4", "--prompt-tokens", "5", "--rounds", "1", "--mode", "exact"]
+    assert main(["bench", str(native), *sizes, "--device", DEVICE, "--json"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    assert (value["exact"], value["device"]) == (True, DEVICE)
+    plain, exact = value["variants"]
+    assert 0 < exact["weight_bytes"] < plain["weight_bytes"]
+    assert exact["gpu_running_peak"] > 0

@@ -14,7 +14,7 @@ from torch.nn import functional
 from bitforbit import ops
 from bitforbit.ops.gpu import Policy, scratch_bytes, slices
 from helpers.gpu_weights import LAYOUTS, Case
-from torch_helpers import KINDS, assert_same_bits, encode, gaussian, random_bits
+from torch_helpers import KINDS, assert_same_bits, encode, random_bits
 
 DEVICE = torch.device("cuda", 0)
 POLICIES = {
@@ -35,7 +35,8 @@ def _nothing_left() -> Iterator[None]:
 
 
 def weight_of(rows: int, cols: int, seed: int = 0) -> torch.Tensor:
-    return gaussian((rows, cols), seed=seed).to(DEVICE)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return (torch.randn((rows, cols), generator=generator, device=DEVICE) * 0.02).bfloat16()
 
 
 def x_of(shape: tuple[int, ...], seed: int = 1) -> torch.Tensor:
@@ -294,9 +295,9 @@ def test_opcheck():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", ["default", "two ahead", "none ahead"])
 def test_memory_is_what_is_promised(layout, name):
-    chain = Chain(layout, (4096, 14336, 4096, 4096, 14336, 4096))
+    chain = Chain(layout, (2048, 7168, 2048, 2048, 7168, 2048))
     x = x_of((2, chain.cols))
     with ops.gpu.use_policy(POLICIES[name]), torch.inference_mode():
         for _ in range(3):

@@ -58,7 +58,7 @@ def df11(weight: torch.Tensor) -> Case:
     """The middle one of three matrices of a unit."""
     rows, cols = weight.shape
     matrices = [gaussian((7, 33), seed=5), weight, gaussian((40, 9), seed=6)]
-    unit = encode_unit([words(matrix) for matrix in matrices])
+    unit = encode_unit([words(matrix) for matrix in matrices], threads=4)
     _, prepared = ops.gpu.df11_prepare(unit, weight.device)
     parts, elements, first = tuple(prepared.values()), unit.num_weights, matrices[0].numel()
     return Case(

@@ -45,6 +45,15 @@ def assert_same_outputs(model: Any, plain: Path, name: str, *batches: int) -> No
         assert torch.equal(zoo.logits(model, name, batch), zoo.logits(reference, name, batch)), batch
 
 
+def decode_logits(model: Any, name: str, batch: int) -> torch.Tensor:
+    """Logits of a prompt's last token and of the steps after it."""
+    out = model.generate(
+        **zoo.inputs(name, batch), max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0,
+        output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    return torch.stack(out.logits)
+
+
 def assert_saved(model: Any, plain: Path, directory: Path) -> None:
     model.save_pretrained(directory / "saved")
     bitforbit.decompress(directory / "saved", directory / "restored")
@@ -64,7 +73,8 @@ def test_tiles(name: str, directories: Directories, tmp_path: Path) -> None:
     assert_same_outputs(model, plain, name, 2)
     if name in GENERATING:
         reference = zoo.auto_class(name).from_pretrained(plain)
-        assert torch.equal(zoo.generated(model, name, 1), zoo.generated(reference, name, 1))
+        for batch in (1, 8):
+            assert torch.equal(decode_logits(model, name, batch), decode_logits(reference, name, batch))
     if name in SAVED:
         assert_saved(model, plain, tmp_path)
 
@@ -217,3 +227,13 @@ def test_saving_an_adapter_converts_nothing(
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     assert "model.norm.weight" in model.state_dict()
     assert any(name.endswith("code__weight") for name in model.state_dict())
+
+
+def test_official_files_of_dfloat11() -> None:
+    official = Path(__file__).parents[1] / "data" / "df11-official" / "llama_dir"
+    config = BitforbitConfig(runtime="df11")
+    model = tf.AutoModelForCausalLM.from_pretrained(official / "df11", quantization_config=config)
+    assert layouts(model) == {"df11"}
+    reference = tf.AutoModelForCausalLM.from_pretrained(official / "bf16")
+    for batch in (1, 8):
+        assert torch.equal(zoo.logits(model, "llama", batch), zoo.logits(reference, "llama", batch))

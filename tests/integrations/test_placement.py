@@ -48,7 +48,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     def look(model: Any, device_map: Any, max_memory: Any, quantizer: Any) -> Any:
         tensors = [*model.named_parameters(), *model.named_buffers()]
         seen["bytes"] = sum(t.numel() * quantizer.param_element_size(model, name, t) for name, t in tensors)
-        seen["memory"] = quantizer.adjust_max_memory({0: 10_000_000, 1: 300_000, "cpu": 10_000_000})
+        seen["memory"] = quantizer.adjust_max_memory({0: 10_000_000.5, 1: 300_000, "cpu": 10_000_000})
         return stock(model, device_map, max_memory, quantizer)
 
     monkeypatch.setattr(tf.modeling_utils, "_get_device_map", look)

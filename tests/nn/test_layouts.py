@@ -165,15 +165,21 @@ def test_leaving_a_gpu_converts_first(emulated: None, monkeypatch: pytest.Monkey
     linear, seen = model[1], []
 
     def move(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.dtype == torch.uint8 and tensor.numel():
+        if tensor.dtype == torch.uint8:
             seen.append(tensor.numel())
-            return tensor
-        return tensor.to("meta") if tensor.numel() == 0 else tensor
+        return tensor
 
-    monkeypatch.setattr(layout, "stays_private", lambda device: False)
+    monkeypatch.setattr(layout, "leaves_gpu", lambda before, after: True)
     linear._apply(move)
     assert linear._bitforbit_specs["weight"].layout == "planes"
     assert seen == [p.numel() for p in linear._bitforbit_parts("weight")]
+
+
+def test_what_leaves_a_gpu() -> None:
+    cpu, meta, first, second = map(torch.device, ("cpu", "meta", "cuda:0", "cuda:1"))
+    assert layout.leaves_gpu(first, cpu)
+    for move in ((first, second), (first, first), (first, meta), (meta, cpu), (cpu, first), (cpu, cpu)):
+        assert not layout.leaves_gpu(*move)
 
 
 @pytest.mark.usefixtures("emulated")
@@ -182,6 +188,7 @@ def test_meta_has_nothing_to_convert():
     bnn.set_layout(model, "tiles").to("meta")
     assert layouts(model) == ["tiles"] * 3
     assert model(IDS.to("meta")).shape == (2, 3, 64)
+    assert all(value.is_meta for value in model.state_dict().values())
     bnn.set_layout(model, "auto")
     assert layouts(model) == ["tiles"] * 3
 
@@ -322,8 +329,10 @@ def test_state_that_does_not_fit():
     with pytest.raises(RuntimeError, match=r"size mismatch for 1\.weight"):
         model.load_state_dict({"1.weight": torch.zeros(3, 3)}, strict=False)
     del state["1.tails__weight"]
-    with pytest.raises(RuntimeError, match="Missing key"):
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "1\.tails__weight"\.'):
         model.load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r'Missing key.* "1\.code__weight", "1\.digits__weight"'):
+        model.load_state_dict({})
     assert_same_bits(model(IDS), plain(IDS))
 
 

@@ -109,7 +109,7 @@ class Compressed(nn.Module):
                     f"expected {name} of {type(self).__name__} to stay {spec.dtype}, since it is compressed, got a "
                     f"cast to {probe.dtype}; use bitforbit.decompress_model, cast, then compress again"
                 )
-            if spec.layout != "planes" and probe.device != device and not layout.stays_private(probe.device):
+            if spec.layout != "planes" and layout.leaves_gpu(device, probe.device):
                 left.append(name)
         for name in left:
             layout.convert(self, name, "planes")
@@ -130,9 +130,9 @@ class Compressed(nn.Module):
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
         adapted, specs = state.adapt(state_dict, prefix, local_metadata, self, error_msgs)
-        super()._load_from_state_dict(
-            adapted, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        missing: list[str] = []
+        super()._load_from_state_dict(adapted, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
+        missing_keys += state.public_names(missing, state_dict, prefix, self)
         self._bitforbit_specs.update(specs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -37,9 +37,9 @@ def is_gpu(device: torch.device) -> bool:
     return bool(device.type == "cuda")
 
 
-def stays_private(device: torch.device) -> bool:
-    """Whether parameters in a layout for GPUs keep it on this device; without data there is nothing to convert."""
-    return is_gpu(device) or bool(device.type == "meta")
+def leaves_gpu(before: torch.device, after: torch.device) -> bool:
+    """Whether a move takes parameters to where their layout is none. Without data there is nothing to convert."""
+    return before != after and "meta" not in (before.type, after.type) and not is_gpu(after)
 
 
 def check(layout: str) -> None:

@@ -41,7 +41,11 @@ def as_planes(destination: dict[str, Any], before: int, prefix: str, module: Com
     The first ``before`` entries are of other modules. Returns the specs of what is in the state dict.
     """
     specs = dict(module._bitforbit_specs)
-    private = {name: spec for name, spec in specs.items() if spec.layout != "planes"}
+    private = {
+        name: spec
+        for name, spec in specs.items()
+        if spec.layout != "planes" and not module._bitforbit_parts(name)[0].is_meta
+    }
     if not private:
         return specs
     new: dict[str, dict[str, torch.Tensor]] = {}
@@ -140,6 +144,17 @@ def adapt(
                 # In place, so that tied modules see the new length too.
                 parameter.data = torch.empty(value.shape, dtype=torch.uint8, device=parameter.device)
     return adapted, specs
+
+
+def public_names(missing: list[str], state_dict: Mapping[str, Any], prefix: str, module: Compressed) -> list[str]:
+    """Names of missing entries, as they would be in a state dict: with the parts of planes for those of a GPU."""
+    names = list(missing)
+    for name, spec in module._bitforbit_specs.items():
+        own = {prefix + part_name(part, name) for part in spec.part_names}
+        if spec.layout != "planes" and not own.isdisjoint(missing):
+            keys = [prefix + part_name(part, name) for part in PARTS]
+            names = [key for key in names if key not in own] + [key for key in keys if key not in state_dict]
+    return names
 
 
 def _fitted(

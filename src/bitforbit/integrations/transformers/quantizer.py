@@ -69,11 +69,12 @@ class BitforbitQuantizer(HfQuantizer):
 
     def adjust_max_memory(self, max_memory: dict[str, int | str]) -> dict[str, int | str]:
         """Leaves room on GPUs for weights that are decoded before they are multiplied."""
-        on_gpu = [place for place, limit in max_memory.items() if isinstance(place, int) and isinstance(limit, int)]
+        # Limits that were balanced between GPUs may be fractions: sizes of parameters are.
+        on_gpu = {place: limit for place, limit in max_memory.items() if isinstance(place, int)}
         if self._load is None or not on_gpu:
             return max_memory
         scratch = self._load.scratch_bytes()
-        return {**max_memory, **{place: max(0, int(max_memory[place]) - scratch) for place in on_gpu}}
+        return {**max_memory, **{place: max(0, int(limit) - scratch) for place, limit in on_gpu.items()}}
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The model's dtype as it is: what does not fit is refused when the files are open."""

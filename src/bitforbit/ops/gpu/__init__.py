@@ -10,18 +10,18 @@ from bitforbit.ops.gpu import df11, planes, tiles
 from bitforbit.ops.gpu.convert import df11_prepare, encode_planes, pack_tiles, planes_to_tiles, tiles_to_planes
 from bitforbit.ops.gpu.policy import Policy, scratch_bytes
 from bitforbit.ops.gpu.queues import emulate, queue_for
-from bitforbit.ops.gpu.runtime import check_status, clear, policy, use_policy
+from bitforbit.ops.gpu.runtime import check_status, clear, current_policy, use_policy
 
 __all__ = [
     "Policy",
     "check_status",
     "clear",
+    "current_policy",
     "df11_prepare",
     "emulate",
     "encode_planes",
     "pack_tiles",
     "planes_to_tiles",
-    "policy",
     "queue_for",
     "register",
     "scratch_bytes",

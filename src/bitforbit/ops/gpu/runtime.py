@@ -41,7 +41,7 @@ _local = _Local()
 _successors: dict[torch.device, Successors] = {}
 
 
-def policy() -> Policy:
+def current_policy() -> Policy:
     """How decoding is scheduled."""
     return _settings.policy
 
