@@ -19,8 +19,8 @@ BUILD = HERE.parents[1] / "build" / "cuda_shim"
 
 Defines = tuple[tuple[str, str], ...]
 
-COMMON = ("-std=c++20", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hidden", "-fno-gnu-unique", "-pthread", "-w")
-"""Hidden and not unique: else the libraries that one process loads would share their lists of kernels."""
+COMMON = ("-std=c++20", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hidden", "-pthread", "-w")
+"""Hidden: else the libraries that one process loads would share their lists of kernels."""
 
 
 @dataclass(frozen=True)

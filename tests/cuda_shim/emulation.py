@@ -9,8 +9,8 @@ give the same result::
     from cuda_shim.emulation import run_everywhere
 
     def run(queue):
-        out = queue.empty(nbytes)
-        decode(queue, parts_of(queue.upload(...)), layout, 0, rows, out.address)
+        given, out = queue.upload(data), queue.empty(nbytes)  # keep what launches use, else it is freed
+        decode(queue, [(given.address, given.nbytes)], layout, 0, rows, out.address)
         return queue.download(out)
 
     assert run_everywhere(run) == expected

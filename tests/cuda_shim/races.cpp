@@ -2,9 +2,9 @@
 // kernel text. Linked without that sanitizer's own runtime, itself built without the flag.
 //
 // Two accesses of one byte by different threads, one of them a write and not both atomic, are a race unless
-// __syncthreads lies between them, or, within a warp, collectives through which one lane has come to know of the
-// other's access. Who has waited for a phase of an mbarrier is taken to know all that was done before the phase ended.
-// On request, a byte that is read before any thread wrote it is reported too.
+// __syncthreads lies between them, or, within a warp, __syncwarp through which one lane has come to know of the other's
+// access; shuffles and votes do not order memory. Who has waited for a phase of an mbarrier is taken to know all that
+// was done before the phase ended. On request, a byte that is read before any thread wrote it is reported too.
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>

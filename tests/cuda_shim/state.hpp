@@ -49,7 +49,7 @@ struct Fibre {
 
 struct Warp {
   unsigned exited = 0;
-  unsigned time = 1;  // counts the collectives that are complete
+  unsigned time = 1;  // counts __syncwarp
   Collective collectives[2 * kLanes];
 };
 

@@ -136,13 +136,13 @@ class Simulation:
         self._noted = dict(self.main.clock)
 
     def follow(self) -> None:
-        _merge(self.side.clock, self._noted)
+        merge(self.side.clock, self._noted)
 
     def mark(self) -> Clock:
         return dict(self.side.clock)
 
     def join(self, mark: Clock) -> None:
-        _merge(self.main.clock, mark)
+        merge(self.main.clock, mark)
 
     @property
     def open_side_work(self) -> bool:
@@ -184,6 +184,6 @@ class Simulation:
         return True
 
 
-def _merge(clock: Clock, other: Clock) -> None:
+def merge(clock: Clock, other: Clock) -> None:
     for stream, count in other.items():
         clock[stream] = max(clock.get(stream, 0), count)

@@ -12,6 +12,7 @@ from simulated_streams import RaceError, Simulation
 
 from bitforbit.ops.gpu.policy import Policy, scratch_bytes
 from bitforbit.ops.gpu.prefetch import Prefetcher, Successors
+from bitforbit.ops.gpu.streams import Streams
 from bitforbit.ops.gpu.weights import Geometry, Weight
 
 POLICIES = {
@@ -53,9 +54,9 @@ class Simulated(Geometry):
 class Model:
     """Weights in simulated memory, and products with them that are checked when they are done."""
 
-    def __init__(self, simulation: Simulation, policy: Policy, rows: list[int]) -> None:
+    def __init__(self, simulation: Simulation, policy: Policy, rows: list[int], streams: Streams | None = None) -> None:
         self.simulation = simulation
-        self.prefetcher = Prefetcher(simulation, Successors(), policy)
+        self.prefetcher = Prefetcher(streams or simulation, Successors(), policy)
         self.values: list[int] = []
         self.weights: list[Weight] = []
         self.next_value = 0
@@ -112,9 +113,9 @@ class Model:
             assert not simulation.open_side_work
 
 
-def play(simulation: Simulation, policy: Policy, seed: int) -> None:
+def play(simulation: Simulation, policy: Policy, seed: int, streams: Streams | None = None) -> None:
     draw = random.Random(seed)
-    model = Model(simulation, policy, [draw.randint(1, 20) for _ in range(6)])
+    model = Model(simulation, policy, [draw.randint(1, 20) for _ in range(6)], streams)
     uses = 0
     for _ in range(8):
         order = list(range(6))
@@ -270,26 +271,83 @@ def test_scratch_bytes():
     assert scratch_bytes([5, 7, 1], Policy(scratch_bytes=3)) == 7
 
 
-def test_a_failed_decode_leaves_nothing_behind():
+def test_a_failed_decode_leaves_nothing_behind(monkeypatch):
     simulation = Simulation()
     model = Model(simulation, Policy(), [1, 2, 3])
     for index in range(3):
         model.use(index)
+    decode = Simulated.decode
 
-    @dataclass(frozen=True)
-    class Failing(Simulated):
-        def decode(self, queue, parts, begin, end, out, workspace, status):
-            super().decode(queue, parts, begin, end, out, workspace, status)
+    def fails_half_way(self, queue, *arguments):
+        decode(self, queue, *arguments)
+        if queue is simulation.side:
             raise RuntimeError("no")
 
-    weight = model.weights[1]
-    node = model.prefetcher._successors._nodes[weight.key]
-    node._geometry = Failing(weight.geometry.rows, weight.geometry.cols)
-    with pytest.raises(RuntimeError, match="no"):
-        model.use(0)
+    with monkeypatch.context() as patched:
+        patched.setattr(Simulated, "decode", fails_half_way)
+        with pytest.raises(RuntimeError, match="no"):
+            model.use(0)
     assert not simulation.open_side_work
     model.use(1)
     simulation.synchronize()
+
+
+def changed_in_place(model: Model) -> None:
+    model.write(model.weights[1], 1)
+
+
+def moved(model: Model) -> None:
+    """As offloading does it: the parameters stay, their memory comes and goes."""
+    for part in model.weights[1].parts:
+        begin, end = model.simulation.place(part)
+        elsewhere = model.simulation.bytes(16)
+        begin_of_other, end_of_other = model.simulation.place(elsewhere)
+
+        def run(source: slice = slice(begin, end), target: slice = slice(begin_of_other, end_of_other)) -> None:
+            model.simulation.memory[target] = model.simulation.memory[source]
+
+        model.simulation.main.enqueue("move", run, [(begin, end)], [(begin_of_other, end_of_other)])
+        part.data = elsewhere
+    model.weights[1] = Weight(model.weights[1].geometry, model.weights[1].parts)
+
+
+def moved_to_the_same_address(model: Model) -> None:
+    """Another storage, with nothing else to tell it by."""
+    for part in model.weights[1].parts:
+        begin, end = model.simulation.place(part)
+        part.data = torch.from_numpy(model.simulation.memory[begin:end])
+
+
+@pytest.mark.parametrize("change", [changed_in_place, moved, moved_to_the_same_address])
+def test_what_changed_since_its_last_use_is_decoded_when_it_is_used(change):
+    """The change may be complete for the stream of that use only then."""
+    simulation = Simulation()
+    model = Model(simulation, Policy(), [1, 2, 3])
+    for _ in range(2):
+        for index in range(3):
+            model.use(index)
+    keep = [part.numpy() for part in model.weights[1].parts]  # its blocks, whatever becomes of the tensors
+    for when in ("before", "after"):
+        simulation.names.clear()
+        if when == "before":
+            change(model)
+        model.use(0)
+        if when == "after":
+            change(model)
+        for index in (1, 2):
+            model.use(index)
+        decoded_ahead = "side: decode 2" in simulation.names
+        assert decoded_ahead == (when == "after")
+        assert "main: decode 2" in simulation.names
+        for index in range(3):
+            model.use(index)
+    simulation.names.clear()
+    for index in range(3):
+        model.use(index)
+    assert "side: decode 2" in simulation.names
+    simulation.synchronize()
+    assert model.checked == 21
+    del keep
 
 
 def test_too_little_memory_to_decode_ahead_is_no_error():

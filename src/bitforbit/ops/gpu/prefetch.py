@@ -8,7 +8,9 @@ one that came after it the last time. When a weight is used, its successor is de
 
 A wrong guess costs the time of one decoding, never a bit. Nothing is decoded ahead across the end of a pass (a link
 back to a weight that was first used earlier): what is decoded is used within the pass, and between passes weights may
-be changed or freed.
+be changed or freed. Nor is a weight whose parts are other tensors or were written since its last use, as where weights
+move to the GPU for each use: they may still be on their way. (Writes through ``.data`` are hidden from torch's own
+counters, and so from this.)
 
 Memory of decoded weights comes from torch's allocator, as memory of the main stream, and is freed as soon as the
 product is enqueued; the allocator then gives the same block to the weight after the next. So two weights exist at a
@@ -24,11 +26,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from bitforbit.ops.checks import Parts
 from bitforbit.ops.gpu.policy import Policy
 from bitforbit.ops.gpu.streams import Streams
-from bitforbit.ops.gpu.weights import Weight
+from bitforbit.ops.gpu.weights import Geometry, Weight
 
 
 class Successors:
@@ -45,14 +48,13 @@ class Successors:
         Raises UsageError, CorruptTensorError.
         """
         node = self._nodes.get(weight.key)
-        if node is not None and node.alive:
-            node.refer(weight.parts)
-            return node, weight
-        weight = weight.checked()
-        if len(self._nodes) >= self._sweep_at:
-            self._sweep()
-        self._seen += 1
-        node = self._nodes[weight.key] = _Node(weight, self._seen)
+        if node is None or not node.alive:
+            weight = weight.checked()
+            if len(self._nodes) >= self._sweep_at:
+                self._sweep()
+            self._seen += 1
+            node = self._nodes[weight.key] = _Node(weight.geometry, self._seen)
+        node.note(weight)
         return node, weight
 
     def __len__(self) -> int:
@@ -64,40 +66,66 @@ class Successors:
 
 
 class _Node:
-    """A weight's place in the order."""
+    """A weight's place in the order, and its state when it was last used."""
 
-    def __init__(self, weight: Weight, first_seen: int) -> None:
+    def __init__(self, geometry: Geometry, first_seen: int) -> None:
         self.first_seen = first_seen
         self.next: _Node | None = None
-        self._geometry = weight.geometry
-        self.refer(weight.parts)
+        self.changes = 0
+        """How often it had other contents than at the use before, as far as torch tells."""
+        self._geometry = geometry
+        self._key: tuple[Any, ...] = ()
+        self._parts: tuple[weakref.ref[torch.Tensor], ...] = ()
+        self._versions: tuple[int, ...] | None = None
+        self._storages: list[StorageWeakRef] = []
+        """As long as these exist, no other storage has the same number."""
 
-    def refer(self, parts: Parts) -> None:
-        self._parts = tuple(map(weakref.ref, parts))
+    def note(self, weight: Weight) -> None:
+        """The weight is being used as it is now."""
+        self._key = weight.key
+        self._parts = tuple(map(weakref.ref, weight.parts))
+        versions = weight.versions
+        if not self._has_storages_of(weight.parts):
+            self._storages = [StorageWeakRef(part.untyped_storage()) for part in weight.parts]
+            self.changes += 1
+        elif versions != self._versions:
+            self.changes += 1
+        self._versions = versions
 
     @property
     def alive(self) -> bool:
-        a, b, c, d = self._parts
-        return a() is not None and b() is not None and c() is not None and d() is not None
+        return all(part() is not None for part in self._parts)
 
     def weight(self) -> Weight | None:
-        """The weight, unless it is gone."""
+        """The weight, if it still is as it was when it was last used.
+
+        If it is not, whoever changed it may have told the stream of its next use alone when the change is complete.
+        """
         a, b, c, d = (part() for part in self._parts)
         if a is None or b is None or c is None or d is None:
             return None
-        return Weight(self._geometry, (a, b, c, d))
+        weight = Weight(self._geometry, (a, b, c, d))
+        if weight.key != self._key or self._versions is None or weight.versions != self._versions:
+            return None
+        return weight if self._has_storages_of(weight.parts) else None
 
     def follower(self) -> _Node | None:
         """What is used next in the same pass."""
         return self.next if self.next is not None and self.next.first_seen > self.first_seen else None
 
+    def _has_storages_of(self, parts: Parts) -> bool:
+        return [part.untyped_storage()._cdata for part in parts] == [storage.cdata for storage in self._storages]
+
 
 @dataclass
 class _Ahead:
-    """A weight that is decoded, or being decoded on the side stream. Keeps its parts alive."""
+    """A weight that is decoded, or being decoded on the side stream."""
 
     weight: Weight
-    versions: tuple[int, ...]
+    storages: list[torch.UntypedStorage]
+    """Of the parts, whose memory stays as it is until the main stream has waited, whatever becomes of the tensors."""
+    changes: int
+    """Of the weight, when its decoding began."""
     matrix: torch.Tensor
     mark: Any
     """None once the main stream waits for it."""
@@ -130,7 +158,7 @@ class Prefetcher:
         if self._last is not None:
             self._last.next = node
         self._last = node
-        matrix = self._take(weight)
+        matrix = self._take(node, weight)
         if matrix is None:
             matrix = weight.matrix(self._streams.empty)
             weight.decode(self._streams.main, matrix, self._status)
@@ -161,7 +189,7 @@ class Prefetcher:
         if not sys.is_finalizing():
             self.discard()
 
-    def _take(self, weight: Weight) -> torch.Tensor | None:
+    def _take(self, node: _Node, weight: Weight) -> torch.Tensor | None:
         """The matrix of a weight that was decoded ahead; what should have been used before it is dropped."""
         found = self._ahead.get(weight.key)
         for key in list(self._ahead):
@@ -170,7 +198,7 @@ class Prefetcher:
             self._drop(key)
         if found is None:
             return None
-        if found.versions != weight.versions:  # changed in place since
+        if found.changes != node.changes:
             self._drop(weight.key)
             return None
         del self._ahead[weight.key]
@@ -190,13 +218,13 @@ class Prefetcher:
             used += weight.nbytes
             if budget is not None and used > budget:
                 break
-            versions = weight.versions
-            if weight.key not in self._ahead and weight.key != current.key and versions is not None:
+            if weight.key not in self._ahead and weight.key != current.key:
                 try:
                     matrix = weight.matrix(self._streams.empty)
                 except torch.OutOfMemoryError:
                     break  # decoded when it is used, then
-                wanted.append(_Ahead(weight, versions, matrix, None))
+                storages = [part.untyped_storage() for part in weight.parts]
+                wanted.append(_Ahead(weight, storages, follower.changes, matrix, None))
             follower = follower.follower()
         return wanted
 
