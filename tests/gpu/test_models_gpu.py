@@ -127,7 +127,8 @@ def test_in_a_cuda_graph(batch: int, directories: Directories) -> None:
         with torch.cuda.graph(graph):
             captured = step()
         for _ in range(3):
-            captured.zero_()
+            with torch.inference_mode():
+                captured.zero_()
             graph.replay()
             torch.cuda.synchronize()
             results.append(captured.clone())
