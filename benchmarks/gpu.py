@@ -153,7 +153,8 @@ def has_gpu() -> bool:
 
 def file_name(result: dict[str, Any]) -> str:
     """``gpu-<device>-<date>.json``."""
-    name = result.get("device", {}).get("name", "emulated").lower().replace("nvidia", "")
+    unknown = "emulated" if result["dry_run"] else "unknown"
+    name = result.get("device", {}).get("name", unknown).lower().replace("nvidia", "")
     slug = re.sub(r"[^a-z0-9]+", "-", name).strip("-")
     return f"gpu-{slug}-{result['date']}.json"
 
@@ -212,7 +213,7 @@ def main(arguments: list[str]) -> int:
                 result.update(content if step.name == "facts" else {step.name.removeprefix("benchmark "): content})
                 if chosen.commit and "machine" in result:
                     result["machine"]["commit"] = chosen.commit
-            if "machine" in result:
+            if step.name != "build":  # the name of the file comes with the facts
                 write(result, folders)
         _say("\n" + summary(result) + "\n", log)
     return 0 if all(step["status"] == "passed" for step in result["steps"]) else 1

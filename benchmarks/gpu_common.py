@@ -12,15 +12,17 @@ import json
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from benchmarks.common import ROOT, machine
 
 Call = Callable[[], object]
+T = TypeVar("T")
 
 L2_MULTIPLE = 4
 """Data of all rotated calls together, in sizes of the L2 cache: what a call leaves there is gone by its next turn."""
@@ -163,11 +165,35 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return options
 
 
-def finish(result: dict[str, Any], file: Path | None) -> None:
-    """Write a benchmark's result."""
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(result, indent=1) + "\n")
+class Report:
+    """A benchmark's result, in its file as far as it has come. What fails is noted and does not stop the rest."""
+
+    def __init__(self, file: Path | None) -> None:
+        self.result: dict[str, Any] = {"errors": {}}
+        self._file = file
+
+    def put(self, **values: Any) -> None:
+        """Add to the result."""
+        self.result.update(values)
+        if self._file is not None:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._file.write_text(json.dumps(self.result, indent=1) + "\n")
+
+    def attempt(self, what: str, function: Callable[[], T]) -> T | None:
+        """What the function returns; None, and an entry under "errors", if it raises."""
+        try:
+            return function()
+        except Exception as error:  # noqa: BLE001  (a device is lent for minutes: the other figures still count)
+            traceback.print_exc()
+            self.result["errors"][what] = f"{type(error).__name__}: {error}"[:2000]
+            self.put()
+            return None
+
+    def end(self) -> int:
+        """The exit status."""
+        for what, error in self.result["errors"].items():
+            print(f"FAILED {what}: {error}")
+        return 1 if self.result["errors"] else 0
 
 
 def cell(value: float | None, form: str = ".1f") -> str:
@@ -177,4 +203,4 @@ def cell(value: float | None, form: str = ".1f") -> str:
 
 if __name__ == "__main__":
     chosen = parser("Facts of machine and GPU").parse_args()
-    finish(facts(chosen.dry_run), chosen.json)
+    Report(chosen.json).put(**facts(chosen.dry_run))

@@ -158,7 +158,76 @@ def cpu_linear(result: Result) -> str:
     return "\n".join([intro, "", table(headers, rows), "", where(result)])
 
 
+GPU_DECODERS = ("tiles to BF16", "planes to BF16", "DF11 to BF16")
+GPU_BATCHES = (1, 8, 32, 64)
+NOT_MEASURED = "not measured"
+
+
+def gpu(result: Result) -> str:
+    """A whole model and single decoders on a GPU; an empty result gives the tables without figures."""
+    model, load, decode = (result.get(key, {}) for key in ("model", "load", "decode"))
+    steps = {step["batch"]: step["step_ms"] for step in model.get("decode", ())}
+    pairs = [(f"a token, batch {batch}", steps.get(batch), ".2f", " ms") for batch in GPU_BATCHES]
+    pairs.append(("prefill of 2048 tokens", model.get("prefill", {}).get("ms"), ".1f", " ms"))
+    memory = model.get("memory", {})
+    for key, label in (("weight_bytes", "weights"), ("peak_beyond_weights", "memory beyond the weights")):
+        gigabytes = {name: m[key] / 1e9 for name, m in memory.items() if m[key] is not None}
+        pairs.append((label, gigabytes, ".2f", " GB"))
+    layers = load.get("layers")
+    pairs.append((f"loading ({layers} layers)" if layers else "loading", load.get("load_seconds"), ".2f", " s"))
+    rows = [[label, *_pair(values, form, unit)] for label, values, form, unit in pairs]
+    lines = []
+    for what in GPU_DECODERS:
+        found = [row for row in decode.get("rows", ()) if row["what"] == what and row["gb_per_s"]]
+        best = max(found, key=lambda row: row["shape"][0] * row["shape"][1], default=None)
+        cells = [NOT_MEASURED] * 3
+        if best is not None:
+            shape = " x ".join(map(str, best["shape"]))
+            cells = [shape, f"{best['gb_per_s']:.0f}", f"{100 * best['of_copy']:.0f} %"]
+        lines.append([what, *cells])
+    return "\n".join(
+        [
+            f"Llama of {model.get('layers', 32)} layers in the shape of Llama-3.1-8B (random weights); tokens under "
+            "CUDA graphs, after a comparison of all logits with BF16's, bit for bit:",
+            "",
+            table(["", "BF16", "exact", "exact / BF16"], rows),
+            "",
+            table(["decoding", "shape", "GB/s read and written", "of a copy's"], lines),
+            "",
+            _where_gpu(result),
+        ]
+    )
+
+
+def _pair(values: dict[str, float | None] | None, form: str, unit: str) -> list[str]:
+    plain, exact = ((values or {}).get(name) for name in ("bf16", "exact"))
+    cells = [NOT_MEASURED if value is None else format(value, form) + unit for value in (plain, exact)]
+    return [*cells, f"{exact / plain:.2f}x" if plain and exact is not None else NOT_MEASURED]
+
+
+def _where_gpu(result: Result) -> str:
+    if not result:
+        return "No GPU has been measured at this version; `make gpu` does it."
+    m, d = result["machine"], result["device"]
+    torch = m["versions"].get("torch", "?")
+    return (
+        f"{d['name']}, CUDA {d['driver_cuda']} driver, NVRTC {d['nvrtc']}, torch {torch}, Python {m['python']}; commit "
+        f"{m['commit']}, {m['date']} (`benchmarks/results/{result['file']}`)"
+    )
+
+
+def newest_gpu() -> Result:
+    """The newest result of ``make gpu``; empty if there is none."""
+    found: list[Result] = []
+    for path in sorted(RESULTS.glob("gpu-*.json")):
+        content = json.loads(path.read_text())
+        if not content["dry_run"] and "device" in content:
+            found.append({**content, "file": path.name})
+    return max(found, key=lambda content: str(content["date"]), default={})
+
+
 SECTIONS: dict[str, Callable[[Result], str]] = {
+    "gpu": gpu,
     "codec": codec,
     "df11": df11,
     "archive": archive,
@@ -169,8 +238,10 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
 
 def render(name: str) -> str:
     """One table, or "not measured"."""
+    if name == "gpu":
+        return gpu(newest_gpu())
     path = RESULTS / f"{name}.json"
-    return SECTIONS[name](json.loads(path.read_text())) if path.exists() else "not measured"
+    return SECTIONS[name](json.loads(path.read_text())) if path.exists() else NOT_MEASURED
 
 
 def main(arguments: list[str]) -> int:

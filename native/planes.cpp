@@ -57,7 +57,8 @@ Buffer::Buffer(std::size_t size) : size_(size) {
   // Large buffers ask for huge pages: filling 4 KiB ones for the first time takes longer than encoding into them.
   constexpr std::size_t kHuge = 2 << 20;
   const bool huge = size >= 2 * kHuge;
-  void* p = std::aligned_alloc(huge ? kHuge : 64, ceil_div(std::max<std::size_t>(size, 1), 64) * 64);
+  const std::size_t alignment = huge ? kHuge : 64;  // of which the size must be a multiple
+  void* p = std::aligned_alloc(alignment, ceil_div(std::max<std::size_t>(size, 1), alignment) * alignment);
   if (!p) throw std::bad_alloc();
 #ifdef MADV_HUGEPAGE
   if (huge) madvise(p, size, MADV_HUGEPAGE);

@@ -13,21 +13,42 @@ from bitforbit.codecs.planes import naive
 from bitforbit.codecs.planes.layout import PLANE_WIDTHS, Layout
 from bitforbit.cuda.planes import decode
 from bitforbit.errors import CorruptTensorError, UsageError
+from cuda_shim.emulation import run_everywhere
 from helpers.device_planes import CODEC, Case, encoded, hostile_bytes
 
 KINDS = [(kind, False) for kind in PLANE_WIDTHS] + [("BF16", True)]
+STYLES = ["random", "trained", "constant", "far", "zeros"]
 # One row, one column, edge columns, short blocks, fewer columns than a group, several chunks in a block.
 SHAPES = [(1, 1), (1, 63), (1, 64), (1, 65), (2, 3), (16, 64), (17, 130), (33, 200), (5, 1000), (40, 576), (1, 9000)]
 
 
 @pytest.mark.parametrize(("kind", "wide"), KINDS)
-@pytest.mark.parametrize("style", ["random", "trained", "constant", "far", "zeros"])
-def test_whole_matrices(queue: Any, kind: str, wide: bool, style: str) -> None:
-    for seed, (rows, cols) in enumerate(SHAPES):
-        data = hostile_bytes(kind, wide, rows * cols, seed, style)
-        case = Case(queue, encoded(data, kind, wide, rows, cols), wide)
-        assert case.decode(0, rows) == data.tobytes(), (rows, cols)
-        assert case.status() == 0
+def test_whole_matrices(queue: Any, kind: str, wide: bool) -> None:
+    for number, (rows, cols) in enumerate(SHAPES):
+        for style in (STYLES[number % 5], STYLES[(number + 2) % 5]):
+            data = hostile_bytes(kind, wide, rows * cols, number, style)
+            case = Case(queue, encoded(data, kind, wide, rows, cols), wide)
+            assert case.decode(0, rows) == data.tobytes(), (rows, cols, style)
+            assert case.status() == 0
+
+
+@pytest.mark.parametrize(("kind", "wide"), KINDS)
+def test_no_races_and_no_access_outside_of_buffers(kind: str, wide: bool) -> None:
+    for rows, cols, style in ((17, 200, "zeros"), (18, 576, "random"), (1, 65, "constant")):
+        data = hostile_bytes(kind, wide, rows * cols, 9, style)
+        tensor = encoded(data, kind, wide, rows, cols)
+
+        def run(queue: Any, tensor: EncodedTensor = tensor, rows: int = rows) -> tuple[bytes, bytes, bytes, int]:
+            case = Case(queue, tensor, wide)
+            ids = np.array([rows - 1, 0, rows, -1, 0], np.int64)
+            return case.decode(0, rows), case.decode(rows // 2, rows), case.rows(ids), case.status()
+
+        whole, half, chosen, status = run_everywhere(run)
+        row_bytes = data.size // rows
+        assert whole == data.tobytes()
+        assert half == whole[rows // 2 * row_bytes :]
+        assert chosen == whole[-row_bytes:] + whole[:row_bytes] + bytes(2 * row_bytes) + whole[:row_bytes]
+        assert status == 2
 
 
 @pytest.mark.parametrize("kind", ["BF16", "F16"])
@@ -67,7 +88,7 @@ def test_any_row_range(queue: Any, kind: str, wide: bool, cols: int) -> None:
     rows = 37
     data = hostile_bytes(kind, wide, rows * cols, 2, "trained")
     case = Case(queue, encoded(data, kind, wide, rows, cols), wide)
-    edges = [0, 1, 7, 15, 16, 17, 31, 32, 33, 36, 37]
+    edges = [0, 1, 15, 16, 17, 32, 36, 37]
     for begin in edges:
         for end in edges:
             if begin <= end:
@@ -75,7 +96,7 @@ def test_any_row_range(queue: Any, kind: str, wide: bool, cols: int) -> None:
                 assert case.decode(begin, end) == expected, (begin, end)
 
 
-@pytest.mark.parametrize("cols", range(64, 73))
+@pytest.mark.parametrize("cols", [65, 66, 68, 72])
 def test_rows_at_every_alignment(queue: Any, cols: int) -> None:
     for kind, wide in KINDS:
         data = hostile_bytes(kind, wide, 19 * cols, cols, "trained")
@@ -86,7 +107,7 @@ def test_rows_at_every_alignment(queue: Any, cols: int) -> None:
 @pytest.mark.parametrize("id_type", [np.int32, np.int64])
 @pytest.mark.parametrize(("kind", "wide"), KINDS)
 def test_rows_by_id(queue: Any, kind: str, wide: bool, id_type: type) -> None:
-    for cols in (64, 133, 600):
+    for cols in (64, 133):
         data = hostile_bytes(kind, wide, 35 * cols, cols, "zeros")
         case = Case(queue, encoded(data, kind, wide, 35, cols), wide)
         matrix = data.reshape(35, -1)

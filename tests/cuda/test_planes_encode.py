@@ -9,9 +9,11 @@ from bitforbit import dtypes
 from bitforbit.codecs.planes import PlanesCodec, naive
 from bitforbit.codecs.planes.layout import Layout
 from bitforbit.cpu import planes as native
+from bitforbit.cuda.kernel import Argument, Kernel, LaunchConfig
 from bitforbit.cuda.planes import encode as gpu
 from bitforbit.cuda.queue import Buffer, Queue
 from bitforbit.errors import UsageError
+from cuda_shim import emulation
 
 KINDS = list(gpu.KINDS)
 IDS = [kind + "_in_F32" * wide for kind, wide in KINDS]
@@ -140,6 +142,19 @@ def test_ranges_of_a_larger_matrix(queue: Queue, kind: str, wide: bool) -> None:
         assert_same(queue, found, native.encode(part, kind, wide, bottom - top, right - left, 0, 1))
 
 
+def test_rows_far_apart() -> None:
+    """More than 2^32 elements from row to row; of the memory between them nothing is touched."""
+    stride, cols = (1 << 32) + 70, 100
+    memory = np.zeros(2 * (stride + cols), np.uint8)
+    matrix = memory.view("<u2")
+    data = np.frombuffer(floats("BF16", False, 2 * cols, "trained").tobytes(), "<u2").reshape(2, cols)
+    matrix[:cols], matrix[stride:] = data
+    emulated = emulation.EmulatedQueue()
+    found = gpu.encode(emulated, memory.ctypes.data, "BF16", False, 2, cols, row_stride=stride, always=True)
+    assert_same(emulated, found, native.encode(data.reshape(-1).view(np.uint8), "BF16", False, 2, cols, 0, 1))
+    assert gpu.is_widened_bf16(emulated, memory.ctypes.data + 4 * cols, 1, cols, stride)
+
+
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F8_E4M3", "F8_E5M2"])
 @pytest.mark.parametrize("style", ["trained", "random"])
 def test_what_does_not_pay_is_left(queue: Queue, dtype: str, style: str) -> None:
@@ -166,13 +181,40 @@ def test_widened_bf16_is_found(queue: Queue) -> None:
         for bit in (0, 15):
             other = data.copy()
             other[element] |= 1 << bit
-            assert not gpu.is_widened_bf16(queue, queue.upload(other.tobytes()).address, rows, cols)
+            matrix = queue.upload(other.tobytes())
+            assert not gpu.is_widened_bf16(queue, matrix.address, rows, cols)
     # Columns 10 to 19 of a matrix whose other columns are no BF16; one row only.
     other = data.reshape(rows, cols) | 1
     other[:, 10:20] &= 0xFFFF0000
     matrix = queue.upload(other.tobytes())
     assert gpu.is_widened_bf16(queue, matrix.address + 40, rows, 10, cols)
     assert not gpu.is_widened_bf16(queue, matrix.address + 40, 1, 11, cols)
+
+
+# Each binary of these modes takes long to build; the others have the same planes and widths of elements.
+@pytest.mark.parametrize(("kind", "wide"), [("BF16", True), ("F16", False), ("F8_E4M3", False)])
+@pytest.mark.parametrize("mode", ["races", "memory"])
+def test_no_races_and_no_access_outside_of_buffers(mode: str, kind: str, wide: bool) -> None:
+    checked = emulation.queue(mode)
+    for style, rows, cols in (("random", 17, 130), ("trained", 18, 300)):
+        check(checked, floats(kind, wide, rows * cols, style), kind, wide, rows, cols)
+    if wide:
+        matrix = checked.upload(floats("BF16", True, 17 * 70, "random").tobytes())
+        assert gpu.is_widened_bf16(checked, matrix.address, 17, 70)
+
+
+def test_data_that_changes_meanwhile_overruns_nothing() -> None:
+    """What was counted bounds what is written."""
+
+    class Meddler(emulation.CheckedQueue):
+        def launch(self, kernel: Kernel, config: LaunchConfig, *arguments: Argument) -> None:
+            if kernel.name == "planes_write":
+                matrix.array[:] = np.random.default_rng(0).integers(0, 256, matrix.nbytes)
+            super().launch(kernel, config, *arguments)
+
+    meddler = Meddler()
+    matrix = meddler.upload(floats("BF16", False, 20 * 640, "trained").tobytes())
+    assert gpu.encode(meddler, matrix.address, "BF16", False, 20, 640) is not None
 
 
 def test_refusals(queue: Queue) -> None:
@@ -183,8 +225,8 @@ def test_refusals(queue: Queue) -> None:
     for changed, message in (
         ({"kind": "F64"}, "expected a kind among"),
         ({"kind": "F32", "wide": True}, "widened only BF16"),
-        ({"rows": 0}, "rows and 1 to"),
-        ({"cols": 0}, "rows and 1 to"),
+        ({"rows": 0, "always": True}, "rows and 1 to"),
+        ({"cols": 0, "always": True}, "rows and 1 to"),
         ({"rows": 1 << 35}, "rows and 1 to"),
         ({"rows_per_table": 24}, "multiple of 16"),
         ({"rows_per_table": -16}, "multiple of 16"),
@@ -194,4 +236,5 @@ def test_refusals(queue: Queue) -> None:
     ):
         with pytest.raises(UsageError, match=message):
             encode(**changed)
-    assert gpu.encode(queue, 4096, "BF16", False, 16, 1 << 29) is None
+    for rows, cols in ((16, 1 << 29), (0, 64), (64, 0)):
+        assert gpu.encode(queue, 4096, "BF16", False, rows, cols) is None

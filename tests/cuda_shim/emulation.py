@@ -58,15 +58,26 @@ Memory = tuple[int, npt.NDArray[np.uint8]]
 
 
 class EmulatedLauncher:
-    """Runs kernels with lanes in the order of a seed, or, with ``races``, looking for races on shared memory."""
+    """Runs kernels with lanes in the order of a seed; with ``races``, looking for races on shared memory.
+
+    ``uninitialized`` reports reads of shared memory that no thread of the block has written, too: off, because a kernel
+    may read such bytes and drop them. What it must not do is use them: they differ between seeds.
+    """
 
     def __init__(
-        self, seed: int = 0, os_threads: int = 2, properties: DeviceProperties = HOPPER, *, races: bool = False
+        self,
+        seed: int = 0,
+        os_threads: int = 2,
+        properties: DeviceProperties = HOPPER,
+        *,
+        races: bool = False,
+        uninitialized: bool = False,
     ) -> None:
         self.seed = seed
         self.os_threads = os_threads
         self.properties = properties
-        self.flavour = "races" if races else "plain"
+        self.flavour = "races" if races or uninitialized else "plain"
+        self.uninitialized = uninitialized
         self.launches: list[tuple[str, LaunchConfig]] = []
 
     def launch(self, kernel: Kernel, config: LaunchConfig, arguments: Sequence[Argument], stream: int = 0) -> None:
@@ -75,6 +86,7 @@ class EmulatedLauncher:
         check_launch(kernel, config, arguments, self.properties)
         code = library(kernel.source, kernel.defines, self.flavour)
         check_parameters(code, kernel)
+        code.shim_report_uninitialized(self.uninitialized)
         values = [kind(argument) for kind, argument in zip(kernel.parameters, arguments, strict=True)]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         message = ctypes.create_string_buffer(2000)

@@ -1,7 +1,8 @@
 // The engine of the emulation. x86-64, C++20.
 //
 // Lanes run one after the other in an order that a seed permutes; a lane gives way at barriers, warp collectives and
-// __nanosleep only, so results that depend on the order of lanes differ between seeds. Shared memory starts as garbage.
+// __nanosleep only, so results that depend on the order of lanes differ between seeds. Shared memory starts as
+// garbage, other garbage for each seed.
 // A fault (deadlock, wrong mask, misaligned access, ...) ends the launch with a message. Strictness: all threads of a
 // block must meet at the same __syncthreads, all lanes of a mask at the same shuffle or vote; lanes that have exited
 // are not waited for.
@@ -47,13 +48,13 @@ namespace shim {
 constinit thread_local State* g_state = nullptr;
 constinit thread_local Context g_context{};
 RaceHooks g_races;
+bool g_report_uninitialized = false;
 
 #ifdef __SANITIZE_ADDRESS__
 constexpr size_t kStackBytes = 256 << 10;
 #else
 constexpr size_t kStackBytes = 64 << 10;
 #endif
-constexpr unsigned char kPoison = 0xA5;
 constexpr uint64_t kCanary = 0x5AFE57ACC0FFEE00u;  // at the end of every stack
 
 static State& state() { return *g_state; }
@@ -204,16 +205,16 @@ void barrier(const Site& site) {
   yield();
 }
 
-// Memory of exactly `bytes`, a multiple of 128 bytes from 0, filled with garbage.
-static char* garbage(size_t bytes) {
+// Memory of exactly `bytes` on a 128-byte boundary, filled with garbage that depends on the seed.
+static char* garbage(size_t bytes, unsigned seed) {
   void* memory = nullptr;
   if (posix_memalign(&memory, 128, bytes) != 0) std::abort();
-  std::memset(memory, kPoison, bytes);
+  std::memset(memory, 0xA5 + 0x5B * seed, bytes);
   return static_cast<char*>(memory);
 }
 
 static char* make_shared_array(State& s, const char* name, size_t bytes) {
-  s.shared.push_back({name, garbage(bytes), bytes, g_races.track != nullptr ? g_races.track(bytes) : nullptr});
+  s.shared.push_back({name, garbage(bytes, s.seed), bytes, g_races.track != nullptr ? g_races.track(bytes) : nullptr});
   return s.shared.back().begin;
 }
 

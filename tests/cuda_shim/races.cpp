@@ -3,7 +3,7 @@
 //
 // Two accesses of one byte by different threads, one of them a write and not both atomic, are a race unless
 // __syncthreads lies between them, or, within a warp, collectives through which one lane has come to know of the
-// other's access. A byte that is read before any thread of the block wrote it is reported too.
+// other's access. On request, a byte that is read before any thread wrote it is reported too.
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -70,7 +70,8 @@ void check(const Shared& array, size_t at, bool read, bool write, bool atomic) {
   const Fibre& me = *s.current;
   const unsigned time = s.warps[me.warp].time;
   Cell& cell = array.cells[at];
-  if (read && cell.write_thread == 0) report(array, at, "read before any thread of the block wrote it");
+  if (read && cell.write_thread == 0 && g_report_uninitialized)
+    report(array, at, "read before any thread of the block wrote it");
   if (!(atomic && cell.write_atomic) && !after_write(s, me, cell)) {
     report(array, at,
            std::string("race, ") + (write ? "written" : "read") + " without synchronisation after thread " +

@@ -66,6 +66,9 @@ struct RaceHooks {
 };
 extern RaceHooks g_races;
 
+// Whether a read of shared memory that no thread has written is a fault. Kernels may read such bytes and drop them.
+extern bool g_report_uninitialized;
+
 [[noreturn]] void fail(const std::string& message);
 
 // Runs all fibres of g_state's block to their end, or until one of them fails.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +70,14 @@ class StandIn:
 
     def pop(self) -> None:
         self.stack.pop()
+
+    @contextlib.contextmanager
+    def loading(self, context: int) -> Iterator[None]:
+        self.push(context)
+        try:
+            yield
+        finally:
+            self.pop()
 
     def load(self, cubin: bytes) -> bytes:
         self.loads.append((self.current_context(), cubin))

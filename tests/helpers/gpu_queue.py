@@ -51,7 +51,8 @@ class GpuQueue:
     """A stream of a GPU. Memory lives until the queue is closed."""
 
     def __init__(self, ordinal: int = 0) -> None:
-        self.launcher = launcher.for_device(ordinal)
+        self.launches: list[tuple[str, LaunchConfig]] = []
+        self._launcher = launcher.for_device(ordinal)
         call("cuCtxPushCurrent", driver.get().primary_context(ordinal))
         self.stream = int(call("cuStreamCreate", 1))  # does not wait for the null stream
         self._buffers: list[GpuBuffer] = []
@@ -71,9 +72,14 @@ class GpuQueue:
             call("cuCtxPopCurrent")
 
     @property
+    def launcher(self) -> GpuQueue:
+        """What has ``launches``, as an emulated launcher has."""
+        return self
+
+    @property
     def properties(self) -> DeviceProperties:
         """Of the GPU."""
-        return self.launcher.properties
+        return self._launcher.properties
 
     def synchronize(self) -> None:
         """Wait for all work."""
@@ -81,7 +87,8 @@ class GpuQueue:
 
     def launch(self, kernel: Kernel, config: LaunchConfig, *arguments: Argument) -> None:
         """Enqueue a kernel."""
-        self.launcher.launch(kernel, config, arguments, self.stream)
+        self.launches.append((kernel.name, config))
+        self._launcher.launch(kernel, config, arguments, self.stream)
 
     def empty(self, nbytes: int) -> GpuBuffer:
         """Memory full of 0xA5."""

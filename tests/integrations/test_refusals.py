@@ -201,9 +201,28 @@ def test_another_dtype(dtype: Any, native: Path) -> None:
 
 
 def test_other_devices(native: Path) -> None:
-    for device_map in ({"": 0}, {"": "cuda:0"}, {"model": "cpu", "lm_head": "mps"}):
-        with pytest.raises(errors.UsageError, match="device_map"):
+    with pytest.raises(errors.UsageError, match="device_map"):
+        load(native, device_map={"model": "cpu", "lm_head": "mps"})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(native: Path) -> None:
+    for device_map in ("cuda", {"": 0}, {"": "cuda:0"}, {"model": "cpu", "lm_head": "cuda"}):
+        with pytest.raises(errors.GpuUnavailableError, match="CPU"):
             load(native, device_map=device_map)
+
+
+def test_runtimes(native: Path, directories: Directories) -> None:
+    for runtime, device_map in (("tiles", None), ("tiles", "cpu"), ("df11", "cpu")):
+        with pytest.raises(errors.UsageError, match=f"a GPU for runtime='{runtime}', got cpu"):
+            load(native, quantization_config=BitforbitConfig(runtime=runtime), device_map=device_map)
+    with pytest.raises(errors.UsageError, match="a DFloat11 checkpoint for runtime='df11'"):
+        load(native, quantization_config=BitforbitConfig(runtime="df11"))
+    with pytest.raises(errors.UsageError, match="runtime to be one of auto, planes, tiles, df11"):
+        BitforbitConfig(runtime="gpu")
+    assert (
+        load(native, quantization_config=BitforbitConfig(runtime="planes")).config.quantization_config.mode == "exact"
+    )
 
 
 def test_a_model_that_was_quantized_before(native: Path) -> None:

@@ -25,6 +25,8 @@ def command(
     batch: Annotated[int, typer.Option("--batch", min=1, metavar="B", help="Sequences at a time.")] = 1,
     rounds: Annotated[int, typer.Option("--rounds", min=1, metavar="R", help="Turns of every variant.")] = 3,
     threads: inference.Threads = None,
+    device: inference.Device = "auto",
+    runtime: inference.Runtime = "auto",
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE", help="Save a picture of the comparison as PNG.")
     ] = None,
@@ -50,10 +52,11 @@ def command(
     from bitforbit.integrations.generation.measure import Workload
 
     workload = Workload(prompt_tokens, tokens, batch)
+    place = inference.choose_place(device, runtime)
     count = inference.compute_threads(threads)
     with inference.spinner("bench ...", silent=quiet or json) as status:
         say = (lambda _: None) if status is None else status.update
-        result = compare(directory, modes, workload, rounds=rounds, threads=count, say=say)
+        result = compare(directory, modes, workload, rounds=rounds, threads=count, place=place, say=say)
     if json:
         output.print_json(result.to_json())
     else:
@@ -82,7 +85,7 @@ def show(result: Comparison) -> None:
     output.print_facts(str(result.directory.path), [("stored", _STORED[result.directory.kind])])
     output.print_line(
         f"  {work.batch} sequence(s), {work.prompt_tokens} prompt tokens, {work.new_tokens} new ones, "
-        f"{result.threads} thread(s); "
+        f"{_where(result)}; "
         + (f"medians of {result.rounds} rounds in turns" if result.paired else "one process after the other")
     )
     output.print_line()
@@ -92,7 +95,10 @@ def show(result: Comparison) -> None:
         output.print_line(f"linears in {variant.mode}: {inference.ran(variant.ran)}")
     base = reference.alone.baseline
     without = "" if base is None else f" (of which Python and torch before loading: {output.size(base)})"
-    output.print_line(f"memory: the largest resident size while generating{without}; load: from the page cache")
+    if result.place.on_gpu:
+        output.print_line("memory: the most that tensors took on GPUs while generating; load: from the page cache")
+    else:
+        output.print_line(f"memory: the largest resident size while generating{without}; load: from the page cache")
     if result.directory.kind != "plain":
         output.print_line("BF16 is made by decoding in memory here, so its loading includes that")
     if any(v.mode == "exact" for v in result.variants):
@@ -100,11 +106,18 @@ def show(result: Comparison) -> None:
         output.print_line(same if result.exact else "NOT EXACT: the tokens or the logits differ from BF16's")
 
 
+def _where(result: Comparison) -> str:
+    if not result.place.on_gpu:
+        return f"{result.threads} thread(s)"
+    return "all GPUs" if result.place.device == "gpus" else f"on {result.place.device}"
+
+
 _STORED = {"bitforbit": "compressed by bitforbit", "dfloat11": "DFloat11", "plain": "plain; compressed while loading"}
 
 
 def _cells(variant: Variant, reference: Variant, total: int) -> list[str]:
-    peak = variant.alone.running_peak or variant.alone.peak
+    alone = variant.alone
+    peak = alone.gpu_running_peak or alone.running_peak or alone.peak
     return [
         _LABELS[variant.mode],
         f"{variant.tokens_per_second:.2f}",

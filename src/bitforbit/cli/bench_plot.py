@@ -21,7 +21,7 @@ def save_plot(path: Path, result: Comparison) -> None:
     figure = Figure(figsize=(12, 3.9), layout="constrained")
     FigureCanvasAgg(figure)
     names = [variant.mode for variant in variants]
-    memory = [(v.alone.running_peak or v.alone.peak or 0) / 1e9 for v in variants]
+    memory = [(v.alone.gpu_running_peak or v.alone.running_peak or v.alone.peak or 0) / 1e9 for v in variants]
     panels = (
         ("tokens/s (more is better)", [v.tokens_per_second for v in variants], "{:.1f}"),
         ("first token, s", [v.first_token_seconds for v in variants], "{:.2f}"),

@@ -28,6 +28,8 @@ def command(
     temperature: inference.Temperature = 0.0,
     seed: inference.Seed = 0,
     threads: inference.Threads = None,
+    device: inference.Device = "auto",
+    runtime: inference.Runtime = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="The answers alone, no figures.")] = False,
     json: options.Json = False,
 ) -> None:
@@ -40,19 +42,20 @@ def command(
     generation.require("bitforbit chat")
     directory = inference.open_model(source, silent=quiet or json)
 
-    from bitforbit.integrations.generation import load, memory, shares
+    from bitforbit.integrations.generation import load, shares
     from bitforbit.integrations.generation.conversation import Conversation
     from bitforbit.integrations.generation.text import Settings
 
     settings = Settings(max_new_tokens, temperature, seed)
+    place = inference.choose_place(device, runtime)
     count = inference.compute_threads(threads)
     tokenizer = load.load_tokenizer(directory)
-    loaded = inference.load_model(directory, mode, count, silent=quiet or json)
+    loaded = inference.load_model(directory, mode, count, place, silent=quiet or json)
     conversation = Conversation(loaded, tokenizer, settings, system)
     shares.reset()
     answers = _talk(conversation, silent=quiet or json, as_json=json)
     ran = shares.collect()
-    values = inference.figures(loaded, answers, ran, memory.peak_bytes(), count)
+    values = inference.figures(loaded, answers, ran, place, count)
     if json:
         turns = [{"text": answer.text, "stopped": answer.stopped} for answer in answers]
         output.print_json({"answers": turns, **values})

@@ -16,6 +16,7 @@ from bitforbit.cli.source import resolve
 if TYPE_CHECKING:
     from bitforbit.integrations.generation.directory import ModelDirectory
     from bitforbit.integrations.generation.load import LoadedModel
+    from bitforbit.integrations.generation.place import Place
     from bitforbit.integrations.generation.shares import Shares
     from bitforbit.integrations.generation.text import Generation
 
@@ -51,6 +52,27 @@ Threads = Annotated[
 ]
 
 
+Device = Annotated[
+    str,
+    typer.Option("--device", metavar="D", help="auto (a GPU if it can be used), cpu, cuda or cuda:N."),
+]
+Runtime = Annotated[
+    str,
+    typer.Option(
+        "--runtime",
+        metavar="R",
+        help="Layout of the weights in memory: auto, planes (the files'), tiles (GPU), df11 (GPU, DFloat11 models).",
+    ),
+]
+
+
+def choose_place(device: str, runtime: str) -> Place:
+    """Where the model is to run. Raises UsageError, or GpuUnavailableError, which says why."""
+    from bitforbit.integrations.generation.place import choose
+
+    return choose(device, runtime)
+
+
 def compute_threads(threads: int | None) -> int:
     """Set torch's number of threads: the option, else ``BITFORBIT_THREADS``, else what torch has chosen."""
     import os
@@ -70,13 +92,13 @@ def open_model(source: str, *, silent: bool) -> ModelDirectory:
     return open_directory(resolve(source, silent=silent))
 
 
-def load_model(directory: ModelDirectory, mode: Mode, threads: int, *, silent: bool) -> LoadedModel:
+def load_model(directory: ModelDirectory, mode: Mode, threads: int, place: Place, *, silent: bool) -> LoadedModel:
     """Load, with a spinner on a terminal meanwhile."""
     from bitforbit.integrations.generation.load import load
 
     doing = {"plain": "Loading and compressing", "dfloat11": "Loading and converting"}.get(directory.kind, "Loading")
     with spinner(f"{doing} {directory.path} ...", silent=silent):
-        return load(directory, mode.value, threads=threads)
+        return load(directory, mode.value, threads=threads, place=place)
 
 
 @contextmanager
@@ -99,9 +121,11 @@ def write(text: str) -> None:
 
 
 def figures(
-    loaded: LoadedModel, generations: Iterable[Generation], shares: Shares, peak: int | None, threads: int
+    loaded: LoadedModel, generations: Iterable[Generation], shares: Shares, place: Place, threads: int
 ) -> dict[str, Any]:
     """What both commands report with ``--json``. Rates are over all generations, None where not measurable."""
+    from bitforbit.integrations.generation import memory
+
     done = list(generations)
     rated = [g for g in done if g.tokens_per_second]
     later = sum(len(g.token_ids) - 1 for g in rated)
@@ -110,6 +134,8 @@ def figures(
         "model": str(loaded.directory.path),
         "stored_as": loaded.directory.kind,
         "mode": loaded.mode,
+        "device": place.device,
+        "runtime": place.runtime,
         "threads": threads,
         "prompt_tokens": sum(g.prompt_tokens for g in done),
         "new_tokens": sum(len(g.token_ids) for g in done),
@@ -118,20 +144,23 @@ def figures(
         "tokens_per_second": later / seconds if seconds else None,
         "seconds": sum(g.seconds for g in done),
         "weight_bytes": loaded.weight_bytes,
-        "peak_bytes": peak,
+        "peak_bytes": memory.peak_bytes(),
+        "gpu_peak_bytes": memory.gpu_peak_bytes(),
         "ran": shares.to_json(),
     }
 
 
 def show_figures(values: dict[str, Any], shares: Shares) -> None:
     """The figures on standard error, so that standard output holds the text alone."""
-    rate, first, peak = values["tokens_per_second"], values["first_token_seconds"], values["peak_bytes"]
+    rate, first, on_gpu = values["tokens_per_second"], values["first_token_seconds"], values["gpu_peak_bytes"]
+    peaks = "" if on_gpu is None else f", tensors on GPUs at most {output.size(on_gpu)}"
+    sizes = f"weights {output.size(values['weight_bytes'])}, process at most {_size(values['peak_bytes'])}"
     facts = [
         ("tokens", f"{values['new_tokens']} after a prompt of {values['prompt_tokens']}"),
         ("speed", "-" if rate is None else f"{rate:.3g} tokens/s with {values['threads']} thread(s)"),
         ("first token", "-" if first is None else f"after {output.duration(first)}"),
         ("loading", output.duration(values["load_seconds"])),
-        ("memory", f"weights {output.size(values['weight_bytes'])}, process at most {_size(peak)}"),
+        ("memory", sizes + peaks),
         ("linears", ran(shares)),
         ("mode", _MODES[values["mode"]]),
     ]

@@ -19,6 +19,8 @@ def command(
     seed: inference.Seed = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the tokenizer's chat template.")] = False,
     threads: inference.Threads = None,
+    device: inference.Device = "auto",
+    runtime: inference.Runtime = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="The text alone, no figures.")] = False,
     json: options.Json = False,
 ) -> None:
@@ -32,18 +34,19 @@ def command(
     directory = inference.open_model(source, silent=quiet or json)
     text = sys.stdin.read() if prompt == "-" else prompt
 
-    from bitforbit.integrations.generation import load, memory, shares
+    from bitforbit.integrations.generation import load, shares
     from bitforbit.integrations.generation.text import Settings, encode_chat, encode_prompt, generate
 
     settings = Settings(max_new_tokens, temperature, seed)
+    place = inference.choose_place(device, runtime)
     count = inference.compute_threads(threads)
     tokenizer = load.load_tokenizer(directory)
     ids = encode_chat(tokenizer, [{"role": "user", "content": text}]) if chat else encode_prompt(tokenizer, text)
-    loaded = inference.load_model(directory, mode, count, silent=quiet or json)
+    loaded = inference.load_model(directory, mode, count, place, silent=quiet or json)
     shares.reset()
     result = generate(loaded, tokenizer, ids, settings, write=None if json else inference.write)
     ran = shares.collect()
-    values = inference.figures(loaded, [result], ran, memory.peak_bytes(), count)
+    values = inference.figures(loaded, [result], ran, place, count)
     if json:
         output.print_json({"text": result.text, "token_ids": result.token_ids, "stopped": result.stopped, **values})
         return

@@ -6,8 +6,10 @@ CUDA builds; it finds ``libcuda`` by itself. Tests put a stand-in with these met
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 from bitforbit.errors import GpuDriverError, GpuNotFoundError, GpuPackageError, KernelBuildError, KernelLaunchError
@@ -26,6 +28,7 @@ class Driver:
     def __init__(self) -> None:
         """Raises GpuPackageError, GpuDriverError, GpuNotFoundError."""
         self._cuda: Any = bindings()
+        self._success: Any = self._cuda.CUresult.CUDA_SUCCESS
         try:
             (code,) = self._cuda.cuInit(0)
         except RuntimeError as error:  # cuda.bindings found no libcuda
@@ -36,7 +39,7 @@ class Driver:
             raise GpuNotFoundError(
                 "expected an NVIDIA GPU, the driver knows none (CUDA_VISIBLE_DEVICES may hide them); " + ON_CPU
             )
-        if code != self._cuda.CUresult.CUDA_SUCCESS:
+        if code != self._success:
             raise GpuDriverError(
                 f"expected NVIDIA's driver to start, got {code.name}; see whether nvidia-smi works; {ON_CPU}"
             )
@@ -66,7 +69,10 @@ class Driver:
 
     def current_context(self) -> int:
         """This thread's context; 0 if it has none."""
-        return int(self._call("cuCtxGetCurrent"))
+        code, context = self._cuda.cuCtxGetCurrent()  # not by _call: this is part of every launch
+        if code != self._success:
+            self._check("cuCtxGetCurrent", code)
+        return int(context)
 
     def push(self, context: int) -> None:
         """Make a context this thread's."""
@@ -76,17 +82,24 @@ class Driver:
         """Undo ``push``."""
         self._call("cuCtxPopCurrent")
 
-    def load(self, cubin: bytes) -> Any:
-        """Load a binary into this thread's context. Raises KernelBuildError if it is none for this device.
-
-        Legal while a stream is being captured into a graph.
-        """
+    @contextlib.contextmanager
+    def loading(self, context: int) -> Iterator[None]:
+        """Within this, a context is this thread's, and ``load`` and ``function`` are legal also while some stream of
+        the process is being captured into a graph."""
         modes = self._cuda.CUstreamCaptureMode
-        before = self._call("cuThreadExchangeStreamCaptureMode", modes.CU_STREAM_CAPTURE_MODE_RELAXED)
+        self.push(context)
         try:
-            code, module = self._cuda.cuModuleLoadData(cubin)
+            before = self._call("cuThreadExchangeStreamCaptureMode", modes.CU_STREAM_CAPTURE_MODE_RELAXED)
+            try:
+                yield
+            finally:
+                self._call("cuThreadExchangeStreamCaptureMode", before)
         finally:
-            self._call("cuThreadExchangeStreamCaptureMode", before)
+            self.pop()
+
+    def load(self, cubin: bytes) -> Any:
+        """Load a binary into this thread's context. Raises KernelBuildError if it is none for this device."""
+        code, module = self._cuda.cuModuleLoadData(cubin)
         if code.name in _BAD_IMAGES:
             raise KernelBuildError(
                 f"expected a binary that the driver loads, got {code.name}; a driver at least as new as NVRTC is needed"
@@ -97,7 +110,7 @@ class Driver:
     def function(self, module: Any, name: str) -> Any:
         """An entry point of a loaded binary."""
         code, function = self._cuda.cuModuleGetFunction(module, name.encode())
-        if code != self._cuda.CUresult.CUDA_SUCCESS:
+        if code != self._success:
             raise KernelBuildError(f'expected an extern "C" entry point {name} in the kernel text, got {code.name}')
         return function
 
@@ -117,7 +130,7 @@ class Driver:
     ) -> None:
         """Enqueue a function; ``parameters`` is the address of an array of addresses of its parameters."""
         (code,) = self._cuda.cuLaunchKernel(function, *grid, *block, dynamic_shared, stream, parameters, 0)
-        if code:
+        if code != self._success:
             self._check("cuLaunchKernel", code)
 
     def capture_id(self, stream: int) -> int:
@@ -132,7 +145,7 @@ class Driver:
         return results[0] if results else None
 
     def _check(self, name: str, code: Any) -> None:
-        if code != self._cuda.CUresult.CUDA_SUCCESS:
+        if code != self._success:
             raise KernelLaunchError(
                 f"expected {name} to succeed, got {code.name} ({code.value}); it may come from work enqueued before: "
                 "run with CUDA_LAUNCH_BLOCKING=1 or under compute-sanitizer"

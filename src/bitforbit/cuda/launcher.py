@@ -71,14 +71,11 @@ class CudaLauncher:
             if (found := self._loaded.get(kernel)) is not None:
                 return found
             key = (kernel.source, kernel.defines)
-            self._driver.push(self._context)
-            try:
+            with self._driver.loading(self._context):
                 if key not in self._modules:
                     binary = cache.cubin(sources.text(kernel.source), self._target, kernel.defines, kernel.source)
                     self._modules[key] = self._driver.load(binary)
                 loaded = _Loaded(kernel, self._driver.function(self._modules[key], kernel.name))
-            finally:
-                self._driver.pop()
             self._loaded[kernel] = loaded
             return loaded
 

@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from bitforbit.cuda import df11, sources
 from bitforbit.cuda.kernel import Kernel
+from bitforbit.cuda.planes import decode as planes_decode
+from bitforbit.cuda.planes import encode as planes_encode
+from bitforbit.cuda.tiles import decode as tiles_decode
+from bitforbit.cuda.tiles import pack as tiles_pack
+
+KERNELS: tuple[Kernel, ...] = (
+    *planes_decode.KERNELS,
+    *planes_encode.KERNELS,
+    *tiles_pack.KERNELS,
+    *tiles_decode.KERNELS,
+    *df11.KERNELS,
+)
+
+STACK: dict[str, str] = {}
+"""Kernels that may have a stack frame in local memory, with the reason."""
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A kernel and what its text alone does not tell."""
-
-    kernel: Kernel
-    weights_per_iteration: int = 0
-    """Weights that one thread handles in one pass through the main loop, or, where the kernel has no loop, in all; 0
-    for kernels that do not go through weights one by one."""
-    local_memory: str = ""
-    """Why the kernel may have a stack frame; empty: it must have none."""
+Binaries = dict[tuple[str, tuple[tuple[str, str], ...]], tuple[Kernel, ...]]
+"""Kernels by what is compiled at once: a text and its macros."""
 
 
-ENTRIES: tuple[Entry, ...] = ()
+def binaries() -> Binaries:
+    """All kernels by what is compiled at once."""
+    found: dict[tuple[str, tuple[tuple[str, str], ...]], list[Kernel]] = {}
+    for kernel in KERNELS:
+        found.setdefault((kernel.source, kernel.defines), []).append(kernel)
+    return {key: tuple(kernels) for key, kernels in found.items()}
 
-KERNELS: tuple[Kernel, ...] = tuple(entry.kernel for entry in ENTRIES)
+
+def missing() -> list[str]:
+    """Entry points of texts in ``kernels/`` that no kernel of the list names: expected none."""
+    named = {(kernel.source, kernel.name) for kernel in KERNELS}
+    texts = sorted(path.name for path in sources.KERNELS.glob("*.cu"))
+    return [f"{text}: {name}" for text in texts for name in sources.entry_points(text) if (text, name) not in named]

@@ -1,6 +1,7 @@
 """Modules whose parameters stay compressed in memory, and the conversion of models to them and back."""
 
 from bitforbit.nn.classes import Compressed, Embedding, Linear
+from bitforbit.nn.gpu_specs import Df11Spec, TilesSpec
 from bitforbit.nn.model import CompressedSize, compress_model, compressed_size, decompress_model, set_layout, set_mode
 from bitforbit.nn.parameters import (
     compress_parameter,
@@ -8,7 +9,6 @@ from bitforbit.nn.parameters import (
     decompress_parameter,
     install_parameter,
 )
-from bitforbit.nn.gpu_specs import Df11Spec, TilesSpec
 from bitforbit.nn.spec import PARTS, CompressedSpec, PlanesSpec, part_name
 from bitforbit.nn.weight import CompressedWeight
 

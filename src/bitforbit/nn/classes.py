@@ -113,10 +113,8 @@ class Compressed(nn.Module):
                 left.append(name)
         for name in left:
             layout.convert(self, name, "planes")
-        moved = [self._bitforbit_parts(name)[0].device for name in self._bitforbit_specs]
         super()._apply(fn, recurse)
-        if moved != [self._bitforbit_parts(name)[0].device for name in self._bitforbit_specs]:
-            layout.settle(self)
+        layout.settle(self)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

@@ -54,24 +54,24 @@ def choose(module: Compressed, layout: str) -> None:
         module.__dict__["_bitforbit_layout"] = layout
     else:
         module.__dict__.pop("_bitforbit_layout", None)
-    if layout == "auto":
-        settle(module)
-        return
-    for name in module._bitforbit_specs:
-        if not module._bitforbit_parts(name)[0].is_meta:  # offloaded: these stay as they are stored
+    for name, spec in module._bitforbit_specs.items():
+        part = module._bitforbit_parts(name)[0]
+        if part.is_meta:  # offloaded: these stay as they are stored
+            continue
+        if layout != "auto":
             convert(module, name, layout)
+        elif not is_gpu(part.device):
+            convert(module, name, "planes")
+        elif spec.layout == "planes":
+            convert(module, name, "tiles")
 
 
 def settle(module: Compressed) -> None:
-    """Give every parameter of one module the layout that belongs to the device it is on."""
+    """Convert what has come to a GPU, if no other layout was chosen."""
     chosen = module.__dict__.get("_bitforbit_layout")
     for name, spec in module._bitforbit_specs.items():
         part = module._bitforbit_parts(name)[0]
-        if part.is_meta:
-            continue
-        if not is_gpu(part.device) or (chosen == "planes" and spec.layout == "tiles"):
-            convert(module, name, "planes")
-        elif chosen is None and spec.layout == "planes":
+        if chosen is None and spec.layout == "planes" and not part.is_meta and is_gpu(part.device):
             convert(module, name, "tiles")
 
 

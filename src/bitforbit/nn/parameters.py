@@ -49,7 +49,14 @@ def compressed(
 ) -> tuple[CompressedSpec, Mapping[str, torch.Tensor]] | None:
     """Spec and parts of a tensor in the layout of its device, or None if that would not be smaller."""
     if layout.is_gpu(tensor.device):
-        return layout.tiles_on_gpu(tensor) or layout.planes_on_gpu(tensor)
+        return layout.tiles_on_gpu(tensor) or planes(tensor, threads)
+    return planes(tensor, threads)
+
+
+def planes(tensor: torch.Tensor, threads: int | None = None) -> tuple[PlanesSpec, Mapping[str, torch.Tensor]] | None:
+    """Spec and parts of a tensor as planes, on its device, or None if that would not be smaller."""
+    if layout.is_gpu(tensor.device):
+        return layout.planes_on_gpu(tensor)
     encoded = encode(tensor, threads)
     return None if encoded is None else (PlanesSpec.of_encoded(encoded), torch_parts(encoded))
 
@@ -73,9 +80,9 @@ def install_parameter(
 ) -> None:
     """Replace a parameter of the module by a compressed one, in place; its class changes to one derived from its own.
 
-    parts are uint8 tensors ``[nbytes]`` by name (``spec.part_names``). They may be on the meta device, to be filled later. Parts that
-    are parameters already are used as they are, which ties modules. Raises UsageError for an unknown mode or
-    parameter, parts of the wrong dtype or length, or a module that cannot change its class.
+    parts are uint8 tensors ``[nbytes]`` by name (``spec.part_names``). They may be on the meta device, to be filled
+    later. Parts that are parameters already are used as they are, which ties modules. Raises UsageError for an unknown
+    mode or parameter, parts of the wrong dtype or length, or a module that cannot change its class.
     """
     _check(module, name, spec, parts, mode)
     base = module._bitforbit_base if isinstance(module, Compressed) else type(module)

@@ -171,10 +171,15 @@ class PlanesSpec(CompressedSpec):
 
     def linear(self, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None, mode: str) -> torch.Tensor:
         """``x @ weight.T + bias``."""
+        code, digits, sign_mantissa, tails = parts
         return direct.linear(
-            x, *parts, bias, self.kind, self.rows, self.cols, self.rows_per_table, self.dtype, mode
+            x, code, digits, sign_mantissa, tails, bias, self.kind, self.rows, self.cols, self.rows_per_table,
+            self.dtype, mode,
         )  # fmt: skip
 
     def embedding(self, ids: torch.Tensor, parts: Parts) -> torch.Tensor:
         """Rows by number."""
-        return direct.embedding(ids, *parts, self.kind, self.rows, self.cols, self.rows_per_table, self.dtype)
+        code, digits, sign_mantissa, tails = parts
+        return direct.embedding(
+            ids, code, digits, sign_mantissa, tails, self.kind, self.rows, self.cols, self.rows_per_table, self.dtype
+        )

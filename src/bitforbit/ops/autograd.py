@@ -17,7 +17,6 @@ import torch
 
 from bitforbit.ops.schema import LIBRARY
 
-
 Decoder = Callable[[tuple[torch.Tensor, ...], tuple[Any, ...]], torch.Tensor]
 """(parts, what else describes the weight) -> the decoded matrix ``[rows, cols]``."""
 

@@ -1,4 +1,4 @@
-"""The operators, called without torch's dispatcher where nothing but the CPU kernel would see the call.
+"""The operators, called without torch's dispatcher where nothing but the device's kernel would see the call.
 
 The dispatcher and the gradient's wrapper take about 18 us per call from Python, as much as everything else around the
 kernel. Gradients, autocast, compilers, exporters, functorch, dispatch modes and the profiler get the operators.
@@ -7,8 +7,10 @@ kernel. Gradients, autocast, compilers, exporters, functorch, dispatch modes and
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from bitforbit.ops import cpu_impl
+from bitforbit.ops.gpu import df11, planes, tiles
 
 _Key = torch._C.DispatchKey
 _INFERENCE = torch._C.DispatchKeySet(_Key.BackendSelect)
@@ -17,53 +19,76 @@ _ORDINARY = frozenset(keys.raw_repr() for keys in (_INFERENCE, _INFERENCE.add(_K
 
 
 def linear(
-    x: torch.Tensor,
-    code: torch.Tensor,
-    digits: torch.Tensor,
-    sign_mantissa: torch.Tensor,
-    tails: torch.Tensor,
-    bias: torch.Tensor | None,
-    kind: str,
-    rows: int,
-    cols: int,
-    rows_per_table: int,
-    dtype: torch.dtype,
-    mode: str,
-) -> torch.Tensor:
+    x: Tensor, code: Tensor, digits: Tensor, sign_mantissa: Tensor, tails: Tensor, bias: Tensor | None,
+    kind: str, rows: int, cols: int, rows_per_table: int, dtype: torch.dtype, mode: str,
+) -> Tensor:  # fmt: skip
     """As ``torch.ops.bitforbit.linear``."""
-    op = cpu_impl.linear if _is_plain_call(x, bias) else torch.ops.bitforbit.linear.default
-    result: torch.Tensor = op(
-        x, code, digits, sign_mantissa, tails, bias, kind, rows, cols, rows_per_table, dtype, mode
-    )
+    op = torch.ops.bitforbit.linear.default
+    if _is_plain_call(x, bias):
+        op = cpu_impl.linear if code.is_cpu else planes.linear
+    result: Tensor = op(x, code, digits, sign_mantissa, tails, bias, kind, rows, cols, rows_per_table, dtype, mode)
     return result
 
 
 def embedding(
-    ids: torch.Tensor,
-    code: torch.Tensor,
-    digits: torch.Tensor,
-    sign_mantissa: torch.Tensor,
-    tails: torch.Tensor,
-    kind: str,
-    rows: int,
-    cols: int,
-    rows_per_table: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+    ids: Tensor, code: Tensor, digits: Tensor, sign_mantissa: Tensor, tails: Tensor,
+    kind: str, rows: int, cols: int, rows_per_table: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     """As ``torch.ops.bitforbit.embedding``."""
-    op = cpu_impl.embedding if _is_plain_call(ids, None) else torch.ops.bitforbit.embedding.default
-    result: torch.Tensor = op(ids, code, digits, sign_mantissa, tails, kind, rows, cols, rows_per_table, dtype)
+    op = torch.ops.bitforbit.embedding.default
+    if _is_plain_call(ids, None):
+        op = cpu_impl.embedding if code.is_cpu else planes.embedding
+    result: Tensor = op(ids, code, digits, sign_mantissa, tails, kind, rows, cols, rows_per_table, dtype)
     return result
 
 
-def _is_plain_call(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    if torch.compiler.is_compiling() or type(x) is not torch.Tensor or not x.is_cpu:
+def tiles_linear(
+    x: Tensor, tiles_: Tensor, escapes: Tensor, offsets: Tensor, header: Tensor, bias: Tensor | None,
+    rows: int, cols: int, mode: str,
+) -> Tensor:  # fmt: skip
+    """As ``torch.ops.bitforbit.tiles_linear``."""
+    op = tiles.linear if _is_plain_call(x, bias) else torch.ops.bitforbit.tiles_linear.default
+    result: Tensor = op(x, tiles_, escapes, offsets, header, bias, rows, cols, mode)
+    return result
+
+
+def tiles_embedding(
+    ids: Tensor, tiles_: Tensor, escapes: Tensor, offsets: Tensor, header: Tensor, rows: int, cols: int
+) -> Tensor:
+    """As ``torch.ops.bitforbit.tiles_embedding``."""
+    op = tiles.embedding if _is_plain_call(ids, None) else torch.ops.bitforbit.tiles_embedding.default
+    result: Tensor = op(ids, tiles_, escapes, offsets, header, rows, cols)
+    return result
+
+
+def df11_linear(
+    x: Tensor, tables: Tensor, stream: Tensor, sign_mantissa: Tensor, index: Tensor, bias: Tensor | None,
+    elements: int, begin: int, rows: int, cols: int, mode: str,
+) -> Tensor:  # fmt: skip
+    """As ``torch.ops.bitforbit.df11_linear``."""
+    op = df11.linear if _is_plain_call(x, bias) else torch.ops.bitforbit.df11_linear.default
+    result: Tensor = op(x, tables, stream, sign_mantissa, index, bias, elements, begin, rows, cols, mode)
+    return result
+
+
+def df11_embedding(
+    ids: Tensor, tables: Tensor, stream: Tensor, sign_mantissa: Tensor, index: Tensor,
+    elements: int, begin: int, rows: int, cols: int,
+) -> Tensor:  # fmt: skip
+    """As ``torch.ops.bitforbit.df11_embedding``."""
+    op = df11.embedding if _is_plain_call(ids, None) else torch.ops.bitforbit.df11_embedding.default
+    result: Tensor = op(ids, tables, stream, sign_mantissa, index, elements, begin, rows, cols)
+    return result
+
+
+def _is_plain_call(x: Tensor, bias: Tensor | None) -> bool:
+    if torch.compiler.is_compiling() or type(x) is not torch.Tensor or not (x.is_cpu or x.is_cuda):
         return False
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return False
     return (
         torch._C._dispatch_tls_local_include_set().raw_repr() in _ORDINARY
-        and not torch.is_autocast_enabled("cpu")
+        and not torch.is_autocast_enabled("cpu" if x.is_cpu else "cuda")
         and not torch._C._is_torch_function_mode_enabled()
         and not torch._C._autograd._profiler_enabled()
     )

@@ -9,13 +9,12 @@ memory of GPUs; a weight in ``df11`` is elements ``begin`` to ``begin + rows * c
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 MODES = ("exact", "fused")
 """``"exact"``: torch's own bits. ``"fused"``: products from the compressed weight, FP32 sums in our fixed order."""
 
 LIBRARY = torch.library.Library("bitforbit", "DEF")
-
-Tensor = torch.Tensor
 
 _PLANES = "Tensor code, Tensor digits, Tensor sign_mantissa, Tensor tails"
 _PLANES_WEIGHT = "str kind, int rows, int cols, int rows_per_table, ScalarType dtype"

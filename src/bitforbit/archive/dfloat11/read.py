@@ -111,6 +111,10 @@ class Df11Directory:
         """Names of the tensors in the files that hold a unit."""
         return tuple(f"{unit}.{suffix}" for suffix in TENSOR_NAMES)
 
+    def stored_unit(self, unit: str) -> Df11Unit:
+        """The arrays of a unit as they are stored. Raises Df11FormatError."""
+        return self._load(unit)
+
     def decode_unit(self, unit: str, threads: int = 1) -> Iterator[RestoredTensor]:
         """The tensors of one unit. Raises Df11FormatError."""
         try:

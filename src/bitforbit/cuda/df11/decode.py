@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bitforbit.codecs.df11.unit import THREADS_PER_BLOCK
-from bitforbit.cuda.df11.geometry import PARTS, Df11Geometry
+from bitforbit.cuda.df11.geometry import PARTS, THREADS, Df11Geometry
 from bitforbit.cuda.kernel import U32, U64, DeviceProperties, Kernel, LaunchConfig, Pointer
 from bitforbit.cuda.queue import Queue
 from bitforbit.errors import CorruptTensorError, UsageError
@@ -21,8 +20,8 @@ KERNELS: tuple[Kernel, ...] = (DECODE, ROWS)
 
 _RESERVED_SHARED = 1024
 """Bytes of shared memory that the system takes per block of threads."""
-_STATIC_SHARED = 64
-_RESIDENT = 2
+_STATIC_SHARED = 32
+_RESIDENT = 4
 """Blocks of threads per multiprocessor for which the kernels are compiled."""
 
 
@@ -31,8 +30,8 @@ def decode(
 ) -> None:
     """Decode the unit's weights [begin, end) as BF16 to ``out``, which has an even address.
 
-    Fastest where ``out - 2 * begin`` is a multiple of 16, as for a matrix that begins at a multiple of 8 weights. status:
-    address of a u32, or 0; gets bit 0 where the data is corrupt. Raises UsageError for a range beyond the unit,
+    Fastest where ``out - 2 * begin`` is a multiple of 16, as for a matrix that begins at a multiple of 8 weights.
+    status: address of a u32, or 0; gets bit 0 where the data is corrupt. Raises UsageError for a range beyond the unit,
     CorruptTensorError for parts of other lengths.
     """
     _check(parts, geometry)
@@ -83,13 +82,13 @@ def decode_config(geometry: Df11Geometry, blocks: int, properties: DevicePropert
     """For blocks of the stream: as many blocks of threads as run at once, each with the same share."""
     resident = _resident(geometry, properties)
     shares = -(-blocks // resident)
-    return LaunchConfig.linear(-(-blocks // shares), THREADS_PER_BLOCK, geometry.shared_bytes)
+    return LaunchConfig.linear(-(-blocks // shares), THREADS, geometry.shared_bytes)
 
 
 def rows_config(geometry: Df11Geometry, count: int, properties: DeviceProperties) -> LaunchConfig:
     """For rows: as many blocks of threads as run at once, at most one per row."""
     grid = min(count, _resident(geometry, properties))
-    return LaunchConfig.linear(grid, THREADS_PER_BLOCK, geometry.shared_bytes)
+    return LaunchConfig.linear(grid, THREADS, geometry.shared_bytes)
 
 
 def _resident(geometry: Df11Geometry, properties: DeviceProperties) -> int:

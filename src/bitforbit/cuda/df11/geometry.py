@@ -2,13 +2,13 @@
 
 Four parts, bytes each, lengths multiples of 16:
 
-``tables``: 2048 look-ups of 8 bytes for the first 11 bits of a window, then the rows of ``luts`` as stored, 256 bytes each.
-    A look-up is a u32 state (kernels/df11.cuh gives its bits) and up to four exponents, the first in the low byte.
+``tables``: 2048 look-ups of 8 bytes for the next 11 bits, then the rows of ``luts`` as stored, 256 bytes each. A
+    look-up is a u32 step (kernels/df11.cuh gives its bits) and up to four exponents, the first in the low byte.
 ``stream``: ``encoded_exponent``, padded with zeros.
 ``sign_mantissa``: as stored, padded with zeros.
 ``index``: a header of 64 bytes, u32 values: magic, weights, blocks, bytes of ``stream``, rows of ``luts``, bits of the
-    shortest code, most weights of a block, zeros; then u32 positions [blocks + 1], padded with zeros; then the gaps, 80
-    u32 per block, each with the first gap in its highest bits.
+    shortest code, most weights of a block, zeros; then the gaps of every other window, as a thread decodes two windows:
+    40 u32 per block, the first gap in the highest bits; then u32 positions [blocks + 1], padded with zeros.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from bitforbit.codecs.df11.unit import BLOCK_BYTES, GAP_BYTES_PER_BLOCK, MAX_CODE_BITS, MAX_TABLES, THREADS_PER_BLOCK
+from bitforbit.codecs.df11.unit import BLOCK_BYTES, MAX_CODE_BITS, MAX_TABLES
 from bitforbit.errors import CorruptTensorError
 
 U8 = npt.NDArray[np.uint8]
@@ -34,7 +34,12 @@ HEADER_BYTES = 64
 MAGIC = 0x31314644
 """The bytes DF11."""
 
-WINDOW_BITS = 64
+THREADS = 256
+THREAD_BITS = 128
+"""Of the stream, that one thread decodes: two windows."""
+GAP_BITS = 5
+GAP_BYTES = THREADS * GAP_BITS // 8
+"""Per block."""
 
 
 def padded(nbytes: int) -> int:
@@ -78,13 +83,13 @@ class Df11Geometry:
 
     @property
     def slot_words(self) -> int:
-        """Words of 4 exponents for what a thread decodes: codes that start in its window, and 3 more."""
-        return -(-((WINDOW_BITS - 1) // self.shortest + LOOKUP_SYMBOLS) // 4)
+        """Words of 4 exponents for what a thread decodes: codes that start in its bits, and up to 3 more."""
+        return -(-((THREAD_BITS - 1) // self.shortest + LOOKUP_SYMBOLS) // 4)
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block of threads."""
-        slots = 4 * self.slot_words * THREADS_PER_BLOCK
+        slots = 4 * self.slot_words * THREADS
         return self.tables_bytes + slots + padded(self.block_symbols + 7)
 
     def blocks_of(self, begin: int, end: int) -> tuple[int, int]:
@@ -95,7 +100,7 @@ class Df11Geometry:
 
 def index_bytes(blocks: int) -> int:
     """Length of the part ``index``."""
-    return HEADER_BYTES + padded(4 * (blocks + 1)) + padded(GAP_BYTES_PER_BLOCK * blocks)
+    return HEADER_BYTES + GAP_BYTES * blocks + padded(4 * (blocks + 1))
 
 
 def index_part(geometry: Df11Geometry, gaps: U8) -> U8:
@@ -104,9 +109,10 @@ def index_part(geometry: Df11Geometry, gaps: U8) -> U8:
     header = [MAGIC, geometry.elements, geometry.blocks, geometry.stream_bytes, geometry.table_rows]
     header += [geometry.shortest, geometry.block_symbols]
     index[: 4 * len(header)].view("<u4")[:] = header
-    positions = geometry.positions.astype("<u4").view(np.uint8)
-    index[HEADER_BYTES : HEADER_BYTES + positions.size] = positions
-    index[index.size - gaps.size :].view("<u4")[:] = gaps.view(">u4")
+    end = HEADER_BYTES + GAP_BYTES * geometry.blocks
+    every_other = np.packbits(np.unpackbits(gaps).reshape(-1, 2, GAP_BITS)[:, 0])
+    index[HEADER_BYTES:end].view("<u4")[:] = every_other.view(">u4")
+    index[end : end + 4 * geometry.positions.size].view("<u4")[:] = geometry.positions
     return index
 
 
@@ -125,7 +131,7 @@ def geometry_of(index: U8, elements: int, stream_bytes: int) -> Df11Geometry:
     magic, stored_elements, blocks, stored_bytes, table_rows, shortest, block_symbols = header[:7]
     if magic != MAGIC or any(header[7:]):
         raise CorruptTensorError(
-            f"expected a DF11 index that begins with {MAGIC:#x}, got {magic:#x}; load the file again"
+            f"expected a DF11 index that begins with {MAGIC:#x}, got {magic:#x}; load the unit again"
         )
     if (stored_elements, stored_bytes) != (elements, stream_bytes):
         raise CorruptTensorError(
@@ -134,10 +140,10 @@ def geometry_of(index: U8, elements: int, stream_bytes: int) -> Df11Geometry:
         )
     if index.size != index_bytes(blocks) or not 0 <= blocks * BLOCK_BYTES - stream_bytes < BLOCK_BYTES:
         raise CorruptTensorError(
-            f"expected a DF11 index of {index_bytes(blocks)} bytes for {blocks} blocks and {stream_bytes} stream bytes, "
+            f"expected a DF11 index of {index_bytes(blocks)} bytes for {blocks} blocks of {stream_bytes} stream bytes, "
             f"got {index.size}"
         )
-    positions = index[HEADER_BYTES : HEADER_BYTES + 4 * (blocks + 1)].view("<u4").astype(np.uint32)
+    positions = index[HEADER_BYTES + GAP_BYTES * blocks :].view("<u4")[: blocks + 1].astype(np.uint32)
     steps = np.diff(positions.astype(np.int64))
     if positions[0] != 0 or positions[-1] != elements or steps.min() < 0 or steps.max() != block_symbols:
         raise CorruptTensorError(
@@ -146,7 +152,7 @@ def geometry_of(index: U8, elements: int, stream_bytes: int) -> Df11Geometry:
         )
     if not 2 <= table_rows <= MAX_TABLES + 1 or not 1 <= shortest <= MAX_CODE_BITS or block_symbols > 8 * BLOCK_BYTES:
         raise CorruptTensorError(
-            f"expected a DF11 index of 2 to {MAX_TABLES + 1} table rows, codes from 1 to {MAX_CODE_BITS} bits and blocks "
+            f"expected a DF11 index of 2 to {MAX_TABLES + 1} table rows, codes from 1 to {MAX_CODE_BITS} bits, blocks "
             f"of up to {8 * BLOCK_BYTES} weights, got {table_rows}, {shortest} and {block_symbols}"
         )
     return Df11Geometry(elements, blocks, stream_bytes, table_rows, shortest, block_symbols, positions)

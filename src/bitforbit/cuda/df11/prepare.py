@@ -17,7 +17,7 @@ _WALKED_BITS = 16
 
 _LONG = 0x80
 _COUNT_SHIFT = 11
-_ENDS_SHIFT = 18
+_ENDS_SHIFT = 19
 
 
 def prepare(

@@ -2,7 +2,7 @@
 #include "df11.cuh"
 
 // Weights [begin, end), which lie in the blocks [first_block, end_block), to out. status: address of a u32, or 0.
-extern "C" __global__ void __launch_bounds__(kThreads, 2)
+extern "C" __global__ void __launch_bounds__(kThreads, 4)
     df11_decode(const u8* tables, const u8* stream, const u8* sign_mantissa, const u8* index, u32 blocks, u32 elements,
                 u32 stream_words, u32 rows, u32 shortest, u32 slot_words, u32 block_symbols, u32 first_block,
                 u32 end_block, u32 begin, u32 end, u16* out, u32* status) {
@@ -17,7 +17,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
     const Window window = next;
     block += gridDim.x;
     if (block < end_block) next = load_window(unit, block);
-    // Weights of the first block may lie before the range: out then points to where weight `begin` goes.
     decode_block(unit, shared, window, begin, end, out, status);
   }
 }
@@ -39,7 +38,7 @@ __device__ __forceinline__ u32 block_of(const Unit& unit, u32 weight) {
 
 // Rows ids[0 .. count) of the matrix of `matrix_rows` rows that begins at weight `first`, each of `cols` weights, to
 // out [count, cols]. An id outside the matrix gives zeros.
-extern "C" __global__ void __launch_bounds__(kThreads, 2)
+extern "C" __global__ void __launch_bounds__(kThreads, 4)
     df11_rows(const u8* tables, const u8* stream, const u8* sign_mantissa, const u8* index, u32 blocks, u32 elements,
               u32 stream_words, u32 rows, u32 shortest, u32 slot_words, u32 block_symbols, u32 first, u32 cols,
               u32 matrix_rows, const u8* ids, u32 id_bytes, u64 count, u16* out, u32* status) {
@@ -60,7 +59,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
     for (u32 block = block_of(unit, begin); block < unit.blocks; ++block) {
       const Window window = load_window(unit, block);
       decode_block(unit, shared, window, begin, end, gmem_row, status);
-      if (window.end >= end) break;
+      if (window.positions[1] >= end) break;
     }
   }
 }

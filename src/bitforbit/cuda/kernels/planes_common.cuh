@@ -4,12 +4,12 @@
 #include "portable.cuh"
 
 constexpr u32 kBlockRows = 16;
-constexpr u32 kGroup = 64;        // positions
-constexpr u32 kGroupLanes = 4;    // lanes that share a group: lane q has positions 16q to 16q + 15
-constexpr u32 kDigitBytes = 16;   // of a group of 2-bit digits
-constexpr u32 kTableBytes = 16;   // nine exponents by rank, seven zeros
-constexpr u32 kCountBytes = 12;   // u32 n2, n3, n4 of a block
-constexpr u32 kChunkGroups = 64;  // groups of one block that a thread block decodes at once; 4096 weights
+constexpr u32 kGroup = 64;         // positions
+constexpr u32 kGroupLanes = 4;     // lanes that share a group: lane q has positions 16q to 16q + 15
+constexpr u32 kDigitBytes = 16;    // of a group of 2-bit digits
+constexpr u32 kTableBytes = 16;    // nine exponents by rank, seven zeros
+constexpr u32 kCountBytes = 12;    // u32 n2, n3, n4 of a block
+constexpr u32 kChunkGroups = 128;  // groups of one block that a thread block decodes at once; 8192 weights
 
 // What decoding needs to know of a block: byte offsets of the three levels in the tails, and the number of its table.
 constexpr u32 kStartWords = 4;  // u64 each
@@ -21,6 +21,7 @@ __device__ __forceinline__ u32 count_threes(uint4 group) {
   return __popc(threes(group.x) | threes(group.y) << 1) + __popc(threes(group.z) | threes(group.w) << 1);
 }
 
+// Sum over the lanes up to and with this one.
 template <class T>
 __device__ __forceinline__ T warp_inclusive_sum(T value, u32 lane) {
 #pragma unroll
@@ -31,11 +32,25 @@ __device__ __forceinline__ T warp_inclusive_sum(T value, u32 lane) {
   return value;
 }
 
-__device__ __forceinline__ u32 warp_sum(u32 value) {
+// The same; shuffles tell lanes without a lower one apart, which saves the comparisons.
+__device__ __forceinline__ u32 warp_inclusive_sum32(u32 value, u32 lane) {
+#ifdef BITFORBIT_CUDA_SHIM
+  return warp_inclusive_sum(value, lane);
+#else
 #pragma unroll
-  for (u32 mask = kWarp / 2; mask != 0; mask /= 2) value += __shfl_xor_sync(kAllLanes, value, static_cast<int>(mask));
+  for (u32 delta = 1; delta < kWarp; delta *= 2) {
+    asm volatile(
+        "{.reg .u32 below; .reg .pred has;\n"
+        "shfl.sync.up.b32 below|has, %0, %1, 0, 0xffffffff;\n"
+        "@has add.u32 %0, %0, below;}"
+        : "+r"(value)
+        : "r"(delta));
+  }
   return value;
+#endif
 }
+
+__device__ __forceinline__ u32 warp_sum(u32 value) { return __reduce_add_sync(kAllLanes, value); }
 
 // Groups of a block of that many rows: whole tile rows, then the edge columns run together.
 __device__ __forceinline__ u32 groups_in(u32 rows, u32 cols) {

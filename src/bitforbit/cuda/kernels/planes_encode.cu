@@ -1,15 +1,15 @@
-// Encodes a matrix in the `planes` format (docs/format.md, section 3). In this order:
+// Encodes a matrix in the `planes` format (docs/format.md, section 3), in three launches:
 //
-// planes_histograms: exponents of a sample of the elements, one histogram per some rows; the host chooses tables by
-// them. planes_count: how many level-2 digits, level-3 digits and raw exponents each 16-row block has; the host adds
-// them up. planes_write: all parts but `code`, which the host makes.
+// 1. planes_histograms counts the exponents of a sample of the elements; the host chooses the code tables.
+// 2. planes_count counts what each 16-row block leaves to the tail; the host adds up where each tail begins.
+// 3. planes_write writes all parts but `code`, which the host makes.
 //
-// The last two give a thread block 16 rows, which it walks in chunks of kChunkGroups groups, four lanes to a group.
+// In 2 and 3 a thread block has 16 rows, which it walks in steps of kStepGroups groups, four lanes to a group.
 #include "planes_encode.cuh"
 
 constexpr u32 kThreads = 256;
+constexpr u32 kStepGroups = kThreads / kGroupLanes;
 constexpr u32 kWarps = kThreads / kWarp;
-constexpr u32 kChunkGroups = kThreads / 4;
 
 // How an exponent is written: [1:0], [3:2], [5:4] its digits of level 1, 2 and 3, zero where a level has none.
 __device__ __forceinline__ u8 code_of_rank(u32 rank) {
@@ -48,9 +48,6 @@ __device__ __forceinline__ u64 count(const u32 (&codes)[4]) {
   return n2 | static_cast<u64>(n3) << kCountBits | static_cast<u64>(n4) << 2 * kCountBits;
 }
 
-// --- histograms
-// ---------------------------------------------------------------------------------------------------------
-
 // A thread block per histogram, of `unit` rows. Counted are, in row r, the chunks c of 64 columns with c % stride ==
 // r % stride; `last_stride` is that of the last histogram. counts: [histograms, 256].
 extern "C" __global__ void __launch_bounds__(256)
@@ -83,9 +80,6 @@ extern "C" __global__ void __launch_bounds__(256)
   counts[static_cast<u64>(blockIdx.x) * 256 + threadIdx.x] = sum;
 }
 
-// --- counts
-// -------------------------------------------------------------------------------------------------------------
-
 // counts: [blocks, 3], n2, n3 and n4 of each block.
 extern "C" __global__ void __launch_bounds__(256)
     planes_count(const u8* data, u64 row_bytes, u64 rows, u32 cols, u64 rows_per_table, const u8* tables, u32* counts) {
@@ -97,11 +91,11 @@ extern "C" __global__ void __launch_bounds__(256)
   if (threadIdx.x < 3) smem_sums[threadIdx.x] = 0;
   __syncthreads();
 
-  const u32 quarter = threadIdx.x % 4, fill = static_cast<u32>(table[0]) << kShift, groups = block.groups();
+  const u32 quarter = threadIdx.x % kGroupLanes, fill = static_cast<u32>(table[0]) << kShift, groups = block.groups();
   u32 n2 = 0, n3 = 0, n4 = 0;
-  for (u32 group = threadIdx.x / 4; group < groups; group += kChunkGroups) {
+  for (u32 group = threadIdx.x / kGroupLanes; group < groups; group += kStepGroups) {
     u32 words[kWords], codes[4];
-    block.load(group, quarter, fill, words);
+    block.load<true>(group, quarter, fill, words);
     const Quarter values(words);
 #pragma unroll
     for (u32 k = 0; k < 4; ++k) codes[k] = codes_of(values.exponents[k], smem_codes);
@@ -115,18 +109,10 @@ extern "C" __global__ void __launch_bounds__(256)
   if (threadIdx.x < 3) counts[static_cast<u64>(blockIdx.x) * 3 + threadIdx.x] = smem_sums[threadIdx.x];
 }
 
-// --- parts
-// --------------------------------------------------------------------------------------------------------------
-
 // Sum of `value` over the threads before this one; `total`: over all. There must be a barrier between two calls.
 __device__ __forceinline__ u64 exclusive_sum(u64 value, u64* smem_sums, u64& total) {
   const u32 warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  u64 sum = value;
-#pragma unroll
-  for (u32 step = 1; step < kWarp; step *= 2) {
-    const u64 below = __shfl_up_sync(kAllLanes, sum, step);
-    if (lane >= step) sum += below;
-  }
+  const u64 sum = warp_inclusive_sum(value, lane);
   if (lane == kWarp - 1) smem_sums[warp] = sum;
   __syncthreads();
   u64 before = 0;
@@ -139,13 +125,14 @@ __device__ __forceinline__ u64 exclusive_sum(u64 value, u64* smem_sums, u64& tot
   return before + sum - value;
 }
 
-// Digits of one level wait here, at bits [1:0] of a byte each, until there are 64 for a group: digit n at byte n %
-// kStage. A chunk adds at most 4096 to the 63 that may be left of the last one.
+// Digits of one level wait in a stage, a ring of bytes whose bits [1:0] hold one each, until there are 64 for a group.
+// A step adds at most 4096 to the 63 that may be left of the last one.
 constexpr u32 kStage = 8192;
 
-// Puts what a quarter leaves to the tail where it belongs; at2, at3 and at4 are how many came before it.
+// Puts what a quarter leaves to the tail where it belongs; at2, at3 and at4 are how many came before it. The raw
+// exponents have room for n4.
 __device__ __forceinline__ void stage_tail(const u32 (&codes)[4], const u32 (&exponents)[4], u32 at2, u32 at3, u32 at4,
-                                           u8* smem_level2, u8* smem_level3, u8* raw) {
+                                           u8* smem_level2, u8* smem_level3, u8* raw, u32 n4) {
 #pragma unroll
   for (u32 k = 0; k < 4; ++k) {
 #pragma unroll
@@ -159,22 +146,24 @@ __device__ __forceinline__ void stage_tail(const u32 (&codes)[4], const u32 (&ex
     for (u32 left = codes[k] & codes[k] >> 1 & 0x04040404; left != 0; left &= left - 1) {
       const u32 shift = __ffs(left) - 3, code = codes[k] >> shift;
       smem_level3[at3++ % kStage] = static_cast<u8>(code >> 4);
-      if ((code & 63) == 63) raw[at4++] = static_cast<u8>(exponents[k] >> shift);
+      if ((code & 63) == 63 && at4 < n4) raw[at4++] = static_cast<u8>(exponents[k] >> shift);
     }
   }
 }
 
-// Stores the groups of digits from `begin` to `end`, at most kChunkGroups, to memory of any alignment.
-__device__ __forceinline__ void store_digits(const u8* smem_digits, u32 begin, u32 end, u8* level) {
-  if (begin + threadIdx.x / kWarp * (kWarp / 4) >= end) return;  // nothing for this warp
-  const u32 quarter = threadIdx.x % 4, group = begin + threadIdx.x / 4;
+// Stores the groups of digits from `begin` to `end`, at most kStepGroups and none from `all` on, to memory of any
+// alignment.
+__device__ __forceinline__ void store_digits(const u8* smem_digits, u32 begin, u32 end, u8* level, u32 all) {
+  end = min(end, all);
+  if (begin + threadIdx.x / kWarp * (kWarp / kGroupLanes) >= end) return;  // nothing for this warp
+  const u32 quarter = threadIdx.x % kGroupLanes, group = begin + threadIdx.x / kGroupLanes;
   const bool live = group < end;
   uint4 four = make_uint4(0, 0, 0, 0);
   if (live) four = *reinterpret_cast<const uint4*>(smem_digits + (group * kGroup + kQuarter * quarter) % kStage);
   const u32 values[4] = {four.x & 0x03030303, four.y & 0x03030303, four.z & 0x03030303, four.w & 0x03030303};
   const u32 word = pack2(values, quarter);
   if (!live) return;
-  u8* const out = level + static_cast<u64>(group) * 16 + 4 * quarter;
+  u8* const out = level + static_cast<u64>(group) * kDigitBytes + 4 * quarter;
 #pragma unroll
   for (u32 i = 0; i < 4; ++i) out[i] = static_cast<u8>(word >> (8 * i));
 }
@@ -200,9 +189,12 @@ extern "C" __global__ void __launch_bounds__(256)
   const u64 tables = (rows + rows_per_table - 1) / rows_per_table;
   const u32* const counts =
       reinterpret_cast<const u32*>(code + tables * kTableBytes) + static_cast<u64>(blockIdx.x) * 3;
+  // These bound what is written, even if someone changes the data meanwhile.
+  const u32 groups2 = counts[0] / kGroup + (counts[0] % kGroup != 0);
+  const u32 groups3 = counts[1] / kGroup + (counts[1] % kGroup != 0), all4 = counts[2];
   u8* const level2 = tails + tail_begins[blockIdx.x];
-  u8* const level3 = level2 + (static_cast<u64>(counts[0]) + kGroup - 1) / kGroup * 16;
-  u8* const raw = level3 + (static_cast<u64>(counts[1]) + kGroup - 1) / kGroup * 16;
+  u8* const level3 = level2 + static_cast<u64>(groups2) * kDigitBytes;
+  u8* const raw = level3 + static_cast<u64>(groups3) * kDigitBytes;
 
   const u64 first_group = static_cast<u64>(blockIdx.x) * groups_in(kBlockRows, cols);
   const u64 last_rows = rows - static_cast<u64>(gridDim.x - 1) * kBlockRows;
@@ -211,13 +203,13 @@ extern "C" __global__ void __launch_bounds__(256)
   u8* const plane1 = sign_mantissa + pad64(all_groups * 8 * kWidth0);
   u8* const plane2 = plane1 + pad64(all_groups * 8 * kWidth1);
 
-  const u32 quarter = threadIdx.x % 4, fill = static_cast<u32>(table[0]) << kShift, groups = block.groups();
-  u32 n2 = 0, n3 = 0, n4 = 0;  // of the chunks before this one
-  for (u32 chunk = 0; chunk < groups; chunk += kChunkGroups) {
-    const u32 group = chunk + threadIdx.x / 4;
+  const u32 quarter = threadIdx.x % kGroupLanes, fill = static_cast<u32>(table[0]) << kShift, groups = block.groups();
+  u32 n2 = 0, n3 = 0, n4 = 0;  // of the steps before this one
+  for (u32 step = 0; step < groups; step += kStepGroups) {
+    const u32 group = step + threadIdx.x / kGroupLanes;
     const bool live = group < groups;
     u32 words[kWords], codes[4], digits1[4];
-    block.load(group, quarter, fill, words);
+    block.load<false>(group, quarter, fill, words);
     const Quarter values(words);
 #pragma unroll
     for (u32 k = 0; k < 4; ++k) {
@@ -232,11 +224,11 @@ extern "C" __global__ void __launch_bounds__(256)
     u64 total;
     const u64 before = exclusive_sum(count(codes), smem_sums, total);
     stage_tail(codes, values.exponents, n2 + count2(before), n3 + count3(before), n4 + count4(before), smem_level2,
-               smem_level3, raw);
+               smem_level3, raw, all4);
     __syncthreads();
-    // The next chunk writes to the stage behind its own barrier, in exclusive_sum.
-    store_digits(smem_level2, n2 / kGroup, (n2 + count2(total)) / kGroup, level2);
-    store_digits(smem_level3, n3 / kGroup, (n3 + count3(total)) / kGroup, level3);
+    // The next step writes to the stage behind its own barrier, in exclusive_sum.
+    store_digits(smem_level2, n2 / kGroup, (n2 + count2(total)) / kGroup, level2, groups2);
+    store_digits(smem_level3, n3 / kGroup, (n3 + count3(total)) / kGroup, level3, groups3);
     n2 += count2(total), n3 += count3(total), n4 += count4(total);
   }
 
@@ -245,13 +237,13 @@ extern "C" __global__ void __launch_bounds__(256)
   if (n2 % kGroup + threadIdx.x < kGroup) smem_level2[(n2 + threadIdx.x) % kStage] = 0;
   if (n3 % kGroup + threadIdx.x < kGroup) smem_level3[(n3 + threadIdx.x) % kStage] = 0;
   __syncthreads();
-  store_digits(smem_level2, n2 / kGroup, (n2 + kGroup - 1) / kGroup, level2);
-  store_digits(smem_level3, n3 / kGroup, (n3 + kGroup - 1) / kGroup, level3);
+  store_digits(smem_level2, n2 / kGroup, groups2, level2, groups2);
+  store_digits(smem_level3, n3 / kGroup, groups3, level3, groups3);
 
   if (blockIdx.x != gridDim.x - 1) return;
-  pad_part(digits, all_groups * 16);
+  pad_part(digits, all_groups * kDigitBytes);
   pad_part(sign_mantissa, all_groups * 8 * kWidth0);
   if constexpr (kWidth1 != 0) pad_part(plane1, all_groups * 8 * kWidth1);
   if constexpr (kWidth2 != 0) pad_part(plane2, all_groups * 8 * kWidth2);
-  pad_part(tails, static_cast<u64>(raw - tails) + n4);
+  pad_part(tails, static_cast<u64>(raw - tails) + all4);
 }

@@ -1,20 +1,18 @@
 // How each float kind is read from device memory and split into exponents and planes (docs/format.md, section 3).
 //
 // The unit of work of a thread is a *quarter*: positions 16q to 16q + 15 of a group, q = 0 to 3. Four neighbouring
-// lanes hold a group. Values go by the byte, four positions to a word, word k holding positions 16q + 4k to 16q + 4k
-// + 3. KIND and WIDE are macros: one of the names below; 1 where BF16 is kept as F32 whose low 16 bits are zero.
+// lanes hold a group. Values go by the byte, four positions to a word: word k has the four from 16q + 4k on.
+//
+// BITFORBIT_KIND is a name of Kind; BITFORBIT_WIDE is 1 where BF16 is kept as F32 whose low 16 bits are zero, else 0.
 #pragma once
 
-#include "portable.cuh"
+#include "planes_common.cuh"
 
 enum Kind { kBF16, kF16, kF32, kF8E4M3, kF8E5M2 };
-constexpr Kind kKind = KIND;
-constexpr bool kWide = WIDE;
+constexpr Kind kKind = BITFORBIT_KIND;
+constexpr bool kWide = BITFORBIT_WIDE;
 
-constexpr u32 kGroup = 64;
-constexpr u32 kQuarter = 16;
-constexpr u32 kBlockRows = 16;
-constexpr u32 kTableBytes = 16;
+constexpr u32 kQuarter = kGroup / kGroupLanes;
 constexpr u32 kCodedRanks = 9;
 
 constexpr u32 kItem = kKind == kF32 || kWide ? 4 : kKind == kBF16 || kKind == kF16 ? 2 : 1;  // bytes
@@ -29,11 +27,6 @@ constexpr u32 kWidth1 = kKind == kF32 ? 8 : kKind == kF16 ? 2 : kKind == kF8E5M2
 constexpr u32 kWidth2 = kKind == kF32 ? 8 : kKind == kF16 ? 1 : 0;
 
 __device__ __forceinline__ u64 pad64(u64 bytes) { return (bytes + 63) / 64 * 64; }
-
-// Groups of a block of that many rows: whole tiles, then the columns that are left, run together.
-__device__ __forceinline__ u32 groups_in(u32 rows, u32 cols) {
-  return rows * (cols / kGroup) + (rows * (cols % kGroup) + kGroup - 1) / kGroup;
-}
 
 // One element, in the low bits.
 __device__ __forceinline__ u32 load_element(const u8* address) {
@@ -61,6 +54,8 @@ struct BlockRows {
   __device__ u32 groups() const { return groups_in(rows, cols); }
 
   // A quarter's elements, in the order of positions. Where the matrix has none, behind the last group too: `fill`.
+  // kAgain: they will be read again and should stay in the caches.
+  template <bool kAgain>
   __device__ __forceinline__ void load(u32 group, u32 quarter, u32 fill, u32 (&words)[kWords]) const {
     const u32 tiles = cols / kGroup;
     if (group < tiles * rows) {
@@ -68,7 +63,7 @@ struct BlockRows {
       const u32 tile = rows == kBlockRows ? group / kBlockRows : group / rows, row = group - tile * rows;
       const u8* at = first + row * stride + static_cast<u64>(tile) * kGroup * kItem;
       if (vectors) {
-        load_vectors(at, quarter, words);
+        load_vectors<kAgain>(at, quarter, words);
       } else {
         load_elements(words, [&](u32 i) { return load_element(at + element(quarter, i) * kItem); });
       }
@@ -97,11 +92,13 @@ struct BlockRows {
   }
 
   // Wide kinds: 8 elements at 8 * quarter, 8 at 32 + 8 * quarter; others: 16 at 16 * quarter.
+  template <bool kAgain>
   static __device__ __forceinline__ void load_vectors(const u8* group, u32 quarter, u32 (&words)[kWords]) {
 #pragma unroll
     for (u32 v = 0; v < kWords / 4; ++v) {
       const u32 i = v * 16 / kItem;
-      const uint4 four = load_once(reinterpret_cast<const uint4*>(group + element(quarter, i) * kItem));
+      const uint4* const address = reinterpret_cast<const uint4*>(group + element(quarter, i) * kItem);
+      const uint4 four = kAgain ? __ldg(address) : load_once(address);
       words[4 * v] = four.x, words[4 * v + 1] = four.y, words[4 * v + 2] = four.z, words[4 * v + 3] = four.w;
     }
   }

@@ -1,9 +1,9 @@
 """Decoding of the ``planes`` codec: from its four parts in device memory to floats.
 
 Outline (docs/format.md, section 3): which tail digits a weight takes depends on all weights of its 16-row block before
-it. :func:`prepare` counts once and leaves in a workspace where the digits of each *chunk* of 64 groups (4096 weights)
+it. :func:`prepare` counts once and leaves in a workspace where the digits of each *chunk* of 128 groups (8192 weights)
 begin; with that, :func:`decode` and :func:`rows` give every chunk to a thread block of its own. The workspace costs
-16 bytes per chunk (0.03 bits per weight) and 32 bytes per block.
+16 bytes per chunk (0.02 bits per weight) and 32 bytes per block.
 
 Limits: rows x (columns + 64) of a block below 2^32, as the format has it; the number of elements is not limited.
 """
@@ -21,10 +21,10 @@ from bitforbit.errors import CorruptTensorError, UsageError
 Parts = Sequence[tuple[int, int]]
 """(address, bytes) of code, digits, sign_mantissa and tails."""
 
-CHUNK_GROUPS = 64
+CHUNK_GROUPS = 128
 ENTRY_BYTES = 16
 START_BYTES = 32
-DECODE_THREADS = 256
+DECODE_THREADS = 128
 SCAN_THREADS = 1024
 INDEX_THREADS = 256
 MAX_GRID_X = (1 << 31) - 1

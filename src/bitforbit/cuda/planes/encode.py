@@ -41,10 +41,10 @@ _MATRIX = (Pointer, U64, U64, U32)  # data, bytes from row to row, rows, columns
 
 
 def _kernels(name: str, *parameters: type[Any]) -> dict[tuple[str, bool], Kernel]:
-    return {
-        (kind, wide): Kernel(name, SOURCE, (*_MATRIX, *parameters), (("KIND", constant), ("WIDE", str(int(wide)))))
-        for (kind, wide), constant in KINDS.items()
-    }
+    def defines(constant: str, wide: bool) -> tuple[tuple[str, str], ...]:
+        return ("BITFORBIT_KIND", constant), ("BITFORBIT_WIDE", str(int(wide)))
+
+    return {key: Kernel(name, SOURCE, (*_MATRIX, *parameters), defines(KINDS[key], key[1])) for key in KINDS}
 
 
 HISTOGRAMS = _kernels("planes_histograms", U64, U64, U64, Pointer)
@@ -122,6 +122,8 @@ def encode(
     matrix. None where the codec would leave the tensor as it is because coding does not pay, unless ``always``.
     Waits for the device. Raises UsageError.
     """
+    if rows * cols == 0 and not always:
+        return None
     matrix = _checked(data, kind, wide, rows, cols, row_stride)
     if rows_per_table < 0 or rows_per_table % BLOCK_ROWS:
         raise UsageError(f"expected rows_per_table to be a multiple of {BLOCK_ROWS}, got {rows_per_table}")

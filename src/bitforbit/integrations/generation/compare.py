@@ -10,6 +10,7 @@ from bitforbit.integrations.generation import memory
 from bitforbit.integrations.generation.directory import ModelDirectory
 from bitforbit.integrations.generation.load import LoadedModel, Mode, load, set_threads
 from bitforbit.integrations.generation.measure import Alone, Paired, Workload, measure_paired
+from bitforbit.integrations.generation.place import CPU, Place
 from bitforbit.integrations.generation.shares import Shares
 from bitforbit.integrations.generation.worker import measure_in_process
 
@@ -74,6 +75,7 @@ class Comparison:
     rounds: int
     paired: bool
     variants: list[Variant]
+    place: Place = CPU
 
     @property
     def exact(self) -> bool:
@@ -88,6 +90,8 @@ class Comparison:
             "directory_bytes": self.directory.num_bytes,
             "workload": asdict(self.workload),
             "threads": self.threads,
+            "device": self.place.device,
+            "runtime": self.place.runtime,
             "rounds": self.rounds,
             "paired": self.paired,
             "exact": self.exact,
@@ -103,11 +107,13 @@ def compare(
     rounds: int = 3,
     threads: int | None = None,
     bf16: ModelDirectory | None = None,
+    place: Place = CPU,
     say: Callable[[str], object] = lambda _: None,
 ) -> Comparison:
     """Measure BF16 and the given modes, correctness first.
 
-    ``bf16`` is where the BF16 model is loaded from; by default it is ``directory``, decoded if it is compressed.
+    ``bf16`` is where the BF16 model is loaded from; by default it is ``directory``, decoded if it is compressed. All
+    variants run at ``place``.
     ``say`` hears what is being done. Raises WorkerError, ModelLoadError, PromptTooLongError, a FormatError.
     """
     workload.check(directory)
@@ -117,13 +123,13 @@ def compare(
     alone: dict[Mode, Alone] = {}
     for mode in wanted:
         say(f"{mode}: loading and generating in a process of its own")
-        alone[mode] = measure_in_process((plain if mode == "bf16" else directory).path, mode, workload, count)
+        alone[mode] = measure_in_process((plain if mode == "bf16" else directory).path, mode, workload, count, place)
     variants = [_checked(mode, alone[mode], alone["bf16"]) for mode in wanted]
-    paired = len(variants) > 1 and rounds > 0 and _fit_together(alone)
+    paired = len(variants) > 1 and rounds > 0 and _fit_together(alone) and _fit_on_gpus(alone, place)
     if paired:
         say("loading all variants into one process")
-        models: dict[str, LoadedModel] = {"bf16": load(plain, "bf16", threads=count)}
-        models["compressed"] = load(directory, wanted[1], threads=count)
+        models: dict[str, LoadedModel] = {"bf16": load(plain, "bf16", threads=count, place=place)}
+        models["compressed"] = load(directory, wanted[1], threads=count, place=place)
         pairs = [(mode, models["bf16" if mode == "bf16" else "compressed"]) for mode in wanted]
         say(f"{', '.join(wanted)}: taking turns, {rounds} rounds")
         results = measure_paired(pairs, workload, rounds)
@@ -135,7 +141,7 @@ def compare(
             )
             for variant in variants
         ]
-    return Comparison(directory, workload, count, rounds if paired else 0, paired, variants)
+    return Comparison(directory, workload, count, rounds if paired else 0, paired, variants, place)
 
 
 def _checked(mode: Mode, alone: Alone, reference: Alone) -> Variant:
@@ -160,3 +166,10 @@ def _fit_together(alone: dict[Mode, Alone]) -> bool:
         return False
     compressed = max((result.peak or 0 for mode, result in alone.items() if mode != "bf16"), default=0)
     return (alone["bf16"].peak or 0) + compressed < _SPARE * available
+
+
+def _fit_on_gpus(alone: dict[Mode, Alone], place: Place) -> bool:
+    if not place.on_gpu:
+        return True
+    compressed = max((result.gpu_peak or 0 for mode, result in alone.items() if mode != "bf16"), default=0)
+    return (alone["bf16"].gpu_peak or 0) + compressed < _SPARE * memory.gpu_available_bytes()

@@ -12,6 +12,7 @@ import transformers
 
 from bitforbit.errors import BitforbitError, ModelLoadError, NoGenerationHeadError, NoTokenizerError
 from bitforbit.integrations.generation.directory import ModelDirectory, auto_class
+from bitforbit.integrations.generation.place import CPU, Place
 
 Mode = Literal["exact", "fused", "bf16"]
 """exact and fused keep the weights compressed; bf16 is the ordinary model, made of the stock classes."""
@@ -63,29 +64,32 @@ def import_model(directory: ModelDirectory, mode: Mode) -> None:
         import bitforbit.ops  # noqa: F401
 
 
-def load(directory: ModelDirectory, mode: Mode, *, threads: int | None = None) -> LoadedModel:
-    """Load a model for text generation.
+def load(directory: ModelDirectory, mode: Mode, *, threads: int | None = None, place: Place = CPU) -> LoadedModel:
+    """Load a model for text generation, to where it is to run.
 
     In modes ``exact`` and ``fused`` a plain or DFloat11 model is compressed tensor by tensor as it loads. In mode
     ``bf16`` a compressed one is decoded in memory. ``threads`` is for that coding only.
-    Raises NoGenerationHeadError, ModelLoadError, or a FormatError if files are damaged.
+    Raises NoGenerationHeadError, ModelLoadError, GpuUnavailableError, or a FormatError if files are damaged.
     """
     quiet_transformers()
     factory = auto_class(directory)
     import_model(directory, mode)
     stored_compressed = directory.kind != "plain"
     options: dict[str, Any] = {"dtype": "auto", "output_loading_info": True, "ignore_mismatched_sizes": True}
+    options |= place.options
     if mode != "bf16" or stored_compressed:
         from bitforbit import BitforbitConfig
 
         del options["ignore_mismatched_sizes"]  # refused there, with their names
-        options["quantization_config"] = BitforbitConfig(mode="exact" if mode == "bf16" else mode, threads=threads)
+        computing = "exact" if mode == "bf16" else mode
+        options["quantization_config"] = BitforbitConfig(mode=computing, threads=threads, **place.config)
     begin = time.perf_counter()
     try:
         with warnings.catch_warnings():
             # Our settings for a directory that is compressed already: they are meant to be merged with its own.
             warnings.filterwarnings("ignore", message="You passed `quantization_config`")
             model, info = factory.from_pretrained(str(directory.path), **options)
+            model = place.settle(model)
     except BitforbitError:
         raise
     except (ValueError, OSError, RuntimeError, KeyError, ImportError) as e:
@@ -108,7 +112,7 @@ def _let_go_of_files(model: Any, loaded: list[torch.Tensor]) -> None:
     """Copy what is left of the loaded tensors: one view of a mapped file keeps all of it in memory."""
     ids = {id(tensor) for tensor in loaded}
     for tensor in (*model.parameters(), *model.buffers()):
-        if id(tensor) in ids:
+        if id(tensor) in ids and tensor.is_cpu:
             tensor.data = tensor.detach().clone()
 
 

@@ -17,6 +17,7 @@ from bitforbit.errors import PromptTooLongError, UsageError
 from bitforbit.integrations.generation import memory, shares
 from bitforbit.integrations.generation.directory import ModelDirectory, open_directory
 from bitforbit.integrations.generation.load import LoadedModel, Mode, import_model, load, set_threads
+from bitforbit.integrations.generation.place import CPU, Place
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Workload:
     def prompts(self, loaded: LoadedModel) -> torch.Tensor:
         """Token ids ``[batch, prompt_tokens]``, the same for every variant."""
         generator = torch.Generator().manual_seed(self.seed)
-        return torch.randint(loaded.vocabulary, (self.batch, self.prompt_tokens), generator=generator)
+        prompts = torch.randint(loaded.vocabulary, (self.batch, self.prompt_tokens), generator=generator)
+        return prompts.to(loaded.model.device)
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class Alone:
     """What one variant did in a process of its own. Sizes in bytes; None where the system does not tell.
 
     ``baseline``: resident after the imports. ``running_peak``: the largest resident size from the first prompt on.
-    ``peak``: the same, with loading. ``digest``: SHA-256 of the logits that chose the tokens.
+    ``peak``: the same, with loading. ``gpu_running_peak`` and ``gpu_peak``: the same of tensors on GPUs. ``digest``:
+    SHA-256 of the logits that chose the tokens.
     """
 
     mode: str
@@ -80,6 +83,8 @@ class Alone:
     digest: str
     ran: shares.Shares
     threads: int
+    gpu_running_peak: int | None = None
+    gpu_peak: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Every field."""
@@ -150,11 +155,11 @@ def logits_digest(loaded: LoadedModel, prompts: torch.Tensor, new_tokens: int) -
     )
     digest = hashlib.sha256()
     for logits in out.logits:
-        digest.update(logits.contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(logits.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def measure_alone(path: str, mode: Mode, workload: Workload, threads: int | None) -> Alone:
+def measure_alone(path: str, mode: Mode, workload: Workload, threads: int | None, place: Place = CPU) -> Alone:
     """Load one variant and generate twice: the first time with memory watched, the second time warm."""
     from pathlib import Path
 
@@ -163,12 +168,13 @@ def measure_alone(path: str, mode: Mode, workload: Workload, threads: int | None
     directory.warm()
     import_model(directory, mode)
     baseline = memory.resident_bytes()
-    loaded = load(directory, mode, threads=count)
+    loaded = load(directory, mode, threads=count, place=place)
     prompts = workload.prompts(loaded)
-    load_peak, resident = memory.peak_bytes(), memory.resident_bytes()
+    load_peak, resident, gpu_load_peak = memory.peak_bytes(), memory.resident_bytes(), memory.gpu_peak_bytes()
     was_reset = memory.reset_peak()
+    memory.reset_gpu_peak()
     first = timed(loaded, prompts, workload.new_tokens)
-    running = memory.peak_bytes()
+    running, gpu_running = memory.peak_bytes(), memory.gpu_peak_bytes()
     shares.reset()
     warm = timed(loaded, prompts, workload.new_tokens)
     ran = shares.collect()
@@ -185,6 +191,8 @@ def measure_alone(path: str, mode: Mode, workload: Workload, threads: int | None
         digest=logits_digest(loaded, prompts, workload.new_tokens),
         ran=ran,
         threads=count,
+        gpu_running_peak=gpu_running,
+        gpu_peak=max(filter(None, (gpu_load_peak, gpu_running)), default=None),
     )
 
 
@@ -243,5 +251,5 @@ def measure_paired(variants: Sequence[tuple[Mode, LoadedModel]], workload: Workl
 def _last_logits(loaded: LoadedModel, prompts: torch.Tensor) -> torch.Tensor:
     """Logits after the prompts, ``[batch, vocabulary]`` in FP32."""
     with torch.no_grad():
-        logits: torch.Tensor = loaded.model(prompts).logits[:, -1].float()
+        logits: torch.Tensor = loaded.model(prompts).logits[:, -1].float().cpu()
     return logits

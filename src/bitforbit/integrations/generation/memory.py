@@ -1,7 +1,8 @@
-"""Resident memory of this process, from Linux's /proc; None elsewhere."""
+"""Resident memory of this process, from Linux's /proc, None elsewhere; GPU memory, as torch counts it."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
@@ -31,6 +32,31 @@ def reset_peak() -> bool:
     except OSError:
         return False
     return True
+
+
+def gpu_peak_bytes() -> int | None:
+    """Largest memory of tensors on all GPUs so far, or since :func:`reset_gpu_peak`; None if no GPU is in use."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+
+
+def gpu_available_bytes() -> int:
+    """What all GPUs together can still give; 0 without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0
+    return sum(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))
+
+
+def reset_gpu_peak() -> None:
+    """Begin the GPUs' peaks anew at what is in use."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        for i in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(i)
 
 
 def _kilobytes(path: Path, field: str) -> int | None:

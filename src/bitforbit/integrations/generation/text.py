@@ -82,6 +82,7 @@ def generate(
     settings = _fitting(loaded, count, settings)
     stream = _Stream(tokenizer, write, stop)
     torch.manual_seed(settings.seed)
+    prompt = prompt.to(loaded.model.device)
     options: dict[str, Any] = {} if stop is None else {"stop_strings": [stop], "tokenizer": tokenizer}
     stopped: Stopped = "end"
     begin = time.perf_counter()

@@ -1,6 +1,7 @@
 """``python -m bitforbit.integrations.generation.worker``: one variant, alone in a process, for ``bitforbit bench``.
 
-Reads one JSON object from standard input (path, mode, workload, threads) and prints one: the result, or the error.
+Reads one JSON object from standard input (path, mode, workload, threads, place) and prints one: the result, or the
+error.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ from bitforbit.errors import BitforbitError, WorkerError
 if TYPE_CHECKING:
     from bitforbit.integrations.generation.load import Mode
     from bitforbit.integrations.generation.measure import Alone, Workload
+    from bitforbit.integrations.generation.place import Place
 
 
-def measure_in_process(path: Path, mode: Mode, workload: Workload, threads: int | None) -> Alone:
+def measure_in_process(path: Path, mode: Mode, workload: Workload, threads: int | None, place: Place) -> Alone:
     """:func:`measure.measure_alone` in a process of its own, whose memory is that variant's.
 
     Raises WorkerError, or the error that ended it.
     """
     from bitforbit.integrations.generation.measure import Alone
 
-    task = {"path": str(path), "mode": mode, "workload": vars(workload), "threads": threads}
+    task = {"path": str(path), "mode": mode, "workload": vars(workload), "threads": threads, "place": vars(place)}
     source = str(Path(__file__).resolve().parents[3])
     search = [source, *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
@@ -58,9 +60,12 @@ def main() -> int:
     """Measure what standard input asks for."""
     task = json.load(sys.stdin)
     from bitforbit.integrations.generation.measure import Workload, measure_alone
+    from bitforbit.integrations.generation.place import Place
 
     try:
-        result = measure_alone(task["path"], task["mode"], Workload(**task["workload"]), task["threads"])
+        result = measure_alone(
+            task["path"], task["mode"], Workload(**task["workload"]), task["threads"], Place(**task["place"])
+        )
     except BitforbitError as e:
         print(json.dumps({"type": type(e).__name__, "error": str(e)}))
         return 0

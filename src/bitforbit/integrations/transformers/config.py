@@ -13,6 +13,7 @@ from bitforbit.errors import UnsupportedVersionError, UsageError
 from bitforbit.format.spec import FORMAT_VERSION, QUANT_METHOD
 
 MODES = ("exact", "fused")
+RUNTIMES = ("auto", "planes", "tiles", "df11")
 _CODEC = "planes"
 _MEMBERS = (
     "quant_method", "mode", "modules_to_not_convert", "verify", "threads", "format_version", "codec", "base",
@@ -23,7 +24,11 @@ class BitforbitConfig(QuantizationConfigMixin):
     """Options of a compressed model in memory.
 
     mode: ``"exact"``, outputs bit-identical to the uncompressed model, or ``"fused"``, exact weights multiplied by our
-    own kernel in an order of summation of its own. modules_to_not_convert: modules whose parameters stay as they are,
+    own kernel in an order of summation of its own. runtime: the layout of the weights in memory, which changes no bit
+    of the outputs: ``"auto"``, tiles on a GPU and planes elsewhere; ``"planes"``, that of the files, everywhere;
+    ``"tiles"``, as auto, but only with a GPU; ``"df11"``, the layout of a DFloat11 checkpoint as it is, all of it on
+    GPUs. compile: let ``generate`` compile the model on a GPU, as it does with plain ones and a static cache.
+    modules_to_not_convert: modules whose parameters stay as they are,
     each a name or a run of components of one, with ``*`` (``"lm_head"``, ``"layers.0"``). verify: check the checksum of
     every compressed tensor that is loaded. threads: for compression while loading; default ``BITFORBIT_THREADS``, else
     all CPUs.
@@ -39,6 +44,8 @@ class BitforbitConfig(QuantizationConfigMixin):
         modules_to_not_convert: Sequence[str] | None = None,
         verify: bool = True,
         threads: int | None = None,
+        runtime: str = "auto",
+        compile: bool = False,
         format_version: int = FORMAT_VERSION,
         codec: str = _CODEC,
         **kwargs: Any,
@@ -46,10 +53,12 @@ class BitforbitConfig(QuantizationConfigMixin):
         kwargs.pop("quant_method", None)
         base = kwargs.pop("base", None)
         if kwargs:
-            known = "mode, modules_to_not_convert, verify and threads"
+            known = "mode, runtime, compile, modules_to_not_convert, verify and threads"
             raise UsageError(f"expected options among {known}, got {', '.join(sorted(kwargs))}")
         if mode not in MODES:
             raise UsageError(f"expected mode to be one of {', '.join(MODES)}, got {mode!r}")
+        if runtime not in RUNTIMES:
+            raise UsageError(f"expected runtime to be one of {', '.join(RUNTIMES)}, got {runtime!r}")
         if isinstance(modules_to_not_convert, str):
             raise UsageError("expected modules_to_not_convert to be a list of names, got a string")
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
@@ -68,6 +77,8 @@ class BitforbitConfig(QuantizationConfigMixin):
             )
         self.quant_method = QUANT_METHOD
         self.mode = mode
+        self.runtime = runtime
+        self.compile = compile
         self.modules_to_not_convert = list(modules_to_not_convert or ())
         self.verify = verify
         self.threads = threads
@@ -84,6 +95,8 @@ class BitforbitConfig(QuantizationConfigMixin):
         """What an explicit ``quantization_config`` changes of a compressed directory's own."""
         return {
             "mode": self.mode,
+            "runtime": self.runtime,
+            "compile": self.compile,
             "modules_to_not_convert": self.modules_to_not_convert,
             "verify": self.verify,
             "threads": self.threads,

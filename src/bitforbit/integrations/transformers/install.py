@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 
 from bitforbit.integrations.transformers.config import BitforbitConfig
 from bitforbit.integrations.transformers.ties import Ties, is_compressed, split, stored_name
-from bitforbit.nn import PARTS, Compressed, CompressedSpec, PlanesSpec, compressed_parameters, install_parameter
+from bitforbit.nn import Compressed, CompressedSpec, compressed_parameters, install_parameter
 from bitforbit.nn.model import left_plain
-from bitforbit.nn.parameters import encode, remove_parameter, torch_parts
+from bitforbit.nn.parameters import planes, remove_parameter
 
 
 class Installer:
@@ -45,7 +45,7 @@ class Installer:
         for each in (name, *changed):
             module_name, parameter_name = split(each)
             module = self.model.get_submodule(module_name)
-            parts = {part: torch.empty(sizes[part], dtype=torch.uint8, device="meta") for part in PARTS}
+            parts = {part: torch.empty(sizes[part], dtype=torch.uint8, device="meta") for part in spec.part_names}
             install_parameter(module, parameter_name, spec, parts, mode=self.config.mode)
         self.ties.rewrite(self.model)
         return changed
@@ -57,17 +57,21 @@ class Installer:
         """
         module_name, parameter_name = split(name)
         module = self.model.get_submodule(module_name)
-        encoded = encode(value, self.config.threads)
-        if encoded is None:
+        made = planes(value, self.config.threads)
+        if made is None:
             self._make_plain(module, parameter_name, value)
             return {name: value}
-        parts = torch_parts(encoded)
-        sizes = {part: tensor.numel() for part, tensor in parts.items()}
-        twins = self.install(name, PlanesSpec.of_encoded(encoded), sizes)
+        return self.keep(name, *made, missing_keys)
+
+    def keep(
+        self, name: str, spec: CompressedSpec, parts: Mapping[str, torch.Tensor], missing_keys: set[str] | None
+    ) -> dict[str, torch.Tensor]:
+        """These parts by full name, for a parameter that is made compressed. See :meth:`compress`."""
+        twins = self.install(name, spec, {part: tensor.numel() for part, tensor in parts.items()})
         if missing_keys is not None:
             missing_keys.discard(name)
             missing_keys.difference_update(twins)
-            missing_keys.update(stored_name(twin, part) for twin in twins for part in PARTS)
+            missing_keys.update(stored_name(twin, part) for twin in twins for part in spec.part_names)
         return {stored_name(name, part): tensor for part, tensor in parts.items()}
 
     def _make_plain(self, module: nn.Module, name: str, value: torch.Tensor) -> None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightTransform
 
 from bitforbit.codecs.base import EncodedTensor
+from bitforbit.codecs.planes.layout import matrix_view
 from bitforbit.cpu import default_threads
 from bitforbit.errors import UsageError
 from bitforbit.integrations.transformers import plan, transforms
@@ -23,13 +24,14 @@ from bitforbit.integrations.transformers.plan import Destination
 from bitforbit.integrations.transformers.source import (
     DF11_CONFIG,
     TORCH_DTYPES,
+    Df11Source,
     NativeSource,
     Source,
     df11_source,
     native_source,
 )
 from bitforbit.integrations.transformers.ties import split, stored_name
-from bitforbit.nn import PARTS, PlanesSpec
+from bitforbit.nn import Compressed, Df11Spec, PlanesSpec, compressed_parameters, layout
 
 
 class Load:
@@ -56,6 +58,12 @@ class Load:
         self._found: dict[str, Destination] = {}
         self._kept: list[tuple[str, str]] = []
         self._plain_dtypes: dict[str, torch.dtype] = {}
+        self._restored: set[str] = set()
+        self._units: dict[str, dict[str, torch.nn.Parameter]] = {}
+        if config.runtime == "df11" and not self._is_df11:
+            raise UsageError(
+                f"{self.where}: expected a DFloat11 checkpoint for runtime='df11', got another one; leave runtime out"
+            )
         self.arrivals: dict[str, str] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Load:
@@ -114,6 +122,7 @@ class Load:
             if isinstance(source, NativeSource) and self._stays(source, originals[0]):
                 names |= self._keep(source, originals[0], targets)
                 continue
+            self._restored.update(destination.target for destination in wanted.values())
             names |= dict.fromkeys(source.consumed[anchor], transforms.SWALLOWED)
             if not any(destination.converted for destination in wanted.values()):
                 arrival = next(iter(wanted.values())).target
@@ -183,6 +192,57 @@ class Load:
             return {name: value}
         return self.installer.compress(name, value, missing_keys)
 
+    def kept(self, anchor: str, device: torch.device, missing_keys: set[str] | None) -> dict[str, torch.Tensor] | None:
+        """See :class:`transforms.Work`: a DFloat11 unit, if the model is to run from its layout."""
+        if self._config.runtime != "df11" or not isinstance(self._source, Df11Source):
+            return None
+        unit = self._source.unit(anchor)
+        if unit is None:
+            return None
+        from bitforbit.ops import gpu
+
+        geometry, tensors = gpu.df11_prepare(unit, device)
+        # Parameters, which the loader takes as they are: all matrices of the unit share them.
+        parts = {part: torch.nn.Parameter(tensor, requires_grad=False) for part, tensor in tensors.items()}
+        loaded: dict[str, torch.Tensor] = {}
+        begin = 0
+        for name in self._source.anchors[anchor]:
+            shape = self._source.tensors[name].shape
+            rows, cols = matrix_view(shape)
+            spec = Df11Spec(torch.bfloat16, shape, rows, cols, geometry.elements, begin)
+            begin += spec.elements
+            target = self._found[name].target if name in self._found else None
+            if target is None:
+                continue
+            if self.installer.may_compress(target) and self._dtypes.of(target) == torch.bfloat16:
+                loaded |= self.installer.keep(target, spec, parts, missing_keys)
+                for each in (target, *self.installer.ties.twins(target)):
+                    self.model.get_submodule(split(each)[0]).__dict__["_bitforbit_loading"] = True
+            else:
+                value = spec.decode([parts[part] for part in spec.part_names], 0, rows).view(shape)
+                loaded |= self.finish(target, value, missing_keys)
+        return loaded
+
+    def will_compress(self, name: str) -> bool:
+        """Whether a parameter that is plain as yet will be compressed when its values are there."""
+        if not self.from_compressed:
+            return self.needs_compression(name)
+        return name in self._restored and self.installer.may_compress(name)
+
+    def scratch_bytes(self) -> int:
+        """Memory that exact mode takes on a GPU for weights decoded before they are multiplied: an estimate."""
+        from bitforbit.ops import gpu
+
+        sizes = []
+        for prefix, module in self.model.named_modules():
+            if isinstance(module, torch.nn.Embedding):
+                continue  # of which rows are decoded
+            sizes += [spec.nbytes for spec in compressed_parameters(module).values()]
+            for name, parameter in module._parameters.items():
+                if parameter is not None and self.will_compress(f"{prefix}.{name}" if prefix else name):
+                    sizes.append(parameter.nbytes)
+        return int(gpu.scratch_bytes(sizes))
+
     # --- after the loader has run --------------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -192,6 +252,9 @@ class Load:
             with ThreadPoolExecutor(self._config.threads or default_threads()) as pool:
                 # In order: of several errors, that of the first tensor.
                 deque(pool.map(self._source.check, names, parts), maxlen=0)
+        for module in self.model.modules():
+            module.__dict__.pop("_bitforbit_loading", None)
+        self._settle()
         # What is kept for saving must not keep this load, and with it the files, open.
         used = self.model._weight_conversions
         self.model._weight_conversions = [t.stock if isinstance(t, transforms.Converting) else t for t in used]
@@ -200,12 +263,22 @@ class Load:
             if tensor.dtype != wanted:
                 tensor.data = tensor.data.to(wanted)
 
+    def _settle(self) -> None:
+        """Convert what is on a GPU to the layout to run from, parameter by parameter."""
+        for module in self.model.modules():
+            if not isinstance(module, Compressed):
+                continue
+            if self._config.runtime == "planes":
+                layout.choose(module, "planes")
+            else:
+                layout.settle(module)
+        self.installer.ties.rewrite(self.model)
+
     def _parts(self, target: str) -> list[torch.Tensor]:
         """The parts of a compressed parameter, as they are in memory."""
         module_name, parameter_name = split(target)
-        parameters = self.model.get_submodule(module_name)._parameters
-        parts = [parameters[stored_name(parameter_name, part)] for part in PARTS]
-        return [part for part in parts if part is not None]
+        parts: tuple[torch.Tensor, ...] = self.model.get_submodule(module_name)._bitforbit_parts(parameter_name)
+        return list(parts)
 
 
 def _check_dtype(source: NativeSource, asked: torch.dtype, directory: Path) -> None:

@@ -25,8 +25,8 @@ from transformers.core_model_loading import (
 from transformers.integrations.accelerate import load_offloaded_parameter
 
 from bitforbit.errors import UsageError
-from bitforbit.integrations.transformers.ties import is_compressed, split, stored_name
-from bitforbit.nn import PARTS, compressed_parameters
+from bitforbit.integrations.transformers.ties import is_compressed, spec_of, stored_name
+from bitforbit.nn import CompressedSpec, compressed_parameters
 from bitforbit.nn.values import decode
 
 _GROUPS_AT_ONCE = 3
@@ -82,9 +82,8 @@ class Originals:
         return outputs
 
     def _empty(self, name: str) -> torch.Tensor:
-        if is_compressed(self._model, name):
-            module, parameter = split(name)
-            spec = compressed_parameters(self._model.get_submodule(module))[parameter]
+        spec = spec_of(self._model, name)
+        if spec is not None:
             return torch.empty(spec.shape, dtype=spec.dtype, device="meta")
         value = self._model.get_parameter_or_buffer(name)
         if not isinstance(value, torch.Tensor):
@@ -92,27 +91,31 @@ class Originals:
         return torch.empty_like(value, device="meta")
 
     def _parameter(self, name: str) -> torch.Tensor:
-        if not is_compressed(self._model, name):
-            return self._loaded(name)
-        module, parameter = split(name)
-        spec = compressed_parameters(self._model.get_submodule(module))[parameter]
-        return decode(spec, [self._loaded(stored_name(name, part)) for part in PARTS])
+        spec = spec_of(self._model, name)
+        if spec is None:
+            return self._loaded(name).cpu()
+        # Parts on a GPU are decoded there.
+        return decode(spec, [self._loaded(stored_name(name, part)) for part in spec.part_names]).cpu()
 
     def _loaded(self, name: str) -> torch.Tensor:
         value: torch.Tensor = self._model.get_parameter_or_buffer(name)
-        return (load_offloaded_parameter(self._model, name) if value.is_meta else value).detach().cpu()
+        return (load_offloaded_parameter(self._model, name) if value.is_meta else value).detach()
 
 
 def distinct_names(model: PreTrainedModel) -> list[str]:
     """Names of all parameters and persistent buffers, compressed ones under their plain names, tied ones once."""
-    holders: dict[int, list[str]] = {}
+    holders: dict[int | tuple[int, CompressedSpec], list[str]] = {}
     targets = {*(model.all_tied_weights_keys or ())}
     ignored = set(model._keys_to_ignore_on_save or ())
-    parts = {stored_name(name, part): name for name in _compressed_names(model) for part in PARTS}
+    specs = dict(_compressed_specs(model))
+    parts = {stored_name(name, part): name for name, spec in specs.items() for part in spec.part_names}
     for key, value in model.state_dict(keep_vars=True).items():
         name = parts.get(key, key)
-        if name == key or key == stored_name(name, PARTS[0]):
+        if name == key:
             holders.setdefault(id(value), []).append(key)
+        elif key == stored_name(name, specs[name].part_names[0]):
+            # Parts may be shared by different matrices.
+            holders.setdefault((id(value), specs[name]), []).append(key)
     kept = []
     for keys in holders.values():
         # Of declared ties the source is written; of others every copy, as loading does not restore those.
@@ -121,10 +124,10 @@ def distinct_names(model: PreTrainedModel) -> list[str]:
     return kept
 
 
-def _compressed_names(model: PreTrainedModel) -> Iterable[str]:
+def _compressed_specs(model: PreTrainedModel) -> Iterable[tuple[str, CompressedSpec]]:
     for prefix, module in model.named_modules(remove_duplicate=False):
-        for name in compressed_parameters(module):
-            yield f"{prefix}.{name}" if prefix else name
+        for name, spec in compressed_parameters(module).items():
+            yield f"{prefix}.{name}" if prefix else name, spec
 
 
 def _groups(model: PreTrainedModel, names: Sequence[str], as_in_checkpoint: bool) -> list[_Group]:

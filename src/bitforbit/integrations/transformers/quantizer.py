@@ -12,6 +12,7 @@ import torch
 from transformers.quantizers.base import HfQuantizer
 
 from bitforbit.errors import UsageError
+from bitforbit.integrations.transformers import runtime
 from bitforbit.integrations.transformers.config import BitforbitConfig
 
 if TYPE_CHECKING:
@@ -41,14 +42,38 @@ class BitforbitQuantizer(HfQuantizer):
     # --- before the weights are loaded ---------------------------------------------------------------------------
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Raises UsageError for a device map that names anything but the CPU and the disk."""
-        devices = device_map.values() if isinstance(device_map, dict) else ()
-        for device in devices:
-            if device != "disk" and (not isinstance(device, str | torch.device) or torch.device(device).type != "cpu"):
-                raise UsageError(
-                    f"expected a device_map with 'cpu' and 'disk' only, got {device!r}; compressed models run on the "
-                    "CPU: pass device_map='cpu', or none"
-                )
+        """Raises UsageError for a device map that does not go with the runtime, or names other devices than the CPU,
+        NVIDIA GPUs and the disk, GpuUnavailableError for a GPU that cannot be used.
+        """
+        places = runtime.devices(device_map)
+        if device_map is None and self.quantization_config.runtime != "df11":
+            places = [torch.device("cpu")]  # a DFloat11 model may be moved to a GPU later
+        runtime.check_devices(places, self.quantization_config.runtime)
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
+        """Bytes per element to be reserved for a parameter that is to be loaded, as far as is known of it."""
+        from bitforbit.integrations.transformers import ties
+
+        size = float(param.element_size())
+        module, _, own = param_name.rpartition(".")
+        _, _, name = own.partition("__")
+        spec = ties.spec_of(model, f"{module}.{name}" if module else name) if name else None
+        if spec is not None:
+            if self.quantization_config.runtime == "planes":
+                return size
+            parts = model.get_submodule(module)._bitforbit_parts(name)
+            return size * runtime.tiles_share(spec, sum(part.numel() for part in parts))
+        if param.dtype == torch.bfloat16 and self._load is not None and self._load.will_compress(param_name):
+            return runtime.TILES_BITS / 8
+        return size
+
+    def adjust_max_memory(self, max_memory: dict[str, int | str]) -> dict[str, int | str]:
+        """Leaves room on GPUs for weights that are decoded before they are multiplied."""
+        on_gpu = [place for place, limit in max_memory.items() if isinstance(place, int) and isinstance(limit, int)]
+        if self._load is None or not on_gpu:
+            return max_memory
+        scratch = self._load.scratch_bytes()
+        return {**max_memory, **{place: max(0, int(max_memory[place]) - scratch) for place in on_gpu}}
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The model's dtype as it is: what does not fit is refused when the files are open."""
@@ -115,8 +140,8 @@ class BitforbitQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """Whether ``generate`` may compile the model on its own account."""
-        return False
+        """Whether ``generate`` may compile the model on its own account: with a static cache, on a GPU."""
+        return self.quantization_config.compile
 
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel

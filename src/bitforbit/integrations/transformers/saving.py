@@ -27,16 +27,25 @@ from bitforbit.integrations.transformers.source import DF11_CONFIG
 from bitforbit.nn import compressed_parameters
 
 _METHOD = "save_pretrained"
+_TIE = "tie_weights"
 
 
 def attach(model: PreTrainedModel) -> None:
-    """Make a model save itself in the native format."""
+    """Make a model save itself in the native format, and know its ties by the names of parts."""
     model.__dict__[_METHOD] = functools.partial(save_pretrained, model)
+    model.__dict__[_TIE] = functools.partial(_tie_weights, model)
 
 
 def detach(model: PreTrainedModel) -> None:
     """Undo :func:`attach`."""
     model.__dict__.pop(_METHOD, None)
+    model.__dict__.pop(_TIE, None)
+
+
+def _tie_weights(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """As the class's, under the names that parts have now: these change as a model moves to a GPU and back."""
+    model.hf_quantizer.ties.rewrite(model)
+    return type(model).tie_weights(model, *args, **kwargs)
 
 
 def save_pretrained(
@@ -84,6 +93,7 @@ def save_pretrained(
 def _save(
     model: PreTrainedModel, directory: Path, max_shard_size: int | str, variant: str | None, as_in_checkpoint: bool
 ) -> None:
+    model.hf_quantizer.ties.rewrite(model)
     names = native.WeightNames(variant)
     stale = {path.name for path in directory.iterdir() if names.match(path.name)}
     config = model.config.quantization_config

@@ -21,6 +21,7 @@ from bitforbit.archive.dfloat11.read import Df11Directory, RestoredTensor, Tenso
 from bitforbit.archive.pipeline import Pipeline
 from bitforbit.archive.shard_reader import ShardReader
 from bitforbit.codecs.base import Bytes
+from bitforbit.codecs.df11.unit import Df11Unit
 from bitforbit.errors import ChecksumError, MissingPartError, NotCompressedError, UsageError
 from bitforbit.format import checksum
 from bitforbit.format.header import Header, TensorEntry, read_header
@@ -130,11 +131,11 @@ class NativeSource:
     def check(self, name: str, parts: Sequence[torch.Tensor]) -> None:
         """Compare the parts of a tensor, as they are in memory, with the record. Raises ChecksumError.
 
-        Parts on the meta device, which stay in the file until they are used, are read from there.
+        Parts that are not in CPU memory, on a GPU or in the file until they are used, are read from there.
         """
         shard = self._shards[name]
         where = f"{shard.path}, tensor {name!r}"
-        if any(part.is_meta for part in parts):
+        if not all(part.is_cpu for part in parts):
             stored = aligned_buffer(self.record(name).stored_bytes)
             with self._readers[shard.path].opened() as fd:
                 read_exactly(fd, stored, shard.header.data_start + shard.begin[name], where)
@@ -192,6 +193,10 @@ class Df11Source:
         else:
             restored = list(self._directory.decode_unit(anchor.removesuffix(_MARK), self._threads))
         return {t.name: _tensor(t) for t in restored}
+
+    def unit(self, anchor: str) -> Df11Unit | None:
+        """The arrays of a unit as they are stored; None if this is a plain matrix's anchor."""
+        return None if anchor in self._plain else self._directory.stored_unit(anchor.removesuffix(_MARK))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Df11Source:
         return self

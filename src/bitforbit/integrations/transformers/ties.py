@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from bitforbit.nn import PARTS, compressed_parameters, part_name
+from bitforbit.nn import CompressedSpec, compressed_parameters, part_name
 
 
 def split(name: str) -> tuple[str, str]:
@@ -26,10 +26,15 @@ def stored_name(name: str, part: str) -> str:
     return f"{module}.{part_name(part, parameter)}" if module else part_name(part, parameter)
 
 
+def spec_of(model: nn.Module, name: str) -> CompressedSpec | None:
+    """The spec of the parameter of that full name; None if it is a plain one."""
+    module, parameter = split(name)
+    return compressed_parameters(model.get_submodule(module)).get(parameter)
+
+
 def is_compressed(model: nn.Module, name: str) -> bool:
     """Whether the parameter of that full name is a compressed one."""
-    module, parameter = split(name)
-    return parameter in compressed_parameters(model.get_submodule(module))
+    return spec_of(model, name) is not None
 
 
 class Ties:
@@ -73,10 +78,10 @@ class Ties:
 def _renamed(model: nn.Module, ties: dict[str, str]) -> dict[str, str]:
     renamed: dict[str, str] = {}
     for target, source in ties.items():
-        forms = is_compressed(model, target), is_compressed(model, source)
-        if forms == (True, True):
-            renamed |= {stored_name(target, part): stored_name(source, part) for part in PARTS}
-        elif forms == (False, False):
+        mine, theirs = spec_of(model, target), spec_of(model, source)
+        if mine is None and theirs is None:
             renamed[target] = source
+        elif mine is not None and theirs is not None and mine.layout == theirs.layout:
+            renamed |= {stored_name(target, part): stored_name(source, part) for part in mine.part_names}
         # Otherwise the files hold two different tensors, of which coding pays for one only: they are not tied.
     return renamed

@@ -41,6 +41,10 @@ class Work(Protocol):
         """The tensors of a unit by parameter."""
         ...
 
+    def kept(self, anchor: str, device: torch.device, missing_keys: set[str] | None) -> dict[str, torch.Tensor] | None:
+        """What is to be loaded, by name, for a unit that stays as it is stored; None if it does not."""
+        ...
+
     def dtype(self, target: str) -> torch.dtype:
         """The dtype that a parameter is to have."""
         ...
@@ -120,8 +124,14 @@ class Restore(WeightConverter):
         self, layer_name: str, model: Any = None, config: Any = None, hf_quantizer: Any = None, loading_info: Any = None
     ) -> dict[str, torch.Tensor]:
         """The unit's tensors, compressed."""
-        self.collected_tensors.clear()
-        return _finished(self._work, self._work.restored(self._anchor), loading_info)
+        (collected,) = super().materialize_tensors().values()
+        device = collected[0].device  # where the loader has put the anchor
+        missing_keys = loading_info.missing_keys if loading_info else None
+        kept = self._work.kept(self._anchor, device, missing_keys)
+        if kept is not None:
+            return kept
+        restored = {name: value.to(device) for name, value in self._work.restored(self._anchor).items()}
+        return _compressed(self._work, restored, missing_keys)
 
     def was_used(self) -> bool:
         """Not when the model is saved."""
@@ -166,7 +176,8 @@ class Converting(WeightConverter):
         for pattern, keys in self._keys.items():
             for i, key in enumerate(keys):
                 value = self._work.decoded(key)
-                collected[pattern][i] = (collected[pattern][i] if value is None else value).to(self._dtype)
+                stored = collected[pattern][i]
+                collected[pattern][i] = (stored if value is None else value).to(stored.device, self._dtype)
         return collected
 
     def convert(
@@ -174,7 +185,7 @@ class Converting(WeightConverter):
     ) -> dict[str, torch.Tensor]:
         """What the stock converter makes of the tensors, compressed."""
         converted = super().convert(layer_name, model, config, hf_quantizer, loading_info)
-        return _finished(self._work, converted, loading_info)
+        return _compressed(self._work, converted, loading_info.missing_keys if loading_info else None)
 
 
 class Compress(ConversionOps):
@@ -188,10 +199,6 @@ class Compress(ConversionOps):
     ) -> dict[str, torch.Tensor]:
         """The parts of each tensor."""
         return _compressed(self._work, input_dict, missing_keys)
-
-
-def _finished(work: Work, loaded: Mapping[str, Any], loading_info: Any) -> dict[str, torch.Tensor]:
-    return _compressed(work, loaded, loading_info.missing_keys if loading_info else None)
 
 
 def _compressed(work: Work, loaded: Mapping[str, Any], missing_keys: set[str] | None) -> dict[str, torch.Tensor]:

@@ -6,7 +6,8 @@ files). On CPU tensors the kernels run in an emulation, if a test has installed 
 
 from __future__ import annotations
 
-from bitforbit.ops.gpu import tiles
+from bitforbit.ops.gpu import df11, planes, tiles
+from bitforbit.ops.gpu.convert import df11_prepare, encode_planes, pack_tiles, planes_to_tiles, tiles_to_planes
 from bitforbit.ops.gpu.policy import Policy, scratch_bytes
 from bitforbit.ops.gpu.queues import emulate, queue_for
 from bitforbit.ops.gpu.runtime import check_status, clear, policy, use_policy
@@ -15,11 +16,16 @@ __all__ = [
     "Policy",
     "check_status",
     "clear",
+    "df11_prepare",
     "emulate",
+    "encode_planes",
+    "pack_tiles",
+    "planes_to_tiles",
     "policy",
     "queue_for",
     "register",
     "scratch_bytes",
+    "tiles_to_planes",
     "use_policy",
 ]
 
@@ -27,3 +33,5 @@ __all__ = [
 def register() -> None:
     """Register the operators' kernels; once per process."""
     tiles.register()
+    df11.register()
+    planes.register()

@@ -12,15 +12,15 @@ from functools import lru_cache
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from bitforbit.cuda import df11 as kernels
+from bitforbit.cuda.df11 import PARTS, Df11Geometry
 from bitforbit.cuda.queue import Queue
-from bitforbit.errors import CorruptTensorError, UsageError
+from bitforbit.errors import CorruptTensorError
 from bitforbit.ops.checks import Parts
 from bitforbit.ops.gpu import runtime
 from bitforbit.ops.gpu.queues import addresses
-from bitforbit.ops.gpu.weights import Geometry, check_parts
+from bitforbit.ops.gpu.weights import Geometry, checked_parts
 from bitforbit.ops.schema import LIBRARY
-
-PARTS = ("tables", "stream", "sign_mantissa", "index")
 
 
 def register() -> None:
@@ -38,23 +38,18 @@ class Df11Slice(Geometry):
     elements: int
     first: int
 
-    def check(self, parts: Parts) -> None:
+    def checked(self, parts: Parts) -> Parts:
         """See Geometry."""
-        check_parts(PARTS, parts)
-        if parts[2].numel() != self.elements:
-            raise CorruptTensorError(
-                f"expected part sign_mantissa of {self.elements} bytes, got {parts[2].numel()}"
-            )
+        parts = checked_parts(PARTS, parts, 16)
         unit(parts, self.elements)
+        return parts
 
     def decode(self, queue: Queue, parts: Parts, begin: int, end: int, out: int, workspace: int, status: int) -> None:
         """See Geometry."""
         first, last = self.first + begin * self.cols, self.first + end * self.cols
         kernels.decode(queue, addresses(parts), unit(parts, self.elements), first, last, out, status)
 
-    def look_up(
-        self, queue: Queue, parts: Parts, ids: torch.Tensor, out: int, workspace: int, status: int
-    ) -> None:
+    def look_up(self, queue: Queue, parts: Parts, ids: torch.Tensor, out: int, workspace: int, status: int) -> None:
         """See Geometry."""
         kernels.rows(
             queue, addresses(parts), unit(parts, self.elements), self.first, self.cols, self.rows,

@@ -14,7 +14,7 @@ from bitforbit.ops import checks
 from bitforbit.ops.checks import PARTS, Parts
 from bitforbit.ops.gpu import runtime
 from bitforbit.ops.gpu.queues import addresses
-from bitforbit.ops.gpu.weights import Geometry, check_parts
+from bitforbit.ops.gpu.weights import Geometry, checked_parts
 from bitforbit.ops.schema import LIBRARY
 
 
@@ -53,9 +53,9 @@ class Planes(Geometry):
         """See Geometry."""
         return kernels.workspace_bytes(self.layout)
 
-    def check(self, parts: Parts) -> None:
+    def checked(self, parts: Parts) -> Parts:
         """See Geometry."""
-        check_parts(PARTS, parts)
+        return checked_parts(PARTS, parts, kernels.ALIGNMENT)
 
     def decode(self, queue: Queue, parts: Parts, begin: int, end: int, out: int, workspace: int, status: int) -> None:
         """See Geometry."""

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
+import numpy as np
 import torch
 
 from bitforbit.cuda import driver, launcher
@@ -110,8 +111,9 @@ def empty_bytes(nbytes: int, device: torch.device) -> torch.Tensor:
     """Uninitialized bytes ``[nbytes]`` on a boundary of 256 bytes, which torch keeps by itself on a GPU only."""
     if device.type != "cpu":
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
-    memory = torch.empty(nbytes + 256, dtype=torch.uint8)
-    return memory.narrow(0, -memory.data_ptr() % 256, nbytes)
+    memory = np.empty(nbytes + 256, np.uint8)
+    start = -memory.ctypes.data % 256
+    return torch.from_numpy(memory[start : start + nbytes])  # its storage offset is 0, as that of fakes
 
 
 def queue_for(device: torch.device) -> TensorQueue:

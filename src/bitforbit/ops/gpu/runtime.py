@@ -73,7 +73,8 @@ def decode(geometry: Geometry, parts: Parts, begin: int, end: int) -> torch.Tens
     if not 0 <= begin <= end <= geometry.rows:
         raise UsageError(f"expected a range of rows within 0 to {geometry.rows}, got {begin} to {end}")
     device = parts[0].device
-    queue, word = _ready(geometry, parts)
+    parts, word = _checked(geometry, parts)
+    queue = queues.queue_for(device)
     row_bytes = geometry.cols * int(geometry.dtype.itemsize)
     out = queues.empty_bytes((end - begin) * row_bytes, device)
     workspace = queues.empty_bytes(geometry.workspace_bytes, device)
@@ -92,7 +93,8 @@ def embedding(geometry: Geometry, ids: torch.Tensor, parts: Parts) -> torch.Tens
     device = parts[0].device
     if ids.dtype not in (torch.int64, torch.int32) or ids.device != device:
         raise UsageError(f"expected ids of dtype int64 or int32 on {device}, got {ids.dtype} on {ids.device}")
-    queue, word = _ready(geometry, parts)
+    parts, word = _checked(geometry, parts)
+    queue = queues.queue_for(device)
     ids = ids.contiguous()
     out = queues.empty_bytes(ids.numel() * geometry.cols * int(geometry.dtype.itemsize), device)
     workspace = queues.empty_bytes(geometry.workspace_bytes, device)
@@ -102,22 +104,20 @@ def embedding(geometry: Geometry, ids: torch.Tensor, parts: Parts) -> torch.Tens
     return out.view(geometry.dtype).view(*ids.shape, geometry.cols)
 
 
-def linear(
-    geometry: Geometry, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None, mode: str
-) -> torch.Tensor:
+def linear(geometry: Geometry, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None, mode: str) -> torch.Tensor:
     """``functional.linear(x, weight, bias)`` with its bits, ``[..., rows]``; both modes decode the weight.
 
     Raises UsageError, CorruptTensorError.
     """
     if mode not in MODES:
         raise UsageError(f"expected a mode among {', '.join(MODES)}, got {mode!r}")
-    rows, cols, device = geometry.rows, geometry.cols, parts[0].device
+    cols, device = geometry.cols, parts[0].device
     if x.dtype != geometry.dtype or x.dim() == 0 or x.shape[-1] != cols or x.device != device:
         raise UsageError(
             f"expected x of dtype {geometry.dtype} and shape [..., {cols}] on {device}, got {x.dtype} and "
             f"{tuple(x.shape)} on {x.device}; cast or move x, or decompress the model and cast that"
         )
-    word = _checked(geometry, parts)
+    parts, word = _checked(geometry, parts)
     out = _prefetcher(device, word).multiply(
         Weight(geometry, parts), x.numel() // cols, lambda weight: functional.linear(x, weight, bias)
     )
@@ -126,18 +126,14 @@ def linear(
     return out
 
 
-def _ready(geometry: Geometry, parts: Parts) -> tuple[queues.TensorQueue, status.Status]:
-    return queues.queue_for(parts[0].device), _checked(geometry, parts)
-
-
-def _checked(geometry: Geometry, parts: Parts) -> status.Status:
+def _checked(geometry: Geometry, parts: Parts) -> tuple[Parts, status.Status]:
     device = parts[0].device
     if device.type != "cuda":
         queues.emulation(device)
-    geometry.check(parts)
+    parts = geometry.checked(parts)
     word = status.of(device)
     word.check(str(device))
-    return word
+    return parts, word
 
 
 def _after(device: torch.device, word: status.Status) -> None:

@@ -9,12 +9,12 @@ import torch
 
 from bitforbit.cuda.queue import Queue
 from bitforbit.cuda.tiles import decode as kernels
-from bitforbit.cuda.tiles.layout import PARTS, TileLayout
+from bitforbit.cuda.tiles.layout import ALIGNMENT, PARTS, TileLayout
 from bitforbit.errors import CorruptTensorError
 from bitforbit.ops.checks import Parts
 from bitforbit.ops.gpu import runtime
 from bitforbit.ops.gpu.queues import addresses
-from bitforbit.ops.gpu.weights import Geometry, check_parts
+from bitforbit.ops.gpu.weights import Geometry, checked_parts
 from bitforbit.ops.schema import LIBRARY
 
 
@@ -35,21 +35,17 @@ class Tiles(Geometry):
         """Sizes of the parts."""
         return TileLayout(self.rows, self.cols)
 
-    def check(self, parts: Parts) -> None:
+    def checked(self, parts: Parts) -> Parts:
         """See Geometry."""
-        check_parts(PARTS, parts)
+        return checked_parts(PARTS, parts, ALIGNMENT)
 
     def decode(self, queue: Queue, parts: Parts, begin: int, end: int, out: int, workspace: int, status: int) -> None:
         """See Geometry."""
         kernels.decode(queue, addresses(parts), self.layout, begin, end, out)
 
-    def look_up(
-        self, queue: Queue, parts: Parts, ids: torch.Tensor, out: int, workspace: int, status: int
-    ) -> None:
+    def look_up(self, queue: Queue, parts: Parts, ids: torch.Tensor, out: int, workspace: int, status: int) -> None:
         """See Geometry."""
-        kernels.rows(
-            queue, addresses(parts), self.layout, ids.data_ptr(), ids.element_size(), ids.numel(), out, status
-        )
+        kernels.rows(queue, addresses(parts), self.layout, ids.data_ptr(), ids.element_size(), ids.numel(), out, status)
 
 
 @lru_cache(maxsize=4096)

@@ -17,9 +17,10 @@ import torch
 from bitforbit.cuda.queue import Queue
 from bitforbit.errors import UsageError
 from bitforbit.ops.checks import Parts
+from bitforbit.ops.gpu.queues import empty_bytes
 
 ALIGNMENT = 256
-"""Boundary of everything that kernels write, bytes."""
+"""Boundary, in bytes, of everything that kernels write; torch's memory on a GPU is on a wider one."""
 
 
 @dataclass(frozen=True)
@@ -57,17 +58,15 @@ class Geometry(ABC):
         return self.workspace_offset + self.workspace_bytes
 
     @abstractmethod
-    def check(self, parts: Parts) -> None:
-        """Raises UsageError, CorruptTensorError if the parts cannot be such a weight's."""
+    def checked(self, parts: Parts) -> Parts:
+        """The parts as kernels take them. Raises UsageError, CorruptTensorError if they cannot be such a weight's."""
 
     @abstractmethod
     def decode(self, queue: Queue, parts: Parts, begin: int, end: int, out: int, workspace: int, status: int) -> None:
         """Enqueue the decoding of rows [begin, end) to address ``out``."""
 
     @abstractmethod
-    def look_up(
-        self, queue: Queue, parts: Parts, ids: torch.Tensor, out: int, workspace: int, status: int
-    ) -> None:
+    def look_up(self, queue: Queue, parts: Parts, ids: torch.Tensor, out: int, workspace: int, status: int) -> None:
         """Enqueue the decoding of rows by number, contiguous ids of any shape, to address ``out``."""
 
 
@@ -111,8 +110,11 @@ def padded(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def check_parts(names: Sequence[str], parts: Parts) -> None:
-    """Raises UsageError unless the parts are contiguous bytes in one dimension on one device."""
+def checked_parts(names: Sequence[str], parts: Parts, alignment: int) -> Parts:
+    """The parts on boundaries of ``alignment`` bytes: copies of those that are views into other memory.
+
+    Raises UsageError unless they are contiguous bytes in one dimension on one device.
+    """
     device = parts[0].device
     for name, part in zip(names, parts, strict=True):
         if part.dtype is not torch.uint8 or part.dim() != 1 or not part.is_contiguous() or part.device != device:
@@ -120,7 +122,16 @@ def check_parts(names: Sequence[str], parts: Parts) -> None:
                 f"expected part {name} to be contiguous uint8 of one dimension on {device}, got {part.dtype} of shape "
                 f"{tuple(part.shape)} on {part.device}"
             )
-        if part.data_ptr() % 16:
-            raise UsageError(
-                f"expected part {name} to lie on a 16-byte boundary, got address {part.data_ptr():#x}: clone() it"
-            )
+    if any(part.data_ptr() % alignment for part in parts):
+        a, b, c, d = (aligned(part, alignment) for part in parts)
+        return a, b, c, d
+    return parts
+
+
+def aligned(tensor: torch.Tensor, alignment: int = ALIGNMENT) -> torch.Tensor:
+    """A contiguous tensor of the same values on a boundary."""
+    tensor = tensor.detach().contiguous()
+    if tensor.data_ptr() % alignment == 0:
+        return tensor
+    copy = empty_bytes(tensor.numel() * tensor.element_size(), tensor.device).view(tensor.dtype)
+    return copy.view(tensor.shape).copy_(tensor)

@@ -1,0 +1,302 @@
+"""Claim: a model of Llama-3.1-8B's shape fits a third less GPU memory and gives the same bits.
+
+Random weights (standard deviation 0.02), made and compressed on the GPU. BF16 and mode exact live in one process: the
+compressed model is a copy of the plain one whose weights are compressed. Decode steps run under a CUDA graph with a
+static cache, the two models taking turns; the tokens that the graphs produce, and the logits of every step and of the
+prefill, are compared bit for bit first.
+
+    python -m benchmarks.gpu_model [--layers 32] [--dry-run] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import statistics
+import sys
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks import gpu_common
+from benchmarks.common import table
+from benchmarks.gpu_common import Meter, Report, same_bits
+from bitforbit.nn import compress_model, compressed_size, set_layout
+from bitforbit.ops import gpu
+
+STANDARD_DEVIATION = 0.02
+LAYERS = 32
+
+
+@dataclass(frozen=True)
+class Size:
+    """Shape of the model and of the measurement."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    batches: tuple[int, ...]
+    context: int
+    """Tokens in the cache before the first measured step."""
+    steps: int
+    prefill: int
+    rounds: int
+
+
+FULL = Size(LAYERS, 4096, 14336, 32, 8, 128256, (1, 8, 32, 64), 128, 32, 2048, 5)
+TINY = Size(1, 64, 96, 2, 1, 96, (1, 2), 3, 2, 5, 1)
+
+
+def build(size: Size, device: torch.device) -> nn.Module:
+    """A Llama with random weights, in GPU memory."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.initialization import no_init_weights
+
+    config = LlamaConfig(
+        hidden_size=size.hidden,
+        intermediate_size=size.intermediate,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        head_dim=size.hidden // size.heads,
+        vocab_size=size.vocabulary,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+    )
+    with torch.device(device), no_init_weights():
+        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=STANDARD_DEVIATION, generator=generator)
+            else:
+                parameter.fill_(1.0)
+    return model.eval().requires_grad_(False)
+
+
+def compressed_copy(model: nn.Module) -> nn.Module:
+    """A model of its own that shares the plain one's weights until they are compressed."""
+    twin = compress_model(copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()}))
+    return set_layout(twin, "tiles")
+
+
+class Decoder:
+    """Greedy steps of a model with a static cache. All inputs and outputs stay where they are, as graphs need it."""
+
+    def __init__(self, model: nn.Module, batch: int, size: Size, device: torch.device) -> None:
+        from transformers import StaticCache
+
+        self.model = model
+        self.size = size
+        self.length = -(-(size.context + size.steps + 2) // 64) * 64  # a round number suits the attention kernels
+        self.cache = StaticCache(config=model.config, max_cache_len=self.length)
+        generator = torch.Generator(device).manual_seed(batch)
+        self.prompt = torch.randint(size.vocabulary, (batch, size.context), device=device, generator=generator)
+        self.tokens = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        self.history = torch.zeros(batch, self.length, dtype=torch.int64, device=device)
+        self.columns = torch.arange(self.length, device=device)
+        self.logits: torch.Tensor = torch.empty(0)
+
+    @torch.inference_mode()
+    def start(self) -> None:
+        """Fill the cache with the prompt; the first token comes from it."""
+        if self.cache.is_initialized:
+            self.cache.reset()
+        output = self.model(self.prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.tokens.copy_(output.logits[:, -1].argmax(-1, keepdim=True))
+        self.rewind()
+
+    @torch.inference_mode()
+    def rewind(self) -> None:
+        """Back to the end of the prompt."""
+        self.position.fill_(self.size.context)
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(self.size.context)
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """One token more. Waits for nothing."""
+        batch = self.tokens.shape[0]
+        # Given whole, so that nothing about it is decided on the host.
+        mask = (self.columns <= self.position)[None, None, None].expand(batch, 1, 1, self.length)
+        output = self.model(
+            self.tokens,
+            attention_mask=mask,
+            position_ids=self.position.expand(batch, 1),
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.logits = output.logits[:, -1]
+        self.tokens.copy_(self.logits.argmax(-1, keepdim=True))
+        self.history.index_copy_(1, self.position, self.tokens)
+        self.position.add_(1)
+
+
+class Replay:
+    """A decoder's step, as a graph where there is a GPU."""
+
+    def __init__(self, decoder: Decoder, meter: Meter) -> None:
+        self.decoder = decoder
+        decoder.start()
+        first = decoder.tokens.clone()
+        self._first = first
+        for _ in range(2):  # warm: libraries choose their kernels, the order of the weights is learned
+            decoder.step()
+        self.graph = None
+        if meter.measures:
+            torch.cuda.synchronize()
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                decoder.step()
+        self.restart()
+
+    @torch.inference_mode()
+    def restart(self) -> None:
+        """Back to the first token after the prompt."""
+        self.decoder.rewind()
+        self.decoder.tokens.copy_(self._first)
+
+    def step(self) -> None:
+        """One token more."""
+        self.graph.replay() if self.graph is not None else self.decoder.step()
+
+
+def decode(models: dict[str, nn.Module], batch: int, size: Size, meter: Meter) -> dict[str, Any]:
+    """Steps of all models in turns, after the gate."""
+    replays = {name: Replay(Decoder(model, batch, size, meter.device), meter) for name, model in models.items()}
+    plain, exact = replays["bf16"], replays["exact"]
+    for i in range(size.steps):
+        plain.step()
+        exact.step()
+        same_bits(exact.decoder.logits, plain.decoder.logits, f"logits of step {i}, batch {batch}")
+    same_bits(exact.decoder.history, plain.decoder.history, f"tokens, batch {batch}")
+    milliseconds: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(size.rounds if meter.measures else 0):
+        for name, replay in replays.items():
+            replay.restart()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for _ in range(size.steps):
+                replay.step()
+            end.record()
+            torch.cuda.synchronize()
+            milliseconds[name].append(begin.elapsed_time(end) / size.steps)
+    return {"batch": batch, "step_ms": {name: _median(values) for name, values in milliseconds.items()}}
+
+
+def prefill(models: dict[str, nn.Module], size: Size, meter: Meter) -> dict[str, Any]:
+    """The first token of a long prompt."""
+    generator = torch.Generator(meter.device).manual_seed(1)
+    prompt = torch.randint(size.vocabulary, (1, size.prefill), device=meter.device, generator=generator)
+
+    @torch.inference_mode()
+    def logits(name: str) -> torch.Tensor:
+        return models[name](prompt, use_cache=False, logits_to_keep=1).logits
+
+    same_bits(logits("exact"), logits("bf16"), "logits of the prefill")
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(size.rounds if meter.measures else 0):
+        for name in models:
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            logits(name)
+            torch.cuda.synchronize()
+            seconds[name].append(1000 * (time.perf_counter() - begin))
+    return {"tokens": size.prefill, "ms": {name: _median(values) for name, values in seconds.items()}}
+
+
+def memory(models: dict[str, nn.Module], size: Size, meter: Meter) -> dict[str, Any]:
+    """Bytes of the weights, and the peak beyond them in a step of one token, without graph."""
+    result = {}
+    for name, model in models.items():
+        weights = compressed_size(model).nbytes
+        beyond = None
+        if meter.measures:
+            gpu.clear()
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            decoder = Decoder(model, 1, replace(size, context=16, steps=2), meter.device)
+            decoder.start()
+            decoder.step()
+            decoder.step()
+            torch.cuda.synchronize()
+            beyond = torch.cuda.max_memory_allocated() - before
+            del decoder
+        result[name] = {"weight_bytes": weights, "peak_beyond_weights": beyond}
+    return result
+
+
+def measure(size: Size, meter: Meter, report: Report) -> None:
+    """All of it."""
+    begin = time.perf_counter()
+    plain = build(size, meter.device)
+    built = time.perf_counter()
+    models = {"bf16": plain, "exact": compressed_copy(plain)}
+    if meter.measures:
+        torch.cuda.synchronize()
+    packed = time.perf_counter()
+    report.put(
+        layers=size.layers,
+        context=size.context,
+        build_seconds=built - begin if meter.measures else None,
+        compress_seconds=packed - built if meter.measures else None,
+        bits_per_weight=compressed_size(models["exact"]).bits_per_weight,
+    )
+    if (found := report.attempt("memory", lambda: memory(models, size, meter))) is not None:
+        report.put(memory=found)
+    steps: list[dict[str, Any]] = []
+    for batch in size.batches:
+        step = report.attempt(f"batch {batch}", lambda batch=batch: decode(models, batch, size, meter))
+        steps += [step] if step else []
+        report.put(decode=steps)
+        gpu.clear()
+    if (found := report.attempt("prefill", lambda: prefill(models, size, meter))) is not None:
+        report.put(prefill=found)
+
+
+def show(result: dict[str, Any]) -> str:
+    """A table of the result."""
+    names = ("bf16", "exact")
+    rows = [
+        [f"step, batch {d['batch']}", *(gpu_common.cell(d["step_ms"][name], ".2f") for name in names)]
+        for d in result.get("decode", ())
+    ]
+    if "prefill" in result:
+        first = result["prefill"]
+        rows.append([f"prefill {first['tokens']}", *(gpu_common.cell(first["ms"][name], ".1f") for name in names)])
+    for key, label in (("weight_bytes", "weights, GB"), ("peak_beyond_weights", "peak beyond, GB")):
+        values = [result.get("memory", {}).get(name, {}).get(key) for name in names]
+        rows.append([label, *(gpu_common.cell(None if v is None else v / 1e9, ".2f") for v in values)])
+    return table([f"{result['layers']} layers", "BF16 ms", "exact ms"], rows)
+
+
+def _median(values: list[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def main(arguments: list[str]) -> int:
+    """Measure and print."""
+    options = gpu_common.parser(__doc__)
+    options.add_argument("--layers", type=int, help="fewer than Llama-3.1-8B has")
+    chosen = options.parse_args(arguments)
+    size = TINY if chosen.dry_run else replace(FULL, layers=chosen.layers or LAYERS)
+    report = Report(chosen.json)
+    with gpu_common.meter(chosen.dry_run) as meter:
+        measure(size, meter, report)
+    print(show(report.result))
+    return report.end()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

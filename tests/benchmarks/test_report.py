@@ -1,0 +1,73 @@
+"""The README's GPU tables: the newest result, or "not measured" in every cell."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import report
+
+
+def result(date: str, device: str, step_ms: float) -> dict[str, Any]:
+    """What ``make gpu`` writes, with made-up figures."""
+    both = {"bf16": 4.0, "exact": step_ms}
+    return {
+        "date": date,
+        "dry_run": False,
+        "machine": {"versions": {"torch": "2.11.0"}, "python": "3.12", "commit": "abc", "date": date},
+        "device": {"name": device, "driver_cuda": "13.0", "nvrtc": "13.0"},
+        "decode": {
+            "rows": [
+                {"what": "tiles to BF16", "shape": [8, 8], "gb_per_s": 1.0, "of_copy": 0.1},
+                {"what": "tiles to BF16", "shape": [4096, 14336], "gb_per_s": 1234.4, "of_copy": 0.834},
+                {"what": "planes to BF16", "shape": [8, 8], "gb_per_s": None, "of_copy": None},
+            ]
+        },
+        "model": {
+            "layers": 16,
+            "memory": {n: {"weight_bytes": 8e9, "peak_beyond_weights": None} for n in both},
+            "prefill": {"tokens": 2048, "ms": both},
+            "decode": [{"batch": 1, "step_ms": both}],
+        },
+    }
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def cells(text: str) -> dict[str, list[str]]:
+    """First cell of each line -> the others."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
+    return {line[0]: line[1:] for line in lines}
+
+
+def test_without_a_result_nothing_is_measured(results: Path) -> None:
+    found = cells(report.render("gpu"))
+    for label in ("a token, batch 1", "prefill of 2048 tokens", "weights", "loading", "tiles to BF16"):
+        assert set(found[label]) == {"not measured"}
+
+
+def test_a_dry_run_is_no_result(results: Path) -> None:
+    (results / "gpu-emulated-2027-01-01.json").write_text(json.dumps({**result("2027-01-01", "x", 1), "dry_run": True}))
+    assert report.newest_gpu() == {}
+
+
+def test_the_newest_result_is_shown_and_gaps_stay_gaps(results: Path) -> None:
+    for date, device, step_ms in (("2026-01-01", "A", 6.0), ("2026-02-01", "B", 5.0)):
+        (results / f"gpu-{device}-{date}.json").write_text(json.dumps(result(date, device, step_ms)))
+    text = report.render("gpu")
+    found = cells(text)
+    assert "Llama of 16 layers" in text
+    assert found["a token, batch 1"] == ["4.00 ms", "5.00 ms", "1.25x"]
+    assert found["a token, batch 8"] == ["not measured"] * 3
+    assert found["weights"] == ["8.00 GB", "8.00 GB", "1.00x"]
+    assert found["memory beyond the weights"] == ["not measured"] * 3
+    assert found["tiles to BF16"] == ["4096 x 14336", "1234", "83 %"]
+    assert found["planes to BF16"] == ["not measured"] * 3
+    assert "benchmarks/results/gpu-B-2026-02-01.json" in text
