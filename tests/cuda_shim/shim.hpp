@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
+#include <vector>
 
 #include "fibres.hpp"
 
@@ -24,6 +26,10 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
@@ -95,6 +101,93 @@ inline uint4 ldmatrix_x4(const void* row, SHIM_SITE) {
   shim::meet({"ldmatrix", file, line}, 0xFFFFFFFFu, nullptr, 0);  // no lane goes on before all have read
   return {words[0], words[1], words[2], words[3]};
 }
+
+// --- products of fragments: mma.cuh has the meaning ------------------------------------------------------------------
+
+// mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32. How the hardware sums is not documented; here an element of C is
+// summed in FP64, first the accumulator, then the products in the order of k, and rounded to FP32 once.
+inline void mma_bf16(float (&c)[4], uint4 a, unsigned b0, unsigned b1, SHIM_SITE) {
+  const uint64_t words[3] = {uint64_t(a.y) << 32 | a.x, uint64_t(a.w) << 32 | a.z, uint64_t(b1) << 32 | b0};
+  const shim::Collective& all = shim::meet({"mma", file, line}, 0xFFFFFFFFu, words, 3);
+  if (all.arrived != 0xFFFFFFFFu) shim::fail("mma: a lane has exited");
+  const auto bf16 = [](uint64_t word, unsigned half) {
+    return double(std::bit_cast<float>(unsigned(word >> (16 * half)) << 16));
+  };
+  const unsigned q = shim::g_context.lane / 4, t = shim::g_context.lane % 4;
+  for (unsigned e = 0; e < 4; ++e) {
+    const unsigned row = q + 8 * (e / 2), column = 2 * t + e % 2;
+    double sum = c[e];
+    for (unsigned k = 0; k < 16; ++k) {
+      const unsigned lane = k % 8 / 2, half = k % 2, high = k / 8;
+      sum += bf16(all.values[4 * (row % 8) + lane][high], 2 * (row / 8) + half) *
+             bf16(all.values[4 * column + lane][2], 2 * high + half);
+    }
+    c[e] = float(sum);
+  }
+}
+inline unsigned short to_bf16(float value) {
+  const unsigned bits = std::bit_cast<unsigned>(value);
+  return value != value ? 0x7FFF : static_cast<unsigned short>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+// --- cp.async: async.cuh has the meaning -----------------------------------------------------------------------------
+
+namespace shim {
+
+// Copies take effect as late as they may: when their thread waits for them. Until then there is garbage.
+struct Copy {
+  char* to;
+  const char* from;  // nullptr: zeros
+};
+struct Copies {
+  std::vector<Copy> open;
+  std::vector<std::vector<Copy>> groups;
+};
+inline Copies& copies() {
+  static thread_local SharedSlot slot;
+  static thread_local std::vector<Copies> threads;
+  const uint64_t generation = slot.generation;
+  shared_memory(slot, "copies on their way", 1);
+  const Context& c = g_context;
+  if (slot.generation != generation) threads.assign(c.block_dim.x * c.block_dim.y * c.block_dim.z, {});
+  return threads[c.thread.x + c.block_dim.x * (c.thread.y + c.block_dim.y * c.thread.z)];
+}
+
+}  // namespace shim
+
+inline void copy_async_or_zeros(void* to, const void* from, bool copy) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || (copy && reinterpret_cast<uintptr_t>(from) % 16 != 0)) {
+    shim::fail("misaligned cp.async");
+  }
+  shim::touched(to, 16, true);
+  std::memset(to, 0xC5, 16);
+  shim::copies().open.push_back({static_cast<char*>(to), copy ? static_cast<const char*>(from) : nullptr});
+}
+inline void copy_async(void* to, const void* from) { copy_async_or_zeros(to, from, true); }
+inline void commit_copies() {
+  shim::Copies& mine = shim::copies();
+  mine.groups.push_back(std::move(mine.open));
+  mine.open.clear();
+}
+template <unsigned kGroups>
+void await_copies() {
+  auto& groups = shim::copies().groups;
+  const size_t done = groups.size() > kGroups ? groups.size() - kGroups : 0;
+  for (size_t g = 0; g < done; ++g) {
+    for (const shim::Copy& copy : groups[g]) {
+      shim::touched(copy.to, 16, true);
+      if (copy.from == nullptr) {
+        std::memset(copy.to, 0, 16);
+      } else {
+        std::memcpy(copy.to, copy.from, 16);
+      }
+    }
+  }
+  groups.erase(groups.begin(), groups.begin() + done);
+}
+
+// --- shuffles and votes
+// -----------------------------------------------------------------------------------------------
 
 template <class T>
 T __shfl_sync(unsigned mask, T value, int source, int width = 32, SHIM_SITE) {
@@ -265,6 +358,14 @@ void store_once(T* address, T value) {
 template <class T>
 T __ldg(const T* address) {
   return *address;
+}
+template <class T>
+T __ldcg(const T* address) {
+  return *address;
+}
+template <class T>
+void __stcg(T* address, T value) {
+  *address = value;
 }
 template <class T>
 T __ldcs(const T* address) {
