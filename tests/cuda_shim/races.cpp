@@ -48,7 +48,8 @@ bool after_reads(const State& s, const Fibre& me, const Cell& cell) {
 
 void note_read(const State& s, const Fibre& me, Cell& cell, unsigned time, bool atomic) {
   const unsigned short warp = static_cast<unsigned short>(me.warp + 1);
-  if (cell.read_warp == 0 || cell.read_barriers != s.barriers) {
+  // Who comes after this read comes after those that it knows of, too.
+  if (after_reads(s, me, cell)) {
     cell.read_warp = warp;
     cell.read_lanes = 0;
     cell.read_atomic = true;
