@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 
 from bitforbit.cuda.fused.order import Order, choose_order
 from bitforbit.cuda.kernel import U32, DeviceProperties, Kernel, LaunchConfig, Pointer
-from bitforbit.cuda.tiles.layout import TILE_COLS, TILE_ROWS, TILE_WEIGHTS
+from bitforbit.cuda.tiles.layout import TILE_BYTES, TILE_COLS, TILE_ROWS, TILE_WEIGHTS
 from bitforbit.errors import UsageError
 
 MAX_TOKENS = 64
 MMA_TOKENS = 8
-SLOT_BYTES = 1536
-"""Of a tile in shared memory, with the beginning of its list of escapes."""
+LIST_BYTES = 512
+"""Of a chunk's escapes in shared memory; longer lists are read from device memory."""
 GRID_LIMIT = (1 << 31) - 1
 ARRIVED_BYTES = 1 << 16
 """Of a workspace: numbers of blocks that have arrived, one per unit; all zero between launches."""
@@ -32,12 +32,13 @@ class Variant:
     """Of a block."""
     stages: int
     """Tiles of each stripe in shared memory or on their way, and tiles' columns of x in one of its two chunks."""
+    blocks: int
+    """Of a multiprocessor, for which the compiler leaves registers."""
 
     @property
     def kernel(self) -> Kernel:
         """Its entry point."""
-        numbers = {"TOKENS": self.tokens, "STRIPES": self.stripes, "WARPS": self.warps, "STAGES": self.stages}
-        defines = tuple((f"BITFORBIT_{name}", str(number)) for name, number in numbers.items())
+        defines = tuple((f"BITFORBIT_{field.name.upper()}", str(getattr(self, field.name))) for field in fields(self))
         parameters = (Pointer, U32, Pointer, Pointer, U32, U32, U32, Pointer, Pointer)
         return Kernel("fused_linear", "fused_linear.cu", parameters, defines)
 
@@ -50,17 +51,17 @@ class Variant:
     def shared_bytes(self) -> int:
         """Of a block."""
         chunk = 2 * self.tokens * (self.stages * TILE_COLS + 8)
-        warp = self.stripes * (self.stages * (SLOT_BYTES + 8) + 2 * TILE_WEIGHTS)
+        warp = self.stripes * (self.stages * TILE_BYTES + 2 * TILE_WEIGHTS + 2 * LIST_BYTES)
         return 2 * chunk + self.warps * warp
 
 
 VARIANTS = (
-    Variant(8, 1, 8, 4),
-    Variant(16, 1, 8, 4),
-    Variant(32, 1, 8, 4),
-    Variant(32, 2, 4, 3),
-    Variant(64, 1, 8, 2),
-    Variant(64, 2, 4, 3),
+    Variant(8, 1, 8, 4, 2),
+    Variant(16, 1, 8, 4, 2),
+    Variant(32, 1, 8, 4, 2),
+    Variant(32, 2, 4, 4, 2),
+    Variant(64, 1, 8, 2, 2),
+    Variant(64, 2, 4, 2, 2),
 )
 """For each number of tokens the one that asks least of small matrices first."""
 PLAIN = Kernel("fused_plain", "fused_plain.cu", (Pointer, Pointer, Pointer, Pointer, U32, U32, U32, U32))

@@ -16,77 +16,90 @@
 constexpr u32 kTokens = BITFORBIT_TOKENS, kStripes = BITFORBIT_STRIPES, kStages = BITFORBIT_STAGES;
 constexpr u32 kWarps = BITFORBIT_WARPS, kThreads = kWarps * kWarp, kTokenTiles = kTokens / kMmaTokens;
 
-// Shared memory, in bytes: two chunks of x; then for each warp its ring, kStripes decoded tiles, kStages * kStripes
-// times first entry and number of entries.
+// Shared memory, in bytes: two chunks of x; then for each warp the slots of its ring, kStripes decoded tiles, and two
+// chunks of lists of escapes.
 constexpr u32 kChunkCols = kStages * kTileCols;
 constexpr u32 kPitch = kChunkCols + 8;  // of x, in weights: the eight rows of an ldmatrix lie in different banks
 constexpr u32 kChunkBytes = 2 * kTokens * kPitch;
-constexpr u32 kSlotEscapes = 128;  // the list's first bytes, from a multiple of 16 on
-constexpr u32 kSlotBytes = kTileBytes + kSlotEscapes;
-constexpr u32 kDecodedBytes = 2 * kTileWeights;
+constexpr u32 kSlotBytes = kTileBytes, kDecodedBytes = 2 * kTileWeights, kListBytes = 16 * kWarp;
 constexpr u32 kRingBytes = kStages * kStripes * kSlotBytes;
-constexpr u32 kWarpBytes = kRingBytes + kStripes * kDecodedBytes + kStages * kStripes * 8;
-static_assert(kWarpBytes % 16 == 0 && kSlotBytes == 96 * 16, "copies are of 16 bytes, three for a lane and tile");
+constexpr u32 kWarpBytes = kRingBytes + kStripes * (kDecodedBytes + 2 * kListBytes);
 
 // Columns [col, end) of x, of a chunk at most, to shared memory; zeros outside of x.
-__device__ __forceinline__ void load_x(const u16* gmem_x, u16* smem_x, u32 tokens, u32 cols, u32 col, u32 end,
-                                       bool aligned) {
-  constexpr u32 kRowPieces = kChunkCols / 8;
+__device__ __forceinline__ void load_x(const u16* gmem_x, u16* smem_x, u32 tokens, u32 cols, u32 col, u32 end) {
+  constexpr u32 kPieces = kChunkCols / 8;  // of 16 bytes, of a token
+  static_assert(kThreads % kPieces == 0, "a thread has the same columns of all its tokens");
+  const u32 piece = 8 * (threadIdx.x % kPieces), at = col + piece;
+  if (at >= end) return;
+  u16* smem = smem_x + threadIdx.x / kPieces * kPitch + piece;
+  if (cols % 8 == 0 && reinterpret_cast<u64>(gmem_x) % 16 == 0) {
+    const u16* gmem = gmem_x + static_cast<u64>(threadIdx.x / kPieces) * cols + at;
 #pragma unroll
-  for (u32 p = threadIdx.x; p < kTokens * kRowPieces; p += kThreads) {
-    const u32 token = p / kRowPieces, at = col + p % kRowPieces * 8;
-    u16* smem = smem_x + token * kPitch + p % kRowPieces * 8;
-    const u64 index = static_cast<u64>(token) * cols + at;
-    if (at >= end) continue;
-    if (aligned) {
+    for (u32 token = threadIdx.x / kPieces; token < kTokens; token += kThreads / kPieces) {
       const bool inside = token < tokens && at < cols;
-      copy_async_or_zeros(smem, gmem_x + (inside ? index : 0), inside);
-    } else {
-      for (u32 i = 0; i < 8; ++i) smem[i] = token < tokens && at + i < cols ? __ldg(gmem_x + index + i) : u16{0};
+      copy_async_or_zeros(smem, inside ? gmem : gmem_x, inside);
+      smem += kThreads / kPieces * kPitch;
+      gmem += static_cast<u64>(kThreads / kPieces) * cols;
+    }
+  } else {
+#pragma unroll 1
+    for (u32 token = threadIdx.x / kPieces; token < kTokens; token += kThreads / kPieces) {
+#pragma unroll 1
+      for (u32 i = 0; i < 8; ++i) {
+        const bool inside = token < tokens && at + i < cols;
+        smem[i] = inside ? __ldg(gmem_x + static_cast<u64>(token) * cols + at + i) : u16{0};
+      }
+      smem += kThreads / kPieces * kPitch;
     }
   }
 }
 
-// Tiles side by side of one stripe, on their way from device memory to slots.
-struct Stream {
-  const u8* gmem_tile;     // of the next one: this lane's first 16 bytes
-  const u32* gmem_offset;  // that of the second tile after it
-  u32 first, next;         // entries before it, and before the tile after it; not clamped yet
+// A stripe's tiles, on their way from device memory to the ring.
+struct Tiles {
+  const u8* gmem;  // of the next one: this lane's first 16 bytes
 
-  __device__ __forceinline__ void open(const Matrix& matrix, u64 tile, u32 lane) {
-    gmem_tile = matrix.gmem_tiles + tile * kTileBytes + 16 * lane;
-    gmem_offset = matrix.gmem_offsets + tile + 2;
-    first = __ldg(gmem_offset - 2);
-    next = __ldg(gmem_offset - 1);
-  }
-
-  // The next tile and the first bytes of its list, to a slot; `last` if there is none after it.
-  __device__ __forceinline__ void copy(const Matrix& matrix, u32 wide, u32 capacity, u8* smem_slot, uint2* smem_entries,
-                                       bool last, u32 lane) {
-    const u32 begin = min(first, capacity), end = min(next, capacity);
-    const u32 entries = end > begin ? min(end - begin, kTileWeights) : 0;
-    const u64 at = static_cast<u64>(begin) << (1 + wide);
-    const u32 bytes = (static_cast<u32>(at) & 15) + (entries << (1 + wide)), piece = 16 * (lane - 24);
-    copy_async(smem_slot + 16 * lane, gmem_tile);
-    copy_async(smem_slot + 512 + 16 * lane, gmem_tile + 512);
-    const u8* gmem_third = lane < 24 ? gmem_tile + 1024 : matrix.gmem_escapes + (at & ~u64{15}) + piece;
-    if (lane < 24 || piece < bytes) copy_async(smem_slot + 1024 + 16 * lane, gmem_third);
-    if (lane == 0) *smem_entries = make_uint2(begin, entries);
-    if (last) return;
-    gmem_tile += kTileBytes;
-    first = next;
-    next = __ldg(gmem_offset++);
+  __device__ __forceinline__ void copy(u8* smem_slot, u32 lane) {
+    copy_async(smem_slot + 16 * lane, gmem);
+    copy_async(smem_slot + 512 + 16 * lane, gmem + 512);
+    if (lane < kTileBytes / 16 - 2 * kWarp) copy_async(smem_slot + 1024 + 16 * lane, gmem + 1024);
+    gmem += kTileBytes;
   }
 };
 
-// Entry `lane` of a tile's list. Those that do not lie in the slot are of long lists of wide entries.
-__device__ __forceinline__ u32 slot_entry(const u8* smem_slot, const u8* gmem_escapes, uint2 entries, u32 wide,
-                                          u32 lane) {
-  if (lane >= entries.y) return 0;
-  const u32 at = (entries.x << (1 + wide) & 15) + (lane << (1 + wide));
-  if (at >= kSlotEscapes) return load_entry(gmem_escapes, entries.x + lane, wide);
-  const u8* smem = smem_slot + kTileBytes + at;
-  return wide ? *reinterpret_cast<const u32*>(smem) : *reinterpret_cast<const u16*>(smem);
+// A stripe's lists of escapes, a chunk ahead: their beginnings come two chunks before they are used, the entries one.
+struct Lists {
+  const u32* gmem_offset;  // of the chunk after the next one: this lane's
+  RunEscapes now, next;    // lane j: of tile j of the chunk
+  u32 after;               // lane j: entries before tile j of the chunk after the next one; not clamped yet
+
+  // Entries before tile `tile` + lane of the stripe; chunks overlap in one.
+  __device__ __forceinline__ u32 load(u32 tile, u32 end, u32 lane) const {
+    return __ldg(gmem_offset + min(tile + min(lane, kStages), end));
+  }
+
+  // On to the next chunk: its entries, from a multiple of 16 bytes on, as far as there is room. `tile` is the first one
+  // of the chunk after it.
+  __device__ __forceinline__ void advance(const u8* gmem_escapes, const Header& header, u32 capacity, u8* smem_list,
+                                          u32 tile, u32 end, u32 lane) {
+    now = next;
+    const u32 first = min(after, capacity), following = __shfl_down_sync(kAllLanes, first, 1);
+    next = {first, lane < kStages && following > first ? min(following - first, kTileWeights) : 0};
+    const u32 begin = __shfl_sync(kAllLanes, first, 0) & ~(7u >> header.wide);
+    const u32 last = __shfl_sync(kAllLanes, first, kStages);
+    const u32 entry = begin + (8u >> header.wide) * lane;  // the first one of this lane's 16 bytes
+    if (entry < last) copy_async(smem_list + 16 * lane, gmem_escapes + (static_cast<u64>(entry) << (1 + header.wide)));
+    after = load(tile, end, lane);
+  }
+};
+
+// Entry `lane` of the list of tile j of a chunk, for lanes below its length.
+__device__ __forceinline__ u32 list_entry(const u8* smem_list, const u8* gmem_escapes, const RunEscapes& escapes,
+                                          u32 first, u32 entries, u32 wide, u32 lane) {
+  const u32 begin = __shfl_sync(kAllLanes, escapes.first, 0) & ~(7u >> wide);
+  const u32 at = (first - begin + lane) << (1 + wide);
+  const u32 word = *reinterpret_cast<const u32*>(smem_list + min(at & ~3u, kListBytes - 4));
+  if (at >= kListBytes && lane < entries) return load_entry(gmem_escapes, first + lane, wide);
+  return word >> (8 * (at & 2));  // narrow ones have garbage above [15:0]
 }
 
 __device__ __forceinline__ void load_slot(const u8* smem_slot, u32 lane, u32 (&word)[8], u32 (&code)[3]) {
@@ -98,9 +111,10 @@ __device__ __forceinline__ void load_slot(const u8* smem_slot, u32 lane, u32 (&w
   for (u32 w = 0; w < 3; ++w) code[w] = reinterpret_cast<const u32*>(smem_slot + kTileCodes)[32 * w + lane];
 }
 
+using Sums = float[kStripes][kTokenTiles][4];  // of a lane, as mma has them
+
 // The products of kStripes decoded tiles with their 64 columns of x.
-__device__ __forceinline__ void multiply(const u16* smem_decoded, const u16* smem_x, u32 lane,
-                                         float (&sum)[kStripes][kTokenTiles][4]) {
+__device__ __forceinline__ void multiply(const u16* smem_decoded, const u16* smem_x, u32 lane, Sums& sum) {
   // Lane 8m + r has row (token) r of matrix m: columns 8m to 8m + 7, which are B of two steps.
   const u16* smem_row = smem_x + lane % 8 * kPitch + lane / 8 * 8;
 #pragma unroll
@@ -126,14 +140,54 @@ __device__ __forceinline__ void multiply(const u16* smem_decoded, const u16* sme
   }
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads)
+// Puts this block's sums to device memory. The block of the unit that comes last takes those of all splits back and
+// adds them in ascending order; for the others the answer is false.
+__device__ __forceinline__ bool add_splits(Sums& sum, float4* gmem_sums, u32* gmem_arrived, u32 unit, u32 split,
+                                           u32 splits, u8* smem) {
+  constexpr u32 kBlockSums = kStripes * kTokenTiles * kThreads;
+  float4* gmem_unit = gmem_sums + static_cast<u64>(unit) * splits * kBlockSums + threadIdx.x;
+  float4* gmem = gmem_unit + static_cast<u64>(split) * kBlockSums;
+#pragma unroll
+  for (u32 s = 0; s < kStripes; ++s) {
+#pragma unroll
+    for (u32 n = 0; n < kTokenTiles; ++n) {
+      const float* four = sum[s][n];
+      __stcg(gmem + (s * kTokenTiles + n) * kThreads, make_float4(four[0], four[1], four[2], four[3]));
+    }
+  }
+  __threadfence();
+  __syncthreads();
+  u32* smem_last = reinterpret_cast<u32*>(smem);
+  if (threadIdx.x == 0) *smem_last = atomicAdd(gmem_arrived, 1) == splits - 1 ? 1 : 0;
+  __syncthreads();
+  if (*smem_last == 0) return false;
+  if (threadIdx.x == 0) *gmem_arrived = 0;  // for the next launch
+  __threadfence();
+  for (u32 i = 0; i < splits; ++i) {
+#pragma unroll
+    for (u32 s = 0; s < kStripes; ++s) {
+#pragma unroll
+      for (u32 n = 0; n < kTokenTiles; ++n) {
+        const float4 part = __ldcg(gmem_unit + static_cast<u64>(i) * kBlockSums + (s * kTokenTiles + n) * kThreads);
+        float* four = sum[s][n];
+        four[0] = i == 0 ? part.x : four[0] + part.x;
+        four[1] = i == 0 ? part.y : four[1] + part.y;
+        four[2] = i == 0 ? part.z : four[2] + part.z;
+        four[3] = i == 0 ? part.w : four[3] + part.w;
+      }
+    }
+  }
+  return true;
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
     fused_linear(const Matrix* gmem_matrices, u32 matrices, const u16* gmem_x, u16* gmem_out, u32 tokens, u32 cols,
                  u32 splits, u32* gmem_arrived, float4* gmem_sums) {
   DYNAMIC_SHARED(u8, smem);
   const u32 warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const u32 unit = blockIdx.x / splits, split = blockIdx.x % splits;
 
-  // The matrix of this block's unit, and the number of the unit there.
+  // The matrix of this block's unit, and this warp's first stripe there.
   u32 stripes = 0, first_stripe = unit * kWarps * kStripes;
   const Matrix* gmem_matrix = gmem_matrices;
   for (u32 m = 0;; ++m, ++gmem_matrix) {
@@ -144,122 +198,91 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   }
   first_stripe += warp * kStripes;
   const Matrix matrix = *gmem_matrix;
-  const bool active = first_stripe < stripes;
 
   const u32 tiles_per_stripe = (cols - 1) / kTileCols + 1;
-  const u32 begin = split_begin(tiles_per_stripe, split, splits),
-            end = split_begin(tiles_per_stripe, split + 1, splits);
-  const bool aligned = cols % 8 == 0 && reinterpret_cast<u64>(gmem_x) % 16 == 0;
+  const u32 begin = split_begin(tiles_per_stripe, split, splits);
+  const u32 end = split_begin(tiles_per_stripe, split + 1, splits);
   u8* smem_ring = smem + 2 * kChunkBytes + warp * kWarpBytes;
   u16* smem_decoded = reinterpret_cast<u16*>(smem_ring + kRingBytes);
-  uint2* smem_entries = reinterpret_cast<uint2*>(smem_ring + kRingBytes + kStripes * kDecodedBytes);
+  u8* smem_lists = smem_ring + kRingBytes + kStripes * kDecodedBytes;
 
-  load_x(gmem_x, reinterpret_cast<u16*>(smem), tokens, cols, begin * kTileCols, end * kTileCols, aligned);
+  // The first chunk of x and of lists, and as many tiles as the ring has room for: a group each, with the others in the
+  // first one's. Warps without a stripe of their own take the last one, for nothing.
   const Header header = load_header(matrix.gmem_header, lane);
   const u32 capacity = entry_capacity(matrix.escapes_bytes, header.wide);
-  Stream stream[kStripes];
-  if (active) {
+  Tiles tiles[kStripes];
+  Lists lists[kStripes];
 #pragma unroll
-    for (u32 s = 0; s < kStripes; ++s) {
-      stream[s].open(matrix, static_cast<u64>(min(first_stripe + s, stripes - 1)) * tiles_per_stripe + begin, lane);
-    }
+  for (u32 s = 0; s < kStripes; ++s) {
+    const u64 stripe_tile = static_cast<u64>(min(first_stripe + s, stripes - 1)) * tiles_per_stripe;
+    tiles[s].gmem = matrix.gmem_tiles + (stripe_tile + begin) * kTileBytes + 16 * lane;
+    lists[s].gmem_offset = matrix.gmem_offsets + stripe_tile;
+    lists[s].after = lists[s].load(begin, end, lane);
+    lists[s].advance(matrix.gmem_escapes, header, capacity, smem_lists + s * kListBytes, begin + kStages, end, lane);
   }
-  for (u32 j = 0; j < kStages; ++j) {  // a group each, so that all tiles' groups have the same distance
-    if (active && begin + j < end) {
+  load_x(gmem_x, reinterpret_cast<u16*>(smem), tokens, cols, begin * kTileCols, end * kTileCols);
 #pragma unroll
-      for (u32 s = 0; s < kStripes; ++s) {
-        const u32 slot = j * kStripes + s;
-        stream[s].copy(matrix, header.wide, capacity, smem_ring + slot * kSlotBytes, smem_entries + slot,
-                       begin + j + 1 == end, lane);
-      }
+  for (u32 j = 0; j < kStages; ++j) {
+    if (begin + j < end) {
+#pragma unroll
+      for (u32 s = 0; s < kStripes; ++s) tiles[s].copy(smem_ring + (j * kStripes + s) * kSlotBytes, lane);
     }
     commit_copies();
   }
 
-  float sum[kStripes][kTokenTiles][4] = {};
-  u32 slot = 0, chunk = 0;
-  for (u32 tile = begin; tile < end; ++tile) {
+  Sums sum = {};
+  u32 chunk = 0;
+  for (u32 chunk_begin = begin; chunk_begin < end; chunk_begin += kStages, chunk ^= 1) {
     await_copies<kStages - 1>();
-    if (slot == 0) {
-      __syncthreads();  // all warps' parts of this chunk are there; all have done with the one before
-      const u32 after = tile + kStages;
-      if (after < end) {
-        load_x(gmem_x, reinterpret_cast<u16*>(smem + (chunk ^ 1) * kChunkBytes), tokens, cols, after * kTileCols,
-               end * kTileCols, aligned);
-      }
-    } else {
-      __syncwarp();
+    __syncthreads();  // all threads' parts of this chunk of x are there; all have done with the one before
+    const u32 next_chunk = chunk_begin + kStages, chunk_end = min(next_chunk, end);
+    const u8* smem_list = smem_lists + chunk * kStripes * kListBytes;
+    const u16* smem_x = reinterpret_cast<const u16*>(smem + chunk * kChunkBytes);
+    if (next_chunk < end) {
+      load_x(gmem_x, reinterpret_cast<u16*>(smem + (chunk ^ 1) * kChunkBytes), tokens, cols, next_chunk * kTileCols,
+             end * kTileCols);
     }
-    if (active) {
-      const u16* smem_x = reinterpret_cast<const u16*>(smem + chunk * kChunkBytes) + slot * kTileCols;
-      u8* smem_slot = smem_ring + slot * kStripes * kSlotBytes;
-      uint2 entries[kStripes];
-      u32 entry[kStripes];
+#pragma unroll
+    for (u32 s = 0; s < kStripes; ++s) {
+      lists[s].advance(matrix.gmem_escapes, header, capacity, smem_lists + ((chunk ^ 1) * kStripes + s) * kListBytes,
+                       next_chunk + kStages, end, lane);
+    }
+
+    u8* smem_slot = smem_ring;
+    for (u32 tile = chunk_begin; tile < chunk_end; ++tile) {
+      await_copies<kStages - 1>();
+      __syncwarp();
+      u32 first[kStripes], entries[kStripes], entry[kStripes];
 #pragma unroll
       for (u32 s = 0; s < kStripes; ++s) {
         u32 word[8], code[3], pair[kPairs];
         load_slot(smem_slot + s * kSlotBytes, lane, word, code);
-        entries[s] = smem_entries[slot * kStripes + s];
-        entry[s] = slot_entry(smem_slot + s * kSlotBytes, matrix.gmem_escapes, entries[s], header.wide, lane);
+        const int j = static_cast<int>(tile - chunk_begin);
+        first[s] = __shfl_sync(kAllLanes, lists[s].now.first, j);
+        entries[s] = __shfl_sync(kAllLanes, lists[s].now.count, j);
+        entry[s] = list_entry(smem_list + s * kListBytes, matrix.gmem_escapes, lists[s].now, first[s], entries[s],
+                              header.wide, lane);
         decode_lane(word, code, header.base_pair, pair);
         stage(pair, smem_decoded + s * kTileWeights, lane);
       }
       __syncwarp();  // the slots are read, the tiles written
-      const u32 after = tile + kStages;
+      if (tile + kStages < end) {
+#pragma unroll
+        for (u32 s = 0; s < kStripes; ++s) tiles[s].copy(smem_slot + s * kSlotBytes, lane);
+      }
+      commit_copies();
 #pragma unroll
       for (u32 s = 0; s < kStripes; ++s) {
-        if (after < end) {
-          stream[s].copy(matrix, header.wide, capacity, smem_slot + s * kSlotBytes, smem_entries + slot * kStripes + s,
-                         after + 1 == end, lane);
-        }
-        patch(smem_decoded + s * kTileWeights, lane, matrix.gmem_escapes, entry[s], entries[s].x, entries[s].y, header);
+        patch(smem_decoded + s * kTileWeights, lane, matrix.gmem_escapes, entry[s], first[s], entries[s], header);
       }
       __syncwarp();
       multiply(smem_decoded, smem_x, lane, sum);
+      smem_slot += kStripes * kSlotBytes;
+      smem_x += kTileCols;
     }
-    commit_copies();
-    slot = slot + 1 == kStages ? 0 : slot + 1;
-    chunk ^= slot == 0 ? 1 : 0;
   }
 
-  if (splits > 1) {
-    constexpr u32 kBlockSums = kWarps * kStripes * kTokenTiles * kWarp;
-    float4* gmem_mine = gmem_sums + warp * kStripes * kTokenTiles * kWarp + lane;
-    if (active) {
-#pragma unroll
-      for (u32 s = 0; s < kStripes; ++s) {
-#pragma unroll
-        for (u32 n = 0; n < kTokenTiles; ++n) {
-          const float (&four)[4] = sum[s][n];
-          __stcg(gmem_mine + static_cast<u64>(blockIdx.x) * kBlockSums + (s * kTokenTiles + n) * kWarp,
-                 make_float4(four[0], four[1], four[2], four[3]));
-        }
-      }
-    }
-    __threadfence();
-    __syncthreads();
-    u32* smem_last = reinterpret_cast<u32*>(smem);
-    if (threadIdx.x == 0) *smem_last = atomicAdd(gmem_arrived + unit, 1) == splits - 1 ? 1 : 0;
-    __syncthreads();
-    if (*smem_last == 0) return;
-    if (threadIdx.x == 0) gmem_arrived[unit] = 0;  // for the next launch
-    __threadfence();
-    if (!active) return;
-#pragma unroll
-    for (u32 s = 0; s < kStripes; ++s) {
-#pragma unroll
-      for (u32 n = 0; n < kTokenTiles; ++n) {
-        const float4* gmem = gmem_mine + static_cast<u64>(unit) * splits * kBlockSums + (s * kTokenTiles + n) * kWarp;
-        float4 total = __ldcg(gmem);
-        for (u32 i = 1; i < splits; ++i) {
-          const float4 next = __ldcg(gmem + static_cast<u64>(i) * kBlockSums);
-          total = make_float4(total.x + next.x, total.y + next.y, total.z + next.z, total.w + next.w);
-        }
-        sum[s][n][0] = total.x, sum[s][n][1] = total.y, sum[s][n][2] = total.z, sum[s][n][3] = total.w;
-      }
-    }
-  }
-  if (!active) return;
+  if (splits > 1 && !add_splits(sum, gmem_sums, gmem_arrived + unit, unit, split, splits, smem)) return;
 #pragma unroll
   for (u32 s = 0; s < kStripes; ++s) {
 #pragma unroll
