@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bitforbit.cuda import df11, sources
+from bitforbit.cuda.fused import linear as fused_linear
 from bitforbit.cuda.kernel import Kernel
 from bitforbit.cuda.planes import decode as planes_decode
 from bitforbit.cuda.planes import encode as planes_encode
@@ -14,6 +15,7 @@ KERNELS: tuple[Kernel, ...] = (
     *planes_encode.KERNELS,
     *tiles_pack.KERNELS,
     *tiles_decode.KERNELS,
+    *fused_linear.KERNELS,
     *df11.KERNELS,
 )
 
