@@ -186,6 +186,70 @@ void await_copies() {
   groups.erase(groups.begin(), groups.begin() + done);
 }
 
+// --- bulk copies: async.cuh has the meaning --------------------------------------------------------------------------
+
+namespace shim {
+
+// A barrier's word: [0] phase, [1] nothing has arrived in it yet, [63:32] announced bytes that are not there yet.
+inline unsigned long long barrier_word(unsigned long long* barrier) {
+  return __atomic_load_n(barrier, __ATOMIC_RELAXED);
+}
+inline void change_barrier(unsigned long long* barrier, bool arrives, int64_t bytes) {
+  unsigned long long word = barrier_word(barrier) + (static_cast<unsigned long long>(bytes) << 32);
+  if (arrives && (word & 2) == 0) fail("mbarrier: a second arrival in one phase");
+  if (arrives) word &= ~2ull;
+  if ((word & 2) == 0 && word >> 32 == 0) word = (word ^ 1) | 2;
+  __atomic_store_n(barrier, word, __ATOMIC_RELAXED);
+}
+
+// Copies take effect when a thread waits for their barrier. Until then there is garbage.
+struct BulkCopy {
+  char* to;
+  const char* from;
+  unsigned bytes;
+  unsigned long long* barrier;
+};
+inline std::vector<BulkCopy>& bulk_copies() {
+  static thread_local SharedSlot slot;
+  static thread_local std::vector<BulkCopy> all;
+  const uint64_t generation = slot.generation;
+  shared_memory(slot, "bulk copies on their way", 1);
+  if (slot.generation != generation) all.clear();
+  return all;
+}
+
+}  // namespace shim
+
+inline void init_barrier(unsigned long long* barrier) { __atomic_store_n(barrier, 2ull, __ATOMIC_RELAXED); }
+inline void expect_bytes(unsigned long long* barrier, unsigned bytes) { shim::change_barrier(barrier, true, bytes); }
+inline void copy_bulk(void* to, const void* from, unsigned bytes, unsigned long long* barrier) {
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes) % 16 != 0) {
+    shim::fail("misaligned cp.async.bulk");
+  }
+  shim::touched(to, bytes, true);
+  std::memset(to, 0xC5, bytes);
+  shim::bulk_copies().push_back({static_cast<char*>(to), static_cast<const char*>(from), bytes, barrier});
+}
+inline void await_phase(unsigned long long* barrier, unsigned phase) {
+  auto& copies = shim::bulk_copies();
+  for (unsigned rounds = 0; (shim::barrier_word(barrier) & 1) == phase; ++rounds) {
+    for (size_t i = 0; i < copies.size();) {
+      const shim::BulkCopy copy = copies[i];
+      if (copy.barrier != barrier) {
+        ++i;
+        continue;
+      }
+      copies.erase(copies.begin() + i);
+      shim::touched(copy.to, copy.bytes, true);
+      std::memcpy(copy.to, copy.from, copy.bytes);
+      shim::change_barrier(barrier, false, -int64_t{copy.bytes});
+    }
+    if ((shim::barrier_word(barrier) & 1) != phase) break;
+    if (rounds == 100000) shim::fail("mbarrier: waits for ever");
+    shim::yield();
+  }
+}
+
 // --- shuffles and votes
 // -----------------------------------------------------------------------------------------------
 
