@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bitforbit.cuda.fused import plan as plans
-from bitforbit.cuda.fused.plan import Variant
-from bitforbit.cuda.kernel import DeviceProperties
+from bitforbit.cuda.fused.order import Order, choose_order
+from bitforbit.cuda.fused.plan import MMA_TOKENS, PLAIN, Variant
+from bitforbit.cuda.kernel import DeviceProperties, LaunchConfig
 from bitforbit.cuda.queue import Buffer, Queue
 from bitforbit.cuda.tiles.decode import Parts, check_parts
-from bitforbit.cuda.tiles.layout import ALIGNMENT, TileLayout
+from bitforbit.cuda.tiles.layout import ALIGNMENT, TILE_ROWS, TileLayout
 from bitforbit.errors import UsageError
 
 KERNELS = plans.KERNELS
@@ -19,18 +20,19 @@ KERNELS = plans.KERNELS
 
 @dataclass(frozen=True)
 class Group:
-    """Matrices [rows[i], cols] that are multiplied by the same x, made once with :func:`prepare`."""
+    """Matrices [rows[i], order.cols] that are multiplied by the same x, made once with :func:`prepare`."""
 
     rows: tuple[int, ...]
-    cols: int
+    order: Order
     table: Buffer
     """In device memory: their addresses."""
 
 
-def prepare(queue: Queue, matrices: Sequence[tuple[Parts, TileLayout, int]]) -> Group:
+def prepare(queue: Queue, matrices: Sequence[tuple[Parts, TileLayout, int]], splits: int | None = None) -> Group:
     """A group of matrices: parts (as for ``tiles.decode``), layout, address of the bias (BF16 [rows]; 0: none) of each.
 
-    Parts and biases must stay where they are. Raises CorruptTensorError for parts of wrong lengths, UsageError for
+    Parts and biases must stay where they are. ``splits`` gives another order of summation than the device's own; it
+    changes the bits of the results. Raises CorruptTensorError for parts of wrong lengths, UsageError for
     wrong alignments, sizes and different numbers of columns.
     """
     if not matrices or len({layout.cols for _, layout, _ in matrices}) != 1:
@@ -47,16 +49,14 @@ def prepare(queue: Queue, matrices: Sequence[tuple[Parts, TileLayout, int]]) -> 
         (tiles, _), (escapes, escapes_bytes), (offsets, _), (header, _) = parts
         table += struct.pack("<8Q", tiles, escapes, escapes_bytes, offsets, header, bias, layout.rows, before)
         before += layout.rows
-    rows = tuple(layout.rows for _, layout, _ in matrices)
-    return Group(rows, matrices[0][1].cols, queue.upload(table))
+    rows, cols = tuple(layout.rows for _, layout, _ in matrices), matrices[0][1].cols
+    order = choose_order(rows, cols, queue.properties) if splits is None else Order(cols, splits)
+    return Group(rows, order, queue.upload(table))
 
 
-def workspace_bytes(rows: tuple[int, ...], cols: int, properties: DeviceProperties) -> int:
-    """Size of a workspace for any number of tokens. It is all zeros at first; launches one after the other share it."""
-    return max(
-        plans.plan(rows, cols, variant.tokens, properties).workspace_bytes
-        for variant in plans.VARIANTS
-    )  # fmt: skip
+def workspace_bytes(group: Group, properties: DeviceProperties) -> int:
+    """Size of a workspace for any number of tokens. All zeros at first; launches one after the other may share one."""
+    return plans.workspace_bytes(group.rows, group.order, properties)
 
 
 def linear(
@@ -75,16 +75,14 @@ def linear(
             f"expected even addresses of x and output, and a workspace on {ALIGNMENT} bytes, "
             f"got {x:#x}, {out:#x}, {workspace:#x}"
         )
-    plan = plans.plan(group.rows, group.cols, tokens, queue.properties, variant)
+    plan = plans.plan(group.rows, group.order, tokens, queue.properties, variant)
     queue.launch(
-        plan.kernel, plan.config, group.table.address, len(group.rows), x, out, tokens, group.cols, plan.order.splits,
-        workspace, workspace + plans.ARRIVED_BYTES,
+        plan.kernel, plan.config, group.table.address, len(group.rows), x, out, tokens, group.order.cols,
+        group.order.splits, workspace, workspace + plans.ARRIVED_BYTES,
     )  # fmt: skip
 
 
-def plain(
-    queue: Queue, weights: int, bias: int, x: int, out: int, rows: int, cols: int, tokens: int, splits: int
-) -> None:
+def plain(queue: Queue, weights: int, rows: int, order: Order, bias: int, x: int, tokens: int, out: int) -> None:
     """The same sums from weights as they are, BF16 [rows, cols]: slow, for comparisons bit by bit. Only enqueues."""
-    config = plans.LaunchConfig((-(-rows // plans.TILE_ROWS), -(-tokens // plans.MMA_TOKENS), 1), (32, 1, 1))
-    queue.launch(plans.PLAIN, config, weights, bias, x, out, rows, cols, tokens, splits)
+    config = LaunchConfig((-(-rows // TILE_ROWS), -(-tokens // MMA_TOKENS), 1), (32, 1, 1))
+    queue.launch(PLAIN, config, weights, bias, x, out, rows, order.cols, tokens, order.splits)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
-from bitforbit.cuda.fused.order import Order, choose_order
+from bitforbit.cuda.fused.order import Order
 from bitforbit.cuda.kernel import U32, DeviceProperties, Kernel, LaunchConfig, Pointer
 from bitforbit.cuda.tiles.layout import TILE_BYTES, TILE_COLS, TILE_ROWS, TILE_WEIGHTS
 from bitforbit.errors import UsageError
@@ -58,12 +57,12 @@ class Variant:
 VARIANTS = (
     Variant(8, 1, 8, 4, 2),
     Variant(16, 1, 8, 4, 2),
-    Variant(32, 1, 8, 4, 2),
+    Variant(32, 1, 8, 2, 2),
     Variant(32, 2, 4, 4, 2),
     Variant(64, 1, 8, 2, 2),
     Variant(64, 2, 4, 2, 2),
 )
-"""For each number of tokens the one that asks least of small matrices first."""
+"""For each number of tokens, first the one for GPUs with little shared memory."""
 PLAIN = Kernel("fused_plain", "fused_plain.cu", (Pointer, Pointer, Pointer, Pointer, U32, U32, U32, U32))
 KERNELS = (*(variant.kernel for variant in VARIANTS), PLAIN)
 
@@ -75,7 +74,6 @@ class Plan:
     variant: Variant
     kernel: Kernel
     config: LaunchConfig
-    order: Order
     workspace_bytes: int
     """ARRIVED_BYTES, and after them FP32 sums."""
 
@@ -93,15 +91,22 @@ def choose_variant(tokens: int, properties: DeviceProperties) -> Variant:
 
 @lru_cache(maxsize=4096)
 def plan(
-    rows: Sequence[int], cols: int, tokens: int, properties: DeviceProperties, variant: Variant | None = None
+    rows: tuple[int, ...], order: Order, tokens: int, properties: DeviceProperties, variant: Variant | None = None
 ) -> Plan:
-    """The launch for matrices of so many rows each that share x [tokens, cols]. Raises UsageError."""
-    order = choose_order(rows, cols, properties)
+    """The launch for matrices of so many rows each that share x [tokens, order.cols]. Raises UsageError."""
     chosen = variant or choose_variant(tokens, properties)
+    if tokens > chosen.tokens:
+        raise UsageError(f"expected at most {chosen.tokens} tokens for {chosen}, got {tokens}")
     units = sum(-(-count // chosen.unit_rows) for count in rows)
     blocks = units * order.splits
     if blocks > GRID_LIMIT or (order.splits > 1 and 4 * units > ARRIVED_BYTES):
         raise UsageError(f"expected fewer rows in one launch, got {sum(rows)}: multiply by fewer matrices at once")
     sums = 4 * blocks * chosen.unit_rows * chosen.tokens if order.splits > 1 else 0
     config = LaunchConfig.linear(blocks, 32 * chosen.warps, chosen.shared_bytes)
-    return Plan(chosen, chosen.kernel, config, order, ARRIVED_BYTES + sums)
+    return Plan(chosen, chosen.kernel, config, ARRIVED_BYTES + sums)
+
+
+@lru_cache(maxsize=4096)
+def workspace_bytes(rows: tuple[int, ...], order: Order, properties: DeviceProperties) -> int:
+    """Size of a workspace for up to MAX_TOKENS tokens."""
+    return max(plan(rows, order, variant.tokens, properties, variant).workspace_bytes for variant in VARIANTS)

@@ -68,9 +68,10 @@ struct Tiles {
 
 // A stripe's lists of escapes, a chunk ahead: their beginnings come two chunks before they are used, the entries one.
 struct Lists {
-  const u32* gmem_offset;  // of the chunk after the next one: this lane's
-  RunEscapes now, next;    // lane j: of tile j of the chunk
-  u32 after;               // lane j: entries before tile j of the chunk after the next one; not clamped yet
+  const u32* gmem_offset;     // of the chunk after the next one: this lane's
+  RunEscapes now, next;       // lane j: of tile j of the chunk
+  u32 now_begin, next_begin;  // entry that is first in shared memory
+  u32 after;                  // lane j: entries before tile j of the chunk after the next one; not clamped yet
 
   // Entries before tile `tile` + lane of the stripe; chunks overlap in one.
   __device__ __forceinline__ u32 load(u32 tile, u32 end, u32 lane) const {
@@ -82,20 +83,21 @@ struct Lists {
   __device__ __forceinline__ void advance(const u8* gmem_escapes, const Header& header, u32 capacity, u8* smem_list,
                                           u32 tile, u32 end, u32 lane) {
     now = next;
+    now_begin = next_begin;
     const u32 first = min(after, capacity), following = __shfl_down_sync(kAllLanes, first, 1);
     next = {first, lane < kStages && following > first ? min(following - first, kTileWeights) : 0};
-    const u32 begin = __shfl_sync(kAllLanes, first, 0) & ~(7u >> header.wide);
+    next_begin = __shfl_sync(kAllLanes, first, 0) & ~(7u >> header.wide);
     const u32 last = __shfl_sync(kAllLanes, first, kStages);
-    const u32 entry = begin + (8u >> header.wide) * lane;  // the first one of this lane's 16 bytes
+    const u32 entry = next_begin + (8u >> header.wide) * lane;  // the first one of this lane's 16 bytes
     if (entry < last) copy_async(smem_list + 16 * lane, gmem_escapes + (static_cast<u64>(entry) << (1 + header.wide)));
     after = load(tile, end, lane);
   }
 };
 
-// Entry `lane` of the list of tile j of a chunk, for lanes below its length.
-__device__ __forceinline__ u32 list_entry(const u8* smem_list, const u8* gmem_escapes, const RunEscapes& escapes,
-                                          u32 first, u32 entries, u32 wide, u32 lane) {
-  const u32 begin = __shfl_sync(kAllLanes, escapes.first, 0) & ~(7u >> wide);
+// Entry first + lane of a chunk, where `first` is that of a tile, for lanes below its number of entries. `begin` is the
+// entry that is first in shared memory.
+__device__ __forceinline__ u32 list_entry(const u8* smem_list, const u8* gmem_escapes, u32 begin, u32 first,
+                                          u32 entries, u32 wide, u32 lane) {
   const u32 at = (first - begin + lane) << (1 + wide);
   const u32 word = *reinterpret_cast<const u32*>(smem_list + min(at & ~3u, kListBytes - 4));
   if (at >= kListBytes && lane < entries) return load_entry(gmem_escapes, first + lane, wide);
@@ -260,7 +262,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
         const int j = static_cast<int>(tile - chunk_begin);
         first[s] = __shfl_sync(kAllLanes, lists[s].now.first, j);
         entries[s] = __shfl_sync(kAllLanes, lists[s].now.count, j);
-        entry[s] = list_entry(smem_list + s * kListBytes, matrix.gmem_escapes, lists[s].now, first[s], entries[s],
+        entry[s] = list_entry(smem_list + s * kListBytes, matrix.gmem_escapes, lists[s].now_begin, first[s], entries[s],
                               header.wide, lane);
         decode_lane(word, code, header.base_pair, pair);
         stage(pair, smem_decoded + s * kTileWeights, lane);
