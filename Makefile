@@ -19,7 +19,8 @@ CMAKE := $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DBIT
 # What the installed package is made of.
 SOURCES := pyproject.toml CMakeLists.txt $(shell find src native -type f \
   ! -path '*/__pycache__/*' ! -path 'native/tests/*' ! -name '*.so')
-CXX_FILES = $(shell find native fuzz -name '*.cpp' -o -name '*.hpp')
+CXX_FILES = $(shell find native fuzz src/bitforbit/cuda tests \
+  -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.c')
 PY_DIRS := $(wildcard src tests benchmarks examples fuzz)
 
 .NOTPARALLEL:

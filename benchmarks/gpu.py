@@ -32,8 +32,14 @@ BUDGET_SECONDS = 470
 KILL_SECONDS = 5
 NO_GPU = 2
 
-BENCHMARKS = ("decode", "model", "load")
-TESTS = ("tests/gpu", "tests/cuda", "tests/ops", "tests/nn")
+MODELS = "tests/gpu/test_models_gpu.py"
+BENCHMARKS = ("decode", "linear", "model", "load")
+TESTS = {
+    "kernels": ("tests/cuda", "tests/gpu/test_launcher_gpu.py"),
+    "operators": ("tests/ops", "tests/gpu", "--ignore=tests/gpu/test_launcher_gpu.py", f"--ignore={MODELS}"),
+    "models": ("tests/nn", MODELS),
+}
+"""Arguments of pytest, by what is tested: with what a kernel does wrong, the others need not be looked at."""
 SANITIZED = "tests/cuda"
 """Made for the emulation, so its shapes are small."""
 
@@ -55,23 +61,38 @@ def steps(dry_run: bool, work: Path) -> list[Step]:
     python = sys.executable
     small = ("--dry-run",) if dry_run else ()
     facts = work / "facts.json"
-    pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu")
-    found = []
+    pytest = (python, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-m", "gpu")
+    pytest += ("--continue-on-collection-errors", "--maxfail=25")
+    build, tests, benchmarks = [], {}, {}
     if not dry_run:
         site = str(BUILD / "site")
         pip = ("-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--upgrade", "--target", site)
-        found.append(Step("build", (python, *pip, "."), 180))
-    found.append(Step("facts", (python, "-m", "benchmarks.gpu_common", "--json", str(facts), *small), 60, result=facts))
-    only = ("--collect-only", "tests/gpu") if dry_run else ("--timeout=100", *(t for t in TESTS if (ROOT / t).exists()))
-    found.append(Step("tests", (*pytest, *only), 150))
+        build.append(Step("build", (python, *pip, "."), 180))
+    build.append(Step("facts", (python, "-m", "benchmarks.gpu_common", "--json", str(facts), *small), 60, result=facts))
+    for name, arguments in TESTS.items():
+        there = [argument for argument in arguments if argument.startswith("-") or (ROOT / argument).exists()]
+        tests[name] = Step(f"tests {name}", (*pytest, "--timeout=100", *there), 100)
     for name in BENCHMARKS:
         file = work / f"{name}.json"
         command = (python, "-m", f"benchmarks.gpu_{name}", "--json", str(file), *small)
-        found.append(Step(f"benchmark {name}", command, 130, result=file))
-    sanitizer = None if dry_run else find_sanitizer()
+        benchmarks[name] = Step(f"benchmark {name}", command, 130, result=file)
+    if dry_run:
+        tests = {"all": Step("tests", (*pytest, "--collect-only", "tests/gpu"), 100)}
+        return [*build, *tests.values(), *benchmarks.values()]
+    found = [
+        *build,
+        tests["kernels"],
+        benchmarks["decode"],
+        tests["operators"],
+        benchmarks["model"],
+        benchmarks["linear"],
+        tests["models"],
+        benchmarks["load"],
+    ]
+    sanitizer = find_sanitizer()
     for tool in ("memcheck", "racecheck") if sanitizer else ():
-        command = (str(sanitizer), "--tool", tool, "--error-exitcode", "9", *pytest, "--timeout=0", SANITIZED)
-        found.append(Step(tool, command, 60, (("BITFORBIT_TEST_EXACT_ALLOCATIONS", "1"),)))
+        sanitized = (str(sanitizer), "--tool", tool, "--error-exitcode", "9", *pytest, "--timeout=0", SANITIZED)
+        found.append(Step(tool, sanitized, 60, (("BITFORBIT_TEST_EXACT_ALLOCATIONS", "1"),)))
     return found
 
 
@@ -81,10 +102,10 @@ def find_sanitizer() -> str | None:
 
 
 def environment(dry_run: bool) -> dict[str, str]:
-    """The commands' environment: the package from ``build/gpu``, and nothing that reaches for the network."""
+    """The commands' environment: the package from ``build/gpu`` (as installed in a dry run), and no network."""
     values = {key: value for key, value in os.environ.items() if not key.startswith("PIP_")}
-    paths = [str(ROOT / "src")] if dry_run else [str(BUILD / "site")]
-    values["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
+    if not dry_run:
+        values["PYTHONPATH"] = os.pathsep.join([str(BUILD / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
     values.setdefault("BITFORBIT_CACHE", str(BUILD / "cache"))
     return {**values, "HF_HUB_OFFLINE": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PYTHONUNBUFFERED": "1"}
 
@@ -103,21 +124,27 @@ def run(step: Step, seconds: float, log: TextIO, values: dict[str, str]) -> dict
     )
     assert process.stdout is not None
     os.set_blocking(process.stdout.fileno(), False)
-    status, last = "failed", ""
+    last = ""
+
+    def pass_on() -> bool:
+        nonlocal last
+        text = (process.stdout.read() or b"").decode(errors="replace") if process.stdout else ""
+        _say(text, log)
+        last = (last + text)[-2000:]
+        return bool(text)
+
     while True:
-        chunk = process.stdout.read()
-        if chunk:
-            text = chunk.decode(errors="replace")
-            _say(text, log)
-            last = (last + text)[-2000:]
-        elif process.poll() is not None:
+        running = process.poll() is None  # asked before reading: what was written before the end is not missed
+        busy = pass_on()
+        if not running:
             status = "passed" if process.returncode == 0 else f"failed ({process.returncode})"
             break
-        elif time.monotonic() - begin > seconds:
+        if time.monotonic() - begin > seconds:
             _stop(process)
+            pass_on()
             status = "out of time"
             break
-        else:
+        if not busy:
             time.sleep(0.05)
     lines = [line for line in last.strip().splitlines() if line.strip()]
     return {
@@ -129,7 +156,7 @@ def run(step: Step, seconds: float, log: TextIO, values: dict[str, str]) -> dict
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    for sent in (signal.SIGTERM, signal.SIGKILL):
+    for sent in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):  # pytest reports what it has at the first one
         try:
             os.killpg(process.pid, sent)
             process.wait(KILL_SECONDS)

@@ -32,7 +32,7 @@ from benchmarks.gpu_common import Meter, Report
 from benchmarks.gpu_model import FULL, TINY, Size, build
 
 LAYERS = 8
-ROUNDS = 3
+ROUNDS = 2
 SHARED_MEMORY = Path("/dev/shm")
 NAMES = ("bf16", "exact")
 

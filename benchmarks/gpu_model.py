@@ -26,8 +26,16 @@ from benchmarks.common import table
 from benchmarks.gpu_common import Meter, Report, same_bits
 from bitforbit.nn import compress_model, compressed_size, set_layout
 from bitforbit.ops import gpu
+from bitforbit.ops.gpu import Policy
 
 STANDARD_DEVIATION = 0.02
+POLICIES = {
+    "exact": Policy(),
+    "exact, decoded at use": Policy(ahead=0),
+    "exact, decoded first": Policy(product_first=False),
+    "exact, 2 ahead": Policy(ahead=2),
+}
+"""How decoding is scheduled: the default, and others to compare it with."""
 LAYERS = 32
 
 
@@ -50,7 +58,7 @@ class Size:
 
 
 FULL = Size(LAYERS, 4096, 14336, 32, 8, 128256, (1, 8, 32, 64), 128, 32, 2048, 5)
-TINY = Size(1, 64, 96, 2, 1, 96, (1, 2), 3, 2, 5, 1)
+TINY = Size(1, 64, 96, 2, 1, 96, (2,), 3, 2, 5, 1)
 
 
 def build(size: Size, device: torch.device) -> nn.Module:
@@ -108,8 +116,6 @@ class Decoder:
     @torch.inference_mode()
     def start(self) -> None:
         """Fill the cache with the prompt; the first token comes from it."""
-        if self.cache.is_initialized:
-            self.cache.reset()
         output = self.model(self.prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         self.tokens.copy_(output.logits[:, -1].argmax(-1, keepdim=True))
         self.rewind()
@@ -170,15 +176,18 @@ class Replay:
 
 
 def decode(models: dict[str, nn.Module], batch: int, size: Size, meter: Meter) -> dict[str, Any]:
-    """Steps of all models in turns, after the gate."""
-    replays = {name: Replay(Decoder(model, batch, size, meter.device), meter) for name, model in models.items()}
-    plain, exact = replays["bf16"], replays["exact"]
+    """Steps of BF16 and of exact under every policy, in turns, after the gate."""
+    replays = {"bf16": Replay(Decoder(models["bf16"], batch, size, meter.device), meter)}
+    for name, policy in POLICIES.items():
+        with gpu.use_policy(policy):
+            replays[name] = Replay(Decoder(models["exact"], batch, size, meter.device), meter)
     for i in range(size.steps):
-        plain.step()
-        exact.step()
-        same_bits(exact.decoder.logits, plain.decoder.logits, f"logits of step {i}, batch {batch}")
-    same_bits(exact.decoder.history, plain.decoder.history, f"tokens, batch {batch}")
-    milliseconds: dict[str, list[float]] = {name: [] for name in models}
+        for name, replay in replays.items():
+            replay.step()
+            same_bits(replay.decoder.logits, replays["bf16"].decoder.logits, f"{name}: logits of step {i}")
+    for name, replay in replays.items():
+        same_bits(replay.decoder.history, replays["bf16"].decoder.history, f"{name}: tokens")
+    milliseconds: dict[str, list[float]] = {name: [] for name in replays}
     for _ in range(size.rounds if meter.measures else 0):
         for name, replay in replays.items():
             replay.restart()
@@ -193,24 +202,28 @@ def decode(models: dict[str, nn.Module], batch: int, size: Size, meter: Meter) -
 
 
 def prefill(models: dict[str, nn.Module], size: Size, meter: Meter) -> dict[str, Any]:
-    """The first token of a long prompt."""
+    """The first token of a long prompt, without graph."""
     generator = torch.Generator(meter.device).manual_seed(1)
     prompt = torch.randint(size.vocabulary, (1, size.prefill), device=meter.device, generator=generator)
 
     @torch.inference_mode()
     def logits(name: str) -> torch.Tensor:
-        return models[name](prompt, use_cache=False, logits_to_keep=1).logits
+        with gpu.use_policy(POLICIES.get(name, Policy())):
+            output = models["bf16" if name == "bf16" else "exact"](prompt, use_cache=False, logits_to_keep=1)
+        return output.logits
 
-    same_bits(logits("exact"), logits("bf16"), "logits of the prefill")
-    seconds: dict[str, list[float]] = {name: [] for name in models}
+    names = ("bf16", *POLICIES)
+    for name in names:
+        same_bits(logits(name), logits("bf16"), f"{name}: logits of the prefill")
+    milliseconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(size.rounds if meter.measures else 0):
-        for name in models:
+        for name in names:
             torch.cuda.synchronize()
             begin = time.perf_counter()
             logits(name)
             torch.cuda.synchronize()
-            seconds[name].append(1000 * (time.perf_counter() - begin))
-    return {"tokens": size.prefill, "ms": {name: _median(values) for name, values in seconds.items()}}
+            milliseconds[name].append(1000 * (time.perf_counter() - begin))
+    return {"tokens": size.prefill, "ms": {name: _median(values) for name, values in milliseconds.items()}}
 
 
 def memory(models: dict[str, nn.Module], size: Size, meter: Meter) -> dict[str, Any]:
@@ -267,18 +280,19 @@ def measure(size: Size, meter: Meter, report: Report) -> None:
 
 def show(result: dict[str, Any]) -> str:
     """A table of the result."""
-    names = ("bf16", "exact")
+    names = ("bf16", *POLICIES)
     rows = [
-        [f"step, batch {d['batch']}", *(gpu_common.cell(d["step_ms"][name], ".2f") for name in names)]
+        [f"step, batch {d['batch']}, ms", *(gpu_common.cell(d["step_ms"][name], ".2f") for name in names)]
         for d in result.get("decode", ())
     ]
     if "prefill" in result:
         first = result["prefill"]
-        rows.append([f"prefill {first['tokens']}", *(gpu_common.cell(first["ms"][name], ".1f") for name in names)])
+        rows.append([f"prefill {first['tokens']}, ms", *(gpu_common.cell(first["ms"][n], ".1f") for n in names)])
     for key, label in (("weight_bytes", "weights, GB"), ("peak_beyond_weights", "peak beyond, GB")):
-        values = [result.get("memory", {}).get(name, {}).get(key) for name in names]
-        rows.append([label, *(gpu_common.cell(None if v is None else v / 1e9, ".2f") for v in values)])
-    return table([f"{result['layers']} layers", "BF16 ms", "exact ms"], rows)
+        values = [result.get("memory", {}).get(name, {}).get(key) for name in ("bf16", "exact")]
+        cells = [gpu_common.cell(None if value is None else value / 1e9, ".2f") for value in values]
+        rows.append([label, *cells, *[""] * (len(names) - 2)])
+    return table([f"{result['layers']} layers", *names], rows)
 
 
 def _median(values: list[float]) -> float | None:

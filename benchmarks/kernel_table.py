@@ -44,6 +44,8 @@ class Region:
     """The line that begins it: a loop, a function, a block."""
     weights: float
     """That one thread handles in one pass."""
+    times: str = ""
+    """A macro of the kernel that multiplies the weights."""
     without: tuple[tuple[str, str], ...] = ()
     """Blocks inside (file, first line) that a usual pass does not take."""
 
@@ -55,18 +57,21 @@ class Region:
 
 _TILE = "for (u32 j = 0; j < count; ++j) {"
 _PATCH = ("tiles.cuh", "__device__ __forceinline__ void patch(")
+_LEVEL2 = Region("level 2, per digit there", "planes_decode.cu", "for (u32 first = warp * kSlotGroups", 16)
 _PLANES = (
     Region(
         "level 1 and the join, whole tiles, rows on 16 bytes", "planes_decode.cu",
         "__device__ __forceinline__ void decode_chunk(", 64,
-        (
+        without=(
+            ("planes_decode.cu", "struct TailWords {"),
+            ("planes_decode.cu", "around: smem.tables[0] = place_exponents("),
             ("planes_decode.cu", "__device__ __forceinline__ void copy_tails("),
             ("planes_decode.cu", "__device__ __forceinline__ void expand_level3("),
             ("planes_decode.cu", "__device__ __forceinline__ void expand_level2("),
-            ("planes_decode.cu", "around: if (group + s * kSlotGroups >= groups) break;"),
+            ("planes_decode.cu", "around: if (number >= groups) break;"),
         ),
     ),
-    Region("level 2, per digit there", "planes_decode.cu", "for (u32 first = warp * kSlotGroups", 16),
+    _LEVEL2,
 )  # fmt: skip
 _DF11 = (
     Region("a look-up of 1 to 4 exponents", "df11.cuh", "while ((state & kWordEnd) == 0) {", 1),
@@ -75,9 +80,11 @@ _DF11 = (
 )
 
 REGIONS: dict[str, tuple[Region, ...]] = {
-    "planes_index": (Region("digits of level 1", "planes_decode_index.cu", "for (u32 g = lane; g < kChunkGroups", 64),),
+    "planes_index": (
+        Region("digits of level 1", "planes_decode_index.cu", "for (u32 chunk = thread / kWarp", 256),
+    ),
     "planes_decode": _PLANES,
-    "planes_rows": _PLANES,
+    "planes_rows": (_LEVEL2,),
     "planes_count": (Region("a group", "planes_encode.cu", "for (u32 group = threadIdx.x / kGroupLanes", 16),),
     "planes_write": (Region("a step", "planes_encode.cu", "for (u32 step = 0; step < groups", 16),),
     "planes_widened": (
@@ -85,17 +92,31 @@ REGIONS: dict[str, tuple[Region, ...]] = {
     ),
     "tiles_decode": (
         Region("a tile, with up to 32 escapes", "tiles_decode.cu", _TILE, 32),
-        Region("a tile without escapes", "tiles_decode.cu", _TILE, 32, (_PATCH,)),
+        Region("a tile without escapes", "tiles_decode.cu", _TILE, 32, without=(_PATCH,)),
     ),
     "tiles_rows": (
         Region(
             "512 columns, each loop once", "tiles_rows.cu", "tiles_rows(const u8* gmem_tiles", 16,
-            (("tiles_rows.cu", "for (u32 col = lane; col < cols_left"),),
+            without=(("tiles_rows.cu", "for (u32 col = lane; col < cols_left"),),
         ),
     ),
-    "tiles_histogram": (Region("a vector", "tiles_pack.cu", "for (u64 i = thread; i < count / 8", 8),),
+    "tiles_histogram": (Region("a vector", "tiles_pack.cu", "for (u64 i = thread; i < groups", 8),),
     "tiles_count": (Region("a tile", "tiles_pack.cu", "tiles_count(const u16* gmem_weights", 32),),
     "tiles_write": (Region("a tile", "tiles_pack.cu", "tiles_write(const u16* gmem_weights", 32),),
+    "fused_linear": (
+        Region(
+            "a tile, all tokens, with up to 32 escapes", "fused_linear.cu", "for (u32 tile = chunk_begin", 32,
+            "BITFORBIT_STRIPES",
+        ),
+        Region(
+            "besides, once per BITFORBIT_STAGES tiles: x, lists of escapes", "fused_linear.cu", "for (u32 chunk_begin",
+            32, "BITFORBIT_STRIPES",
+            (
+                ("fused_linear.cu", "for (u32 tile = chunk_begin"),
+                ("fused_linear.cu", "for (u32 i = 0; i < 8; ++i) {"),
+            ),
+        ),
+    ),
     "df11_decode": _DF11,
     "df11_rows": _DF11,
 }  # fmt: skip
@@ -156,8 +177,9 @@ def instructions(binaries: registry.Binaries) -> dict[str, dict[str, Any]]:
         functions = sass.disassemble(cubin)
         for kernel in kernels:
             function = functions[kernel.name]
+            macros = dict(kernel.defines)
             regions = [
-                {"what": region.what, "weights": region.weights, **pipes}
+                {"what": region.what, "weights": region.weights * int(macros.get(region.times, 1)), **pipes}
                 for region in REGIONS.get(kernel.name, ())
                 if (pipes := counted(kernel, function, region)) is not None
             ]

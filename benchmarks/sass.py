@@ -16,7 +16,8 @@ from bitforbit.cuda import sources
 
 PIPES = ("integer", "fma", "memory", "other")
 """integer: the integer ALU (MOV, SEL and PRMT too); fma: the pipe of IMAD, FFMA, HMUL2, ...; memory: loads, stores,
-atomics and shuffles, which go through the load/store unit; other: branches, barriers, POPC, the uniform datapath."""
+atomics and shuffles, which go through the load/store unit; other: branches, barriers, POPC, tensor cores, the uniform
+datapath."""
 
 _NAMES = {
     "integer": "BMSK FMNMX FSEL FSETP HMNMX2 IABS IADD IADD3 IMNMX ISCADD ISETP LEA LOP LOP3 MOV P2R PLOP3 PRMT R2P "
@@ -62,9 +63,15 @@ class Function:
     instructions: tuple[Instruction, ...]
     labels: dict[str, int]
 
+    @property
+    def usual(self) -> tuple[Instruction, ...]:
+        """Without what follows the last EXIT: loops that stand in for shuffles where lanes are not in step."""
+        exits = (at for at, i in enumerate(self.instructions) if i.opcode.split(".")[0] in ("EXIT", "RET"))
+        return self.instructions[: max(exits, default=len(self.instructions)) + 1]
+
     def loops(self) -> list[range]:
         """Indices from the target of each backward branch to the branch."""
-        ends = enumerate(self.instructions)
+        ends = enumerate(self.usual)
         return [range(self.labels[i.target], at + 1) for at, i in ends if self.labels.get(i.target, at + 1) <= at]
 
 
@@ -125,25 +132,30 @@ def block_lines(file: str, text: str) -> Lines:
     while around and depth >= 0:
         start -= 1
         depth += lines[start - 1].count("}") - lines[start - 1].count("{")
-    depth = end = 0
-    for end in range(start, len(lines) + 1):
-        line = lines[end - 1].strip()
-        line = line.removeprefix("}") if end == start else line
-        depth += line.count("{") - line.count("}")
-        if depth == 0 and line.endswith(("}", ";")):
-            break
+    end = start + _first_end("\n".join([lines[start - 1].strip().removeprefix("}"), *lines[start:]]))
     return frozenset((Path(file).name, number) for number in range(start, end + 1))
+
+
+def _first_end(text: str) -> int:
+    """Lines before the one in which the first block in braces ends, or the first statement if that comes before."""
+    braces = parentheses = 0
+    for at, character in enumerate(text):
+        parentheses += {"(": 1, ")": -1}.get(character, 0)
+        braces += {"{": 1, "}": -1}.get(character, 0)
+        if braces == 0 and (character == "}" or (character == ";" and parentheses == 0)):
+            return text.count("\n", 0, at)
+    return text.count("\n")
 
 
 def counted(function: Function, lines: Lines, loop: bool, without: Iterable[Lines] = ()) -> dict[str, int]:
     """Instructions per pipe of a block: of its loop, or of all that comes from its lines.
 
-    A loop is the outermost one of machine instructions of which most come from the block (the first, where the compiler
-    made several). Instructions from the lines of ``without`` are not counted.
+    A loop is the outermost one of machine instructions that come from the block, but for an eighth (the first such
+    loop, where the compiler made several). Instructions from the lines of ``without`` are not counted.
     """
-    code: Sequence[Instruction] = function.instructions
+    code: Sequence[Instruction] = function.usual
     if loop:
-        mostly = [r for r in function.loops() if 2 * sum(bool(code[i].lines & lines) for i in r) > len(r)]
+        mostly = [r for r in function.loops() if 8 * sum(not code[i].lines & lines for i in r) <= len(r)]
         outer = [r for r in mostly if not any(r != o and o.start <= r.start and r.stop <= o.stop for o in mostly)]
         if not outer:
             raise ValueError(f"expected a loop among the instructions of lines {sorted(lines)[:2]}..., got none")

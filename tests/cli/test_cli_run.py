@@ -193,3 +193,35 @@ def test_without_torch(models: dict[str, Path]) -> None:
     lines = done.stderr.splitlines()
     assert len(lines) == 3
     assert all("pip install 'torch>=2.11'" in line for line in lines), lines
+
+
+@pytest.mark.parametrize("command", ["run", "chat", "bench"])
+@pytest.mark.parametrize(
+    ("options", "kind", "words"),
+    [
+        (["--device", "cuda"], "Gpu", "CPU"),
+        (["--device", "cuda:1"], "Gpu", "CPU"),
+        (["--device", "tpu"], "UsageError", "auto, cpu, cuda or cuda:N, got 'tpu'"),
+        (["--device", "cuda:x"], "UsageError", "got 'cuda:x'"),
+        (["--device", "cpu", "--runtime", "tiles"], "UsageError", "expected a GPU"),
+        (["--runtime", "fast"], "UsageError", "one of auto, planes, tiles, df11, got 'fast'"),
+    ],
+)
+def test_devices_that_cannot_be_used(
+    command: str, options: list[str], kind: str, words: str, models: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    if kind == "Gpu" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    prompt = ["-p", PROMPT] if command == "run" else []
+    assert main([command, str(models["native"]), *prompt, *options, "--json"]) == 2
+    error = one_object(capsys.readouterr().out)["error"]
+    assert isinstance(error, dict)
+    assert str(error["type"]).startswith(kind)
+    assert words in str(error["message"])
+
+
+def test_on_a_cpu_by_name(models: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["-n", "2", "--json", "--device", "cpu", "--runtime", "planes"]
+    assert main(["run", str(models["native"]), "-p", PROMPT, *options]) == 0
+    value = one_object(capsys.readouterr().out)
+    assert (value["device"], value["runtime"], value["gpu_peak_bytes"]) == ("cpu", "planes", None)

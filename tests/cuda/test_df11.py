@@ -23,8 +23,11 @@ from hypothesis import strategies as st
 
 from bitforbit.codecs.df11 import decode_unit, encode_unit, naive
 from bitforbit.cuda import df11
+from bitforbit.cuda.df11 import Df11Geometry
+from bitforbit.cuda.df11.geometry import padded
+from bitforbit.cuda.df11.prepare import lookups
 from bitforbit.errors import CorruptTensorError, UsageError
-from cuda_shim.emulation import run_everywhere
+from cuda_shim.emulation import EmulatedQueue, run_everywhere
 
 ANY_QUEUE = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -42,6 +45,39 @@ def test_every_order_of_lanes_and_no_stray_access() -> None:
     decoded = run_everywhere(lambda queue: OnDevice(queue, unit).decode(1, 20_000, offset=2, guard=0))
     np.testing.assert_array_equal(decoded[0], words[1:20_000])
     assert decoded[1] == 0
+
+
+def test_more_blocks_than_run_at_once(queue: Any) -> None:
+    """Then each block of threads takes several, one after the other."""
+    words = gaussian(75_000 * queue.properties.multiprocessors, seed=6)
+    unit = encode_unit([words])
+    device = OnDevice(queue, unit)
+    for begin, end in [(0, words.size), (30_011, words.size - 5)]:
+        first, last = device.geometry.blocks_of(begin, end)
+        assert df11.decode_config(device.geometry, last - first, queue.properties).grid[0] < last - first
+        got, status = device.decode(begin, end)
+        np.testing.assert_array_equal(got, words[begin:end])
+        assert status == 0
+
+
+def test_several_blocks_one_after_the_other_in_every_order() -> None:
+    words = shuffled({120: 260_000, 121: 130_000, 122: 60_000, 90: 3})
+    unit = encode_unit([words])
+    assert unit.num_blocks > 16
+    decoded = run_everywhere(lambda queue: OnDevice(queue, unit).decode(), ["seed 0", "seed 11", "races"])
+    np.testing.assert_array_equal(decoded[0], words)
+    assert decoded[1] == 0
+
+
+def test_more_rows_than_run_at_once(queue: Any, words: Words) -> None:
+    device = OnDevice(queue, encode_unit([words]))
+    ids = np.random.default_rng(9).integers(-1, 601, 9 * queue.properties.multiprocessors)
+    assert df11.rows_config(device.geometry, ids.size, queue.properties).grid[0] < ids.size
+    got, status = device.rows(0, 100, 600, ids)
+    inside = (ids >= 0) & (ids < 600)
+    np.testing.assert_array_equal(got[inside], words.reshape(600, 100)[ids[inside]])
+    assert not got[~inside].any()
+    assert status == (0 if inside.all() else 2)
 
 
 def test_files_of_the_official_tool(queue: Any) -> None:
@@ -174,6 +210,35 @@ def test_rows_in_every_order_of_lanes(words: Words) -> None:
     got, status = run_everywhere(lambda queue: OnDevice(queue, unit).rows(5, 299, 200, ids))
     np.testing.assert_array_equal(got[:3], words[5 : 5 + 200 * 299].reshape(200, 299)[ids[:3]])
     assert status == 2
+
+
+def test_the_largest_unit() -> None:
+    """2^32 - 1 weights with one exponent: a stream of zeros. Its memory is never touched but for the part decoded."""
+    small = encode_unit([words_of(np.full(5, 77))])
+    elements, blocks = (1 << 32) - 1, 1 << 18
+    positions = np.minimum(16384 * np.arange(blocks + 1), elements).astype(np.uint32)
+    geometry = Df11Geometry(elements, blocks, 4096 * blocks, 2, 2, 16384, positions)
+    tables = np.concatenate([lookups(small.luts).view(np.uint8).reshape(-1), small.luts.reshape(-1)])
+    signs = np.zeros(padded(elements), np.uint8)
+    index = np.zeros(geometry.index_bytes, np.uint8)
+    index[-padded(positions.nbytes) :].view(np.uint32)[: positions.size] = positions
+    stream = np.zeros(geometry.stream_bytes, np.uint8)
+    parts = [(part.ctypes.data, part.nbytes) for part in (tables, stream, signs, index)]
+    for begin, end in [(elements - 20_000, elements), ((1 << 31) - 3, (1 << 31) + 9)]:
+        signs[begin:end] = np.random.default_rng(begin).integers(0, 256, end - begin)
+        expected = signs[begin:end].astype(np.uint16)
+        expected = (expected & 0x80) << 8 | 77 << 7 | (expected & 0x7F)
+        out, status = np.zeros(end - begin, np.uint16), np.zeros(1, np.uint32)
+        df11.decode(EmulatedQueue(), parts, geometry, begin, end, out.ctypes.data, status.ctypes.data)
+        np.testing.assert_array_equal(out, expected)
+        assert status[0] == 0
+    ids, row = np.array([(elements - 5) // 1000 - 1]), np.zeros(1000, np.uint16)
+    df11.rows(
+        EmulatedQueue(), parts, geometry, 5, 1000, elements // 1000, ids.ctypes.data, 8, 1, row.ctypes.data
+    )  # fmt: skip
+    begin = 5 + 1000 * int(ids[0])
+    np.testing.assert_array_equal(row & 0x7F, signs[begin : begin + 1000] & 0x7F)
+    assert set(row >> 7 & 0xFF) == {77}
 
 
 def test_arguments_are_checked(queue: Any, words: Words) -> None:

@@ -111,6 +111,33 @@ def test_capture_ids(library: Path, tmp_path: Path) -> None:
     assert printed == "41 0"
 
 
+QUEUE = (
+    "from helpers.gpu_queue import GpuQueue\n"
+    "import ctypes\n"
+    "with GpuQueue(0) as queue:\n"
+    "    data, made, nothing = queue.upload(bytes(range(100))), queue.empty(7), queue.upload(b'')\n"
+    "    queue.launch(FILL, LaunchConfig.linear(1, 32), data.address, 9)\n"
+    "    assert queue.launcher.launches == [('fill', LaunchConfig.linear(1, 32))]\n"
+    "    assert queue.download(data) == bytes(range(100)) and queue.download(data, 2) == b'\\0\\1'\n"
+    "    assert queue.download(made) == b'\\xa5' * 7 and queue.download(nothing) == b''\n"
+    "    assert queue.download(queue.zeros(300)) == bytes(300)\n"
+    "    ctypes.memset(made.address + BEYOND, 1, 1)\n"
+)
+
+
+def test_the_queue_of_the_tests(library: Path, tmp_path: Path) -> None:
+    where = f"import sys; sys.path.insert(0, {str(SOURCE.parents[1])!r})\n"
+    _, calls = run(library, tmp_path, where + QUEUE.replace("BEYOND", "6"))
+    assert calls[-2:] == ["cuStreamDestroy 51", "cuCtxPopCurrent 100a"]
+    assert any("stream 51" in call for call in calls)
+    beyond = (
+        QUEUE.replace("BEYOND", "7").replace("with GpuQueue(0)", "try:\n  with GpuQueue(0)").replace("\n  ", "\n   ")
+    )
+    printed, calls = run(library, tmp_path, where + beyond + "except AssertionError as error: print(error)")
+    assert "a write beyond the buffer" in printed
+    assert calls[-1] == "cuCtxPopCurrent 100a"
+
+
 CAUGHT = (
     "try: launcher.for_device(0).launch(FILL, LaunchConfig.linear(1, 32), (256, 1), 0)\n"
     "except Exception as error: print(type(error).__name__, error)\n"

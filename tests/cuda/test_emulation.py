@@ -17,6 +17,7 @@ SUM = Kernel("sum_words", TEXT, (Pointer, U64, Pointer))
 REVERSE = Kernel("reverse", TEXT, (Pointer, Pointer))
 EARLY_EXIT = Kernel("early_exit", TEXT, (Pointer, U32))
 HALVES = Kernel("halves", TEXT, (Pointer,))
+READ_THEN_UPDATE = Kernel("read_then_update", TEXT, (Pointer,))
 COLLECTIVES = Kernel("collectives", TEXT, (Pointer, Pointer, Pointer, Pointer))
 
 
@@ -66,6 +67,15 @@ def test_masks_of_half_a_warp() -> None:
 
     value = [3 * (lane ^ 1) if lane < 16 else 5 * (lane ^ 3) for lane in range(32)]
     assert run_everywhere(run) == [value[31 - lane] + 155 for lane in range(32)]
+
+
+def test_updates_of_what_others_have_read() -> None:
+    def run(queue: EmulatedQueue) -> list[int]:
+        out = queue.zeros(128)
+        queue.launch(READ_THEN_UPDATE, LaunchConfig.linear(1, 32), out.address)
+        return words(queue, out)
+
+    assert run_everywhere(run) == [3 * sum(range(32)) + 32 + 64] * 32
 
 
 def test_collectives_and_atomics() -> None:
@@ -141,5 +151,6 @@ def test_entry_points_and_launch_bounds() -> None:
         "early_exit": "32",
         "halves": "32",
         "collectives": "32",
+        "read_then_update": "32",
     }
     assert sources.entry_points(TEXT)[0] == "sum_words"

@@ -39,6 +39,7 @@ def launch(mode: str, name: str, threads: int, *arguments: str | int, dynamic: i
         ("races", "write_after_read", 64, ("out",), "race, written without synchronisation after other threads read"),
         ("races", "no_syncwarp", 32, ("out",), "smem_words.*race, (written|read) without synchronisation"),
         ("races", "half_syncwarp", 32, ("out",), "smem_words.*race, (written|read) without synchronisation"),
+        ("races", "vote_is_no_fence", 32, ("out",), "smem_words.*race, (written|read) without synchronisation"),
         ("seed 0, seed 6, races, memory", "divergent_barrier", 64, ("out",), "threads of one block meet in"),
         ("seed 0, seed 1, races, memory", "barrier_in_warp", 32, ("out",), "deadlock .* __syncthreads .*faults.cu:"),
         ("seed 0, seed 1, races, memory", "mask_without_self", 32, ("out",), "mask leaves out a lane"),

@@ -93,6 +93,13 @@ def test_large_shared_memory_is_asked_for_once(driver: StandIn, launcher: CudaLa
     assert driver.limits == [("lone", 100 << 10), ("lone", 200 << 10)]
 
 
+def test_static_shared_memory_counts(driver: StandIn, launcher: CudaLauncher) -> None:
+    driver.static = 1000
+    for nbytes in ((48 << 10) - 1000, (48 << 10) - 999):
+        launcher.launch(LONE, LaunchConfig.linear(1, 32, nbytes), (1,), 0)
+    assert driver.limits == [("lone", (48 << 10) - 999)]
+
+
 def test_an_empty_grid_enqueues_nothing(driver: StandIn, launcher: CudaLauncher) -> None:
     launcher.launch(LONE, LaunchConfig.linear(0, 32), (1,), 0)
     assert driver.launches == []

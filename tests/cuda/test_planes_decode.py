@@ -13,6 +13,7 @@ from bitforbit.codecs.planes import naive
 from bitforbit.codecs.planes.layout import PLANE_WIDTHS, Layout
 from bitforbit.cuda.planes import decode
 from bitforbit.errors import CorruptTensorError, UsageError
+from cuda_shim.emulation import queue as checked_queue
 from cuda_shim.emulation import run_everywhere
 from helpers.device_planes import CODEC, Case, encoded, hostile_bytes
 
@@ -104,6 +105,20 @@ def test_rows_at_every_alignment(queue: Any, cols: int) -> None:
         assert case.decode(1, 19) == data[case.row_bytes :].tobytes(), kind
 
 
+@pytest.mark.parametrize("shift", [1, 2, 4, 8, 16])
+def test_outputs_at_every_alignment(queue: Any, shift: int) -> None:
+    for kind, wide in KINDS:
+        data = hostile_bytes(kind, wide, 19 * 128, shift, "trained")
+        case = Case(queue, encoded(data, kind, wide, 19, 128), wide)
+        if shift % (case.row_bytes // 128):
+            continue
+        room = queue.zeros(data.size + 64)
+        decode.decode(
+            queue, case.parts, case.layout, wide, 0, 19, room.address + shift, case.workspace.address
+        )  # fmt: skip
+        assert queue.download(room) == bytes(shift) + data.tobytes() + bytes(64 - shift), kind
+
+
 @pytest.mark.parametrize("id_type", [np.int32, np.int64])
 @pytest.mark.parametrize(("kind", "wide"), KINDS)
 def test_rows_by_id(queue: Any, kind: str, wide: bool, id_type: type) -> None:
@@ -176,6 +191,21 @@ def test_damage_is_noticed_where_the_cpu_notices_it(queue: Any, part: str) -> No
     assert True in agreed
 
 
+def test_damage_leads_to_no_access_outside_of_buffers() -> None:
+    rows, cols = 19, 150
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        kind = list(PLANE_WIDTHS)[seed % 2 * 3]
+        good = encoded(hostile_bytes(kind, False, rows * cols, seed, "zeros"), kind, False, rows, cols, 16)
+        parts = {name: part.copy() for name, part in good.parts.items()}
+        name = ("code", "digits", "tails")[seed % 3]
+        parts[name][:] = 0xFF if seed < 3 else rng.integers(0, 256, parts[name].size)
+        case = Case.of_parts(checked_queue("memory"), parts, Layout.from_config(good.config, kind, (rows, cols)))
+        case.decode(0, rows)
+        case.rows(np.array([0, rows - 1], np.int32))
+        assert case.status() == 1, (seed, name)
+
+
 def test_counts_that_contradict_the_digits(queue: Any) -> None:
     data = hostile_bytes("BF16", False, 40 * 100, 0, "trained")
     good = encoded(data, "BF16", False, 40, 100, 64)
@@ -207,14 +237,15 @@ def test_what_cannot_be_carried_out(queue: Any) -> None:
     data = hostile_bytes("F16", False, 40 * 100, 0, "trained")
     case = Case(queue, encoded(data, "F16", False, 40, 100))
     out, space, layout = 1 << 12, case.workspace.address, case.layout
+    decode.prepare(queue, case.parts, layout, space)
     with pytest.raises(UsageError, match="41"):
         decode.decode(queue, case.parts, layout, False, 0, 41, out, space)
     with pytest.raises(UsageError, match="widened"):
         decode.decode(queue, case.parts, layout, True, 0, 40, out, space)
     with pytest.raises(UsageError, match="output"):
-        decode.decode(queue, case.parts, layout, False, 0, 40, out + 2, space)
+        decode.decode(queue, case.parts, layout, False, 0, 40, out + 1, space)
     with pytest.raises(UsageError, match="workspace"):
-        decode.decode(queue, case.parts, layout, False, 0, 40, out, space + 16)
+        decode.decode(queue, case.parts, layout, False, 0, 40, out, space + 8)
     with pytest.raises(UsageError, match="4 or 8"):
         decode.rows(queue, case.parts, layout, False, 0, 2, 1, out, space)
     with pytest.raises(UsageError, match="part 'code'"):

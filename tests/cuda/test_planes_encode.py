@@ -192,7 +192,7 @@ def test_widened_bf16_is_found(queue: Queue) -> None:
 
 
 # Each binary of these modes takes long to build; the others have the same planes and widths of elements.
-@pytest.mark.parametrize(("kind", "wide"), [("BF16", True), ("F16", False), ("F8_E4M3", False)])
+@pytest.mark.parametrize(("kind", "wide"), KINDS, ids=IDS)
 @pytest.mark.parametrize("mode", ["races", "memory"])
 def test_no_races_and_no_access_outside_of_buffers(mode: str, kind: str, wide: bool) -> None:
     checked = emulation.queue(mode)

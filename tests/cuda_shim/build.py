@@ -19,8 +19,8 @@ BUILD = HERE.parents[1] / "build" / "cuda_shim"
 
 Defines = tuple[tuple[str, str], ...]
 
-COMMON = ("-std=c++20", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hidden", "-fno-gnu-unique", "-pthread", "-w")
-"""Hidden and not unique: else the libraries that one process loads would share their lists of kernels."""
+COMMON = ("-std=c++20", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hidden", "-pthread", "-w")
+"""Hidden: else the libraries that one process loads would share their lists of kernels."""
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,16 @@ class Flavour:
     link_flags: tuple[str, ...]
 
 
+_ENGINE = ("fibres.cpp", "copies.cpp", "launch.cpp")
 _SANITIZERS = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 FLAVOURS = {
     # A library. Misaligned accesses end the launch with a message, by a function of launch.cpp.
-    "plain": Flavour(
-        ("fibres.cpp", "launch.cpp"), ("-O2", "-DSHIM_CHECK_ALIGNMENT"), ("-O2", "-fsanitize=alignment"), ("-shared",)
-    ),
+    "plain": Flavour((*_ENGINE,), ("-O2", "-DSHIM_CHECK_ALIGNMENT"), ("-O2", "-fsanitize=alignment"), ("-shared",)),
     # A library. races.cpp takes the calls that the sanitizer's flag puts before the kernel's loads and stores.
-    "races": Flavour(("fibres.cpp", "launch.cpp", "races.cpp"), ("-O2",), ("-O1", "-fsanitize=thread"), ("-shared",)),
+    "races": Flavour((*_ENGINE, "races.cpp"), ("-O2",), ("-O1", "-fsanitize=thread"), ("-shared",)),
     # A program.
-    "memory": Flavour(("fibres.cpp", "launch.cpp", "runner.cpp"), _SANITIZERS, _SANITIZERS, _SANITIZERS),
+    "memory": Flavour((*_ENGINE, "runner.cpp"), _SANITIZERS, _SANITIZERS, _SANITIZERS),
 }
 
 

@@ -9,8 +9,8 @@ give the same result::
     from cuda_shim.emulation import run_everywhere
 
     def run(queue):
-        out = queue.empty(nbytes)
-        decode(queue, parts_of(queue.upload(...)), layout, 0, rows, out.address)
+        given, out = queue.upload(data), queue.empty(nbytes)  # keep what launches use, else it is freed
+        decode(queue, [(given.address, given.nbytes)], layout, 0, rows, out.address)
         return queue.download(out)
 
     assert run_everywhere(run) == expected
@@ -62,6 +62,8 @@ class EmulatedLauncher:
 
     ``uninitialized`` reports reads of shared memory that no thread of the block has written, too: off, because a kernel
     may read such bytes and drop them. What it must not do is use them: they differ between seeds.
+    ``mma_rounds_each``: tensor cores add in FP32, product by product, instead of exactly with one rounding. Devices do
+    neither exactly: a result that must be the device's cannot be had here.
     """
 
     def __init__(
@@ -72,12 +74,14 @@ class EmulatedLauncher:
         *,
         races: bool = False,
         uninitialized: bool = False,
+        mma_rounds_each: bool = False,
     ) -> None:
         self.seed = seed
         self.os_threads = os_threads
         self.properties = properties
         self.flavour = "races" if races or uninitialized else "plain"
         self.uninitialized = uninitialized
+        self.mma_rounds_each = mma_rounds_each
         self.launches: list[tuple[str, LaunchConfig]] = []
 
     def launch(self, kernel: Kernel, config: LaunchConfig, arguments: Sequence[Argument], stream: int = 0) -> None:
@@ -87,6 +91,7 @@ class EmulatedLauncher:
         code = library(kernel.source, kernel.defines, self.flavour)
         check_parameters(code, kernel)
         code.shim_report_uninitialized(self.uninitialized)
+        code.shim_mma_rounds_each(self.mma_rounds_each)
         values = [kind(argument) for kind, argument in zip(kernel.parameters, arguments, strict=True)]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         message = ctypes.create_string_buffer(2000)

@@ -49,6 +49,7 @@ constinit thread_local State* g_state = nullptr;
 constinit thread_local Context g_context{};
 RaceHooks g_races;
 bool g_report_uninitialized = false;
+bool g_mma_rounds_each = false;
 
 #ifdef __SANITIZE_ADDRESS__
 constexpr size_t kStackBytes = 256 << 10;
@@ -112,13 +113,17 @@ void touched(const void* address, size_t bytes, bool write) {
 
 size_t stack_bytes() { return kStackBytes; }
 
-static bool complete(const Collective& c, const Warp& warp) {
-  return c.mask != 0 && ((c.arrived | warp.exited) & c.mask) == c.mask;
+// Whether a collective has all its lanes, but for those that have exited.
+static bool complete(const Collective& c, unsigned exited) {
+  return c.mask != 0 && ((c.arrived | exited) & c.mask) == c.mask;
 }
 
-// A collective has its last lane: from here on all its lanes know what the others did before.
+static bool is_syncwarp(const Site& site) { return std::strcmp(site.what, "__syncwarp") == 0; }
+
+// A collective has its last lane. After __syncwarp, the only one that orders memory, its lanes know what the others
+// did.
 static void in_step(State& s, Warp& warp, const Collective& c, unsigned warp_index) {
-  if (g_races.access == nullptr) return;
+  if (g_races.access == nullptr || !is_syncwarp(c.site)) return;
   const unsigned time = ++warp.time;
   unsigned seen[kLanes] = {};
   for (unsigned pass = 0; pass < 2; ++pass) {
@@ -143,14 +148,11 @@ static void fibre_main() {
   Warp& warp = s.warps[me.warp];
   me.wait = Wait::kDone;
   --s.running;
-  for (Collective& c : warp.collectives) {
-    const bool before = complete(c, warp);
-    const unsigned exited = warp.exited;
-    warp.exited |= 1u << me.lane;
-    if (!before && complete(c, warp)) in_step(s, warp, c, me.warp);
-    warp.exited = exited;
+  const unsigned exited = warp.exited | 1u << me.lane;
+  for (const Collective& c : warp.collectives) {
+    if (!complete(c, warp.exited) && complete(c, exited)) in_step(s, warp, c, me.warp);
   }
-  warp.exited |= 1u << me.lane;
+  warp.exited = exited;
   for (;;) yield();
 }
 
@@ -162,7 +164,7 @@ const Collective& meet(const Site& site, unsigned mask, const uint64_t* words, u
   Warp& warp = s.warps[me.warp];
   Collective *open = nullptr, *free = nullptr;
   for (Collective& c : warp.collectives) {
-    if (c.mask == mask && !complete(c, warp) && (c.arrived & bit) == 0) open = &c;
+    if (c.mask == mask && !complete(c, warp.exited) && (c.arrived & bit) == 0) open = &c;
     if (c.mask == 0 && free == nullptr) free = &c;
   }
   if (open == nullptr) {
@@ -172,7 +174,7 @@ const Collective& meet(const Site& site, unsigned mask, const uint64_t* words, u
     open->arrived = open->left = 0;
     open->site = site;
   }
-  const bool any_line = std::strcmp(site.what, "__syncwarp") == 0 && std::strcmp(open->site.what, site.what) == 0;
+  const bool any_line = is_syncwarp(site) && is_syncwarp(open->site);
   if (!any_line && !same(open->site, site)) {
     fail("lanes of one mask meet in " + text(open->site) + " and in " + text(site));
   }
@@ -180,8 +182,8 @@ const Collective& meet(const Site& site, unsigned mask, const uint64_t* words, u
   open->arrived |= bit;
   me.joined = open;
   me.site = site;
-  if (complete(*open, warp)) in_step(s, warp, *open, me.warp);
-  while (!complete(*open, warp)) {
+  if (complete(*open, warp.exited)) in_step(s, warp, *open, me.warp);
+  while (!complete(*open, warp.exited)) {
     me.wait = Wait::kCollective;
     yield();
   }
@@ -233,7 +235,8 @@ void* dynamic_memory() {
 }
 
 static bool runnable(const State& s, const Fibre& f) {
-  return f.wait == Wait::kNone || (f.wait == Wait::kCollective && complete(*f.joined, s.warps[f.warp]));
+  return f.wait == Wait::kNone || (f.wait == Wait::kCollective && complete(*f.joined, s.warps[f.warp].exited)) ||
+         (f.wait == Wait::kPhase && phase_is_over(*f.phases, f.parity));
 }
 
 unsigned permuted(unsigned i, unsigned n, unsigned seed, unsigned round) {
@@ -249,7 +252,7 @@ static std::string deadlock(const State& s) {
   unsigned told = 0;
   const Site* last = nullptr;
   for (const Fibre& f : s.fibres) {
-    if (f.wait != Wait::kBarrier && f.wait != Wait::kCollective) continue;
+    if (f.wait == Wait::kNone || f.wait == Wait::kDone) continue;
     if ((last != nullptr && same(*last, f.site)) || told == 4) continue;
     last = &f.site;
     ++told;
@@ -264,6 +267,8 @@ static void start_block(State& s) {
   s.running = s.threads;
   s.at_barrier = 0;
   s.barriers = 1;
+  s.ticks = 0;
+  s.phases.clear();
   s.round = 0;
   if (s.dynamic_bytes != 0) make_shared_array(s, "dynamic shared memory", s.dynamic_bytes);
   for (Warp& warp : s.warps) {

@@ -63,6 +63,18 @@ void* dynamic_memory();
 // Tells the race detector of shared memory that the emulation reads or writes on behalf of the current lane.
 void touched(const void* address, size_t bytes, bool write);
 
+// Copies under way and mbarriers: copies.cpp. async.cuh says what they do.
+void copy_async(void* smem, const void* gmem, unsigned bytes, unsigned valid);
+void copy_async_commit();
+void copy_async_wait(unsigned pending);
+void mbarrier_init(void* barrier, unsigned count);
+void mbarrier_arrive(void* barrier, unsigned bytes);
+void mbarrier_wait(const Site& site, void* barrier, unsigned parity);
+void copy_bulk(void* smem, const void* gmem, unsigned bytes, void* barrier);
+
+// How mma_bf16 adds: see async.hpp.
+extern bool g_mma_rounds_each;
+
 // --- entry points of a text ------------------------------------------------------------------------------------------
 
 template <auto kFunction>

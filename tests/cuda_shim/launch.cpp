@@ -132,6 +132,7 @@ __attribute__((used)) void __ubsan_handle_type_mismatch_v1(const ShimTypeMismatc
 
 extern "C" {
 void shim_report_uninitialized(bool on) { shim::g_report_uninitialized = on; }
+void shim_mma_rounds_each(bool on) { shim::g_mma_rounds_each = on; }
 int shim_parameters(const char* name, size_t* bytes) {
   const shim::KernelEntry* kernel = shim::find(name);
   if (kernel == nullptr || kernel->parameter_bytes.size() > 64) return -1;

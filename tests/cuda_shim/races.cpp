@@ -2,8 +2,9 @@
 // kernel text. Linked without that sanitizer's own runtime, itself built without the flag.
 //
 // Two accesses of one byte by different threads, one of them a write and not both atomic, are a race unless
-// __syncthreads lies between them, or, within a warp, collectives through which one lane has come to know of the
-// other's access. On request, a byte that is read before any thread wrote it is reported too.
+// __syncthreads lies between them, or, within a warp, __syncwarp through which one lane has come to know of the other's
+// access; shuffles and votes do not order memory. Who has waited for a phase of an mbarrier is taken to know all that
+// was done before the phase ended. On request, a byte that is read before any thread wrote it is reported too.
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -15,6 +16,7 @@ namespace shim {
 // What happened last to one byte. Thread numbers are plus one, so that zeros mean never.
 struct Cell {
   unsigned write_barriers, write_time;
+  unsigned write_tick, read_tick;
   unsigned short write_thread;
   unsigned short read_warp;  // plus one; kSeveral: more than one warp
   unsigned read_barriers, read_time, read_lanes;
@@ -32,13 +34,13 @@ void forget(Cell* cells) { std::free(cells); }
 bool knows(const Fibre& me, unsigned lane, unsigned time) { return lane == me.lane || me.seen[lane] > time; }
 
 bool after_write(const State& s, const Fibre& me, const Cell& cell) {
-  if (cell.write_thread == 0 || cell.write_barriers != s.barriers) return true;
+  if (cell.write_thread == 0 || cell.write_barriers != s.barriers || cell.write_tick < me.acquired) return true;
   const unsigned thread = cell.write_thread - 1u;
   return thread / kLanes == me.warp && knows(me, thread % kLanes, cell.write_time);
 }
 
 bool after_reads(const State& s, const Fibre& me, const Cell& cell) {
-  if (cell.read_warp == 0 || cell.read_barriers != s.barriers) return true;
+  if (cell.read_warp == 0 || cell.read_barriers != s.barriers || cell.read_tick < me.acquired) return true;
   if (cell.read_warp == kSeveral || cell.read_warp - 1u != me.warp) return false;
   for (unsigned lane = 0; lane < kLanes; ++lane) {
     if ((cell.read_lanes >> lane & 1) != 0 && !knows(me, lane, cell.read_time)) return false;
@@ -48,8 +50,7 @@ bool after_reads(const State& s, const Fibre& me, const Cell& cell) {
 
 void note_read(const State& s, const Fibre& me, Cell& cell, unsigned time, bool atomic) {
   const unsigned short warp = static_cast<unsigned short>(me.warp + 1);
-  // Who comes after this read comes after those that it knows of, too.
-  if (after_reads(s, me, cell)) {
+  if (after_reads(s, me, cell)) {  // reads before this one that matter no more
     cell.read_warp = warp;
     cell.read_lanes = 0;
     cell.read_atomic = true;
@@ -58,6 +59,7 @@ void note_read(const State& s, const Fibre& me, Cell& cell, unsigned time, bool 
   }
   cell.read_barriers = s.barriers;
   cell.read_time = time;
+  cell.read_tick = s.ticks;
   cell.read_lanes |= 1u << me.lane;
   cell.read_atomic = cell.read_atomic && atomic;
 }
@@ -84,6 +86,7 @@ void check(const Shared& array, size_t at, bool read, bool write, bool atomic) {
     }
     cell.write_barriers = s.barriers;
     cell.write_time = time;
+    cell.write_tick = s.ticks;
     cell.write_thread = static_cast<unsigned short>(me.index + 1);
     cell.write_atomic = atomic;
   }

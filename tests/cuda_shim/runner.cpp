@@ -3,8 +3,8 @@
 //
 // Case: bytes of the kernel's name, name; grid x, y, z; block x, y, z; dynamic shared bytes; seed; number of buffers,
 // each: bytes, address modulo 256, content; number of arguments, each two: buffer and offset of a pointer, or ~0 and
-// bits; number of links, each four: buffer and offset of a word that becomes a pointer, buffer and offset that it points
-// to. Result: bytes of the fault's message, message; contents of all buffers, links as they were.
+// bits; number of links, each four: buffer and offset of a word that becomes a pointer, buffer and offset that it
+// points to. Result: bytes of the fault's message, message; contents of all buffers, links as they were.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>

@@ -5,8 +5,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <bit>
-#include <vector>
 
 #include "fibres.hpp"
 
@@ -84,174 +82,6 @@ T reduce(const Site& site, unsigned mask, T value, F fold) {
   return value;
 }
 }  // namespace shim
-
-// ldmatrix.sync.aligned.m8n8.x4.shared.b16, with a generic address: ldmatrix.cuh has the meaning.
-inline uint4 ldmatrix_x4(const void* row, SHIM_SITE) {
-  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) shim::fail("misaligned ldmatrix");
-  const uint64_t address = reinterpret_cast<uintptr_t>(row);
-  const shim::Collective& all = shim::meet({"ldmatrix", file, line}, 0xFFFFFFFFu, &address, 1);
-  if (all.arrived != 0xFFFFFFFFu) shim::fail("ldmatrix: a lane has exited");
-  const unsigned lane = shim::g_context.lane;
-  unsigned words[4];
-  for (unsigned k = 0; k < 4; ++k) {
-    const char* source = reinterpret_cast<const char*>(all.values[8 * k + lane / 4][0]) + 4 * (lane % 4);
-    shim::touched(source, 4, false);
-    std::memcpy(&words[k], source, 4);
-  }
-  shim::meet({"ldmatrix", file, line}, 0xFFFFFFFFu, nullptr, 0);  // no lane goes on before all have read
-  return {words[0], words[1], words[2], words[3]};
-}
-
-// --- products of fragments: mma.cuh has the meaning ------------------------------------------------------------------
-
-// mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32. How the hardware sums is not documented; here an element of C is
-// summed in FP64, first the accumulator, then the products in the order of k, and rounded to FP32 once.
-inline void mma_bf16(float (&c)[4], uint4 a, unsigned b0, unsigned b1, SHIM_SITE) {
-  const uint64_t words[3] = {uint64_t(a.y) << 32 | a.x, uint64_t(a.w) << 32 | a.z, uint64_t(b1) << 32 | b0};
-  const shim::Collective& all = shim::meet({"mma", file, line}, 0xFFFFFFFFu, words, 3);
-  if (all.arrived != 0xFFFFFFFFu) shim::fail("mma: a lane has exited");
-  const auto bf16 = [](uint64_t word, unsigned half) {
-    return double(std::bit_cast<float>(unsigned(word >> (16 * half)) << 16));
-  };
-  const unsigned q = shim::g_context.lane / 4, t = shim::g_context.lane % 4;
-  for (unsigned e = 0; e < 4; ++e) {
-    const unsigned row = q + 8 * (e / 2), column = 2 * t + e % 2;
-    double sum = c[e];
-    for (unsigned k = 0; k < 16; ++k) {
-      const unsigned lane = k % 8 / 2, half = k % 2, high = k / 8;
-      sum += bf16(all.values[4 * (row % 8) + lane][high], 2 * (row / 8) + half) *
-             bf16(all.values[4 * column + lane][2], 2 * high + half);
-    }
-    c[e] = float(sum);
-  }
-}
-inline unsigned short to_bf16(float value) {
-  const unsigned bits = std::bit_cast<unsigned>(value);
-  return value != value ? 0x7FFF : static_cast<unsigned short>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-}
-
-// --- cp.async: async.cuh has the meaning -----------------------------------------------------------------------------
-
-namespace shim {
-
-// Copies take effect as late as they may: when their thread waits for them. Until then there is garbage.
-struct Copy {
-  char* to;
-  const char* from;  // nullptr: zeros
-};
-struct Copies {
-  std::vector<Copy> open;
-  std::vector<std::vector<Copy>> groups;
-};
-inline Copies& copies() {
-  static thread_local SharedSlot slot;
-  static thread_local std::vector<Copies> threads;
-  const uint64_t generation = slot.generation;
-  shared_memory(slot, "copies on their way", 1);
-  const Context& c = g_context;
-  if (slot.generation != generation) threads.assign(c.block_dim.x * c.block_dim.y * c.block_dim.z, {});
-  return threads[c.thread.x + c.block_dim.x * (c.thread.y + c.block_dim.y * c.thread.z)];
-}
-
-}  // namespace shim
-
-inline void copy_async_or_zeros(void* to, const void* from, bool copy) {
-  if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || (copy && reinterpret_cast<uintptr_t>(from) % 16 != 0)) {
-    shim::fail("misaligned cp.async");
-  }
-  shim::touched(to, 16, true);
-  std::memset(to, 0xC5, 16);
-  shim::copies().open.push_back({static_cast<char*>(to), copy ? static_cast<const char*>(from) : nullptr});
-}
-inline void copy_async(void* to, const void* from) { copy_async_or_zeros(to, from, true); }
-inline void commit_copies() {
-  shim::Copies& mine = shim::copies();
-  mine.groups.push_back(std::move(mine.open));
-  mine.open.clear();
-}
-template <unsigned kGroups>
-void await_copies() {
-  auto& groups = shim::copies().groups;
-  const size_t done = groups.size() > kGroups ? groups.size() - kGroups : 0;
-  for (size_t g = 0; g < done; ++g) {
-    for (const shim::Copy& copy : groups[g]) {
-      shim::touched(copy.to, 16, true);
-      if (copy.from == nullptr) {
-        std::memset(copy.to, 0, 16);
-      } else {
-        std::memcpy(copy.to, copy.from, 16);
-      }
-    }
-  }
-  groups.erase(groups.begin(), groups.begin() + done);
-}
-
-// --- bulk copies: async.cuh has the meaning --------------------------------------------------------------------------
-
-namespace shim {
-
-// A barrier's word: [0] phase, [1] nothing has arrived in it yet, [63:32] announced bytes that are not there yet.
-inline unsigned long long barrier_word(unsigned long long* barrier) {
-  return __atomic_load_n(barrier, __ATOMIC_RELAXED);
-}
-inline void change_barrier(unsigned long long* barrier, bool arrives, int64_t bytes) {
-  unsigned long long word = barrier_word(barrier) + (static_cast<unsigned long long>(bytes) << 32);
-  if (arrives && (word & 2) == 0) fail("mbarrier: a second arrival in one phase");
-  if (arrives) word &= ~2ull;
-  if ((word & 2) == 0 && word >> 32 == 0) word = (word ^ 1) | 2;
-  __atomic_store_n(barrier, word, __ATOMIC_RELAXED);
-}
-
-// Copies take effect when a thread waits for their barrier. Until then there is garbage.
-struct BulkCopy {
-  char* to;
-  const char* from;
-  unsigned bytes;
-  unsigned long long* barrier;
-};
-inline std::vector<BulkCopy>& bulk_copies() {
-  static thread_local SharedSlot slot;
-  static thread_local std::vector<BulkCopy> all;
-  const uint64_t generation = slot.generation;
-  shared_memory(slot, "bulk copies on their way", 1);
-  if (slot.generation != generation) all.clear();
-  return all;
-}
-
-}  // namespace shim
-
-inline void init_barrier(unsigned long long* barrier) { __atomic_store_n(barrier, 2ull, __ATOMIC_RELAXED); }
-inline void expect_bytes(unsigned long long* barrier, unsigned bytes) { shim::change_barrier(barrier, true, bytes); }
-inline void copy_bulk(void* to, const void* from, unsigned bytes, unsigned long long* barrier) {
-  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes) % 16 != 0) {
-    shim::fail("misaligned cp.async.bulk");
-  }
-  shim::touched(to, bytes, true);
-  std::memset(to, 0xC5, bytes);
-  shim::bulk_copies().push_back({static_cast<char*>(to), static_cast<const char*>(from), bytes, barrier});
-}
-inline void await_phase(unsigned long long* barrier, unsigned phase) {
-  auto& copies = shim::bulk_copies();
-  for (unsigned rounds = 0; (shim::barrier_word(barrier) & 1) == phase; ++rounds) {
-    for (size_t i = 0; i < copies.size();) {
-      const shim::BulkCopy copy = copies[i];
-      if (copy.barrier != barrier) {
-        ++i;
-        continue;
-      }
-      copies.erase(copies.begin() + i);
-      shim::touched(copy.to, copy.bytes, true);
-      std::memcpy(copy.to, copy.from, copy.bytes);
-      shim::change_barrier(barrier, false, -int64_t{copy.bytes});
-    }
-    if ((shim::barrier_word(barrier) & 1) != phase) break;
-    if (rounds == 100000) shim::fail("mbarrier: waits for ever");
-    shim::yield();
-  }
-}
-
-// --- shuffles and votes
-// -----------------------------------------------------------------------------------------------
 
 template <class T>
 T __shfl_sync(unsigned mask, T value, int source, int width = 32, SHIM_SITE) {
@@ -361,8 +191,7 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   return result;
 }
 
-// --- memory
-// ------------------------------------------------------------------------------------------------------------
+// --- memory ----------------------------------------------------------------------------------------------------------
 
 // Atomics on 32 and 64 bits; each returns the old value.
 template <class T>
@@ -441,3 +270,5 @@ void __stcs(T* address, T value) {
 }
 using std::max;
 using std::min;
+
+#include "async.hpp"

@@ -1,6 +1,7 @@
 // The state of the engine: of a block that runs on one OS thread.
 #pragma once
 
+#include <map>
 #include <string>
 #include <vector>
 
@@ -10,7 +11,25 @@ namespace shim {
 
 constexpr unsigned kMaxThreads = 1024;
 
-enum class Wait { kNone, kBarrier, kCollective, kDone };
+enum class Wait { kNone, kBarrier, kCollective, kPhase, kDone };
+
+// A copy from global to shared memory that may not have been made yet.
+struct Copy {
+  char* to;
+  const char* from;
+  unsigned bytes, valid;  // the bytes behind the valid ones become zeros
+  struct Fibre* by;
+};
+
+// An mbarrier.
+struct Phases {
+  unsigned count, missing;  // arrivals of a phase
+  long long bytes = 0;      // announced and not there yet
+  unsigned complete = 0;    // phases
+  unsigned waiting = 0;     // threads
+  unsigned tick = 0;        // for the race detector: of State, when the last phase ended
+  std::vector<Copy> copies;
+};
 
 struct Fibre {
   void* stack_top = nullptr;
@@ -20,12 +39,17 @@ struct Fibre {
   Wait wait = Wait::kNone;
   Site site;
   Collective* joined = nullptr;
+  std::vector<Copy> started;              // since the last commit
+  std::vector<std::vector<Copy>> groups;  // committed
+  Phases* phases = nullptr;               // waited for, until one of this parity is over
+  unsigned parity = 0;
+  unsigned acquired = 0;    // for the race detector: ticks up to which this thread knows what all others did
   unsigned seen[kLanes]{};  // for the race detector: time of the warp up to which this lane is in step with another
 };
 
 struct Warp {
   unsigned exited = 0;
-  unsigned time = 1;  // counts the collectives that are complete
+  unsigned time = 1;  // counts __syncwarp
   Collective collectives[2 * kLanes];
 };
 
@@ -50,6 +74,8 @@ struct State {
   unsigned barriers = 1;    // passed by the block, plus one
   uint64_t generation = 0;  // of the block: shared arrays are made anew for each
   size_t dynamic_bytes = 0;
+  unsigned ticks = 0;  // counts the phases of mbarriers that ended
+  std::map<const void*, Phases> phases;
   std::vector<Shared> shared;
   std::string fault;
   void (*entry)(void**) = nullptr;
@@ -73,6 +99,8 @@ extern bool g_report_uninitialized;
 
 // Runs all fibres of g_state's block to their end, or until one of them fails.
 void run_block();
+
+bool phase_is_over(const Phases& phases, unsigned parity);
 
 // i-th of n in an order that depends on the seed and the round; seed 0: ascending, seed 1: descending.
 unsigned permuted(unsigned i, unsigned n, unsigned seed, unsigned round);

@@ -46,6 +46,7 @@ class StandIn:
     limits: list[tuple[str, int]] = field(default_factory=list)
     launches: list[Launch] = field(default_factory=list)
     refuse: str = ""
+    static: int = 0
 
     def version(self) -> tuple[int, int]:
         return self.cuda
@@ -85,6 +86,9 @@ class StandIn:
 
     def function(self, module: bytes, name: str) -> tuple[bytes, str]:
         return module, name
+
+    def static_shared(self, function: tuple[bytes, str]) -> int:
+        return self.static
 
     def allow_dynamic_shared(self, function: tuple[bytes, str], nbytes: int) -> None:
         self.limits.append((function[1], nbytes))

@@ -1,6 +1,6 @@
 // A libcuda.so.1 for machines without NVIDIA's driver: the calls that bitforbit makes, written to $STANDIN_LOG. Two
 // devices. A launch writes its parameters, taken to be one address and one 32-bit word. STANDIN_FAIL names a call that
-// fails with the code STANDIN_CODE.
+// fails with the code STANDIN_CODE. Device memory is host memory.
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -91,6 +91,11 @@ int cuModuleGetFunction(uintptr_t* function, uintptr_t module, const char* name)
   return call("cuModuleGetFunction", "%lx %s", module, name);
 }
 
+int cuFuncGetAttribute(int* value, int attribute, uintptr_t function) {
+  *value = attribute == 1 ? 1024 : -1;  // 1: static shared memory
+  return 0;
+}
+
 int cuFuncSetAttribute(uintptr_t function, int attribute, int value) {
   return call("cuFuncSetAttribute", "%lx %d %d", function, attribute, value);
 }
@@ -119,3 +124,39 @@ int cuStreamGetCaptureInfo_v3(uintptr_t stream, int* status, uint64_t* id, void*
   *count = 0;
   return capture(stream, status, id);
 }
+
+int cuMemAlloc_v2(uintptr_t* address, size_t size) {
+  *address = (uintptr_t)aligned_alloc(512, (size + 511) / 512 * 512);
+  return 0;
+}
+
+int cuMemFree_v2(uintptr_t address) {
+  free((void*)address);
+  return 0;
+}
+
+int cuMemsetD8_v2(uintptr_t address, unsigned char value, size_t size) {
+  memset((void*)address, value, size);
+  return 0;
+}
+
+int cuMemcpyHtoD_v2(uintptr_t device, const void* host, size_t size) {
+  memcpy((void*)device, host, size);
+  return 0;
+}
+
+int cuMemcpyDtoH_v2(void* host, uintptr_t device, size_t size) {
+  memcpy(host, (void*)device, size);
+  return 0;
+}
+
+int cuStreamCreate(uintptr_t* stream, unsigned flags) {
+  *stream = 0x50 + flags;
+  return 0;
+}
+
+int cuStreamSynchronize(uintptr_t stream) { return call("cuStreamSynchronize", "%lx", stream); }
+
+int cuStreamDestroy_v2(uintptr_t stream) { return call("cuStreamDestroy", "%lx", stream); }
+
+int cuCtxSynchronize(void) { return 0; }

@@ -267,3 +267,21 @@ def test_a_state_dict_can_be_compressed(directories: Directories) -> None:
 def test_record_names_every_tensor(native: Path) -> None:
     """What the tests above rely on."""
     assert "lm_head.weight" in open_shard(native / "model.safetensors").record.tensors
+
+
+def test_units_of_dfloat11_need_a_gpu_to_run(directories: Directories, tmp_path: Path) -> None:
+    """They may be loaded without, to be moved later."""
+    from bitforbit.nn import compressed_parameters
+    from bitforbit.ops import gpu
+    from cuda_shim.emulation import EmulatedQueue
+
+    plain, _ = directories("llama")
+    bitforbit.compress(plain, tmp_path / "df11", format="df11", threads=1)
+    model = load(tmp_path / "df11", quantization_config=BitforbitConfig(runtime="df11"))
+    layouts = {spec.layout for module in model.modules() for spec in compressed_parameters(module).values()}
+    assert layouts == {"df11"}
+    ids = torch.tensor([[1, 2, 3]])
+    with pytest.raises(errors.UsageError, match="on a CUDA device, got cpu"):
+        model(ids)
+    with gpu.emulate(EmulatedQueue()), torch.no_grad():
+        assert torch.equal(model(ids).logits, load(plain)(ids).logits)

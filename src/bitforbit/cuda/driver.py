@@ -114,8 +114,13 @@ class Driver:
             raise KernelBuildError(f'expected an extern "C" entry point {name} in the kernel text, got {code.name}')
         return function
 
+    def static_shared(self, function: Any) -> int:
+        """Bytes of shared memory that a function has by itself."""
+        attribute = self._cuda.CUfunction_attribute.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
+        return int(self._call("cuFuncGetAttribute", attribute, function))
+
     def allow_dynamic_shared(self, function: Any, nbytes: int) -> None:
-        """Let launches of a function have this much dynamic shared memory, beyond the 48 KiB that all may have."""
+        """Let launches of a function have this much dynamic shared memory."""
         attribute = self._cuda.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         self._call("cuFuncSetAttribute", function, attribute, nbytes)
 

@@ -19,7 +19,7 @@ from bitforbit.cuda.kernel import F32, I32, U32, U64, Argument, DeviceProperties
 from bitforbit.errors import KernelLaunchError
 
 FREE_SHARED_BYTES = 48 << 10
-"""Dynamic shared memory that a launch may have without asking for it."""
+"""Shared memory, static and dynamic, that a block may have without asking for it."""
 
 _SLOTS = {Pointer: "Q", U64: "Q", U32: "I4x", I32: "i4x", F32: "f4x"}
 """How a parameter lies in its slot of 8 bytes."""
@@ -75,7 +75,8 @@ class CudaLauncher:
                 if key not in self._modules:
                     binary = cache.cubin(sources.text(kernel.source), self._target, kernel.defines, kernel.source)
                     self._modules[key] = self._driver.load(binary)
-                loaded = _Loaded(kernel, self._driver.function(self._modules[key], kernel.name))
+                function = self._driver.function(self._modules[key], kernel.name)
+                loaded = _Loaded(kernel, function, FREE_SHARED_BYTES - self._driver.static_shared(function))
             self._loaded[kernel] = loaded
             return loaded
 
@@ -83,7 +84,7 @@ class CudaLauncher:
 class _Loaded:
     """A kernel in a context, and memory for its parameters."""
 
-    def __init__(self, kernel: Kernel, function: Any) -> None:
+    def __init__(self, kernel: Kernel, function: Any, dynamic_shared: int) -> None:
         self.kernel = kernel
         self._function = function
         self._format = struct.Struct("<" + "".join(_SLOTS[kind] for kind in kernel.parameters))
@@ -91,7 +92,7 @@ class _Loaded:
         first = ctypes.addressof(self._values)
         self._pointers = (ctypes.c_void_p * len(self._values))(*range(first, first + ctypes.sizeof(self._values), 8))
         self._parameters = ctypes.addressof(self._pointers)
-        self._dynamic_shared = FREE_SHARED_BYTES
+        self._dynamic_shared = dynamic_shared  # what launches may have, so far
         # The driver copies the parameters before it returns, so one set of them is enough.
         self._lock = threading.Lock()
 

@@ -15,7 +15,7 @@ MAX_THREADS = 1024
 
 @functools.cache
 def text(source: str) -> str:
-    """The text of a file in ``kernels/``, or of an absolute path: every ``#include "..."`` gives way to its file once."""
+    """The text of a file in ``kernels/`` or at an absolute path; every ``#include "..."`` becomes that file, once."""
     return "".join(_lines(source, set()))
 
 

@@ -38,8 +38,8 @@ class Compressed(nn.Module):
     """Names of the compressed parameters."""
     _bitforbit_specs: dict[str, CompressedSpec]
     _bitforbit_mode: str
-    _bitforbit_loading = False
-    """Whether a loader is at work, which asks state dicts for names only."""
+    _bitforbit_raw_state = False
+    """Whether state dicts hold parts as they are: for those who only look for other parameters."""
 
     def _bitforbit_parts(self, name: str) -> tuple[torch.Tensor, ...]:
         parameters, names = self._parameters, self._bitforbit_specs[name].part_names
@@ -121,7 +121,7 @@ class Compressed(nn.Module):
         before = len(destination)
         super()._save_to_state_dict(destination, prefix, keep_vars)
         specs = self._bitforbit_specs
-        if not keep_vars and not self._bitforbit_loading:
+        if not keep_vars and not self._bitforbit_raw_state:
             specs = state.as_planes(destination, before, prefix, self)
         state.write_metadata(destination, prefix, specs)
 
@@ -154,10 +154,10 @@ class Linear(Compressed, nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, from the compressed weight."""
+        # Written for little overhead: self.bias takes as long as all of this.
         p = self._parameters
-        spec = self._bitforbit_specs["weight"]
-        first, second, third, fourth = spec.weight_keys
-        return spec.linear(input, (p[first], p[second], p[third], p[fourth]), self.bias, self._bitforbit_mode)
+        bias = p["bias"] if "bias" in p else self.bias  # noqa: SIM401
+        return self._bitforbit_specs["weight"].linear(input, p, bias, self._bitforbit_mode)
 
 
 class Embedding(Compressed, nn.Embedding):
@@ -168,10 +168,7 @@ class Embedding(Compressed, nn.Embedding):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``[...]`` to ``[..., embedding_dim]``."""
-        p = self._parameters
-        spec = self._bitforbit_specs["weight"]
-        first, second, third, fourth = spec.weight_keys
-        return spec.embedding(input, (p[first], p[second], p[third], p[fourth]))
+        return self._bitforbit_specs["weight"].embedding(input, self._bitforbit_parts("weight"))
 
 
 @contextmanager

@@ -12,9 +12,13 @@ from dataclasses import dataclass
 import torch
 
 from bitforbit.cuda.tiles import layout as tiles_layout
-from bitforbit.nn.spec import CompressedSpec, Parts, weight_keys
+from bitforbit.nn.spec import CompressedSpec, Parameters, Parts
+from bitforbit.ops import direct
 
 DF11_PARTS = ("tables", "stream", "sign_mantissa", "index")
+
+ESCAPE_BYTES_PER_WEIGHT = 0.045
+"""What :func:`expected_tiles_bytes` reserves: 2 bytes for each of the 1.2 to 2 % of weights that escape, and some."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,6 @@ class TilesSpec(CompressedSpec):
 
     layout = "tiles"
     part_names = tiles_layout.PARTS
-    weight_keys = weight_keys(tiles_layout.PARTS)
 
     rows: int
     cols: int
@@ -47,15 +50,24 @@ class TilesSpec(CompressedSpec):
         rows: torch.Tensor = torch.ops.bitforbit.tiles_decode.default(*parts, self.rows, self.cols, begin, end)
         return rows
 
-    def linear(self, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None, mode: str) -> torch.Tensor:
+    def linear(self, x: torch.Tensor, own: Parameters, bias: torch.Tensor | None, mode: str) -> torch.Tensor:
         """``x @ weight.T + bias``."""
-        y: torch.Tensor = torch.ops.bitforbit.tiles_linear.default(x, *parts, bias, self.rows, self.cols, mode)
-        return y
+        return direct.tiles_linear(
+            x, own["tiles__weight"], own["escapes__weight"], own["offsets__weight"], own["header__weight"], bias,
+            self.rows, self.cols, mode,
+        )  # fmt: skip
 
     def embedding(self, ids: torch.Tensor, parts: Parts) -> torch.Tensor:
         """Rows by number."""
-        rows: torch.Tensor = torch.ops.bitforbit.tiles_embedding.default(ids, *parts, self.rows, self.cols)
-        return rows
+        tiles, escapes, offsets, header = parts
+        return direct.tiles_embedding(ids, tiles, escapes, offsets, header, self.rows, self.cols)
+
+
+def expected_tiles_bytes(rows: int, cols: int) -> int:
+    """Bytes that a BF16 matrix takes as tiles, as is to be expected of a model's weights: an estimate."""
+    layout = tiles_layout.TileLayout(rows, cols)
+    escapes = int(ESCAPE_BYTES_PER_WEIGHT * rows * cols) + tiles_layout.ALIGNMENT
+    return layout.tiles_bytes + layout.offsets_bytes + tiles_layout.HEADER_BYTES + escapes
 
 
 @dataclass(frozen=True)
@@ -64,7 +76,6 @@ class Df11Spec(CompressedSpec):
 
     layout = "df11"
     part_names = DF11_PARTS
-    weight_keys = weight_keys(DF11_PARTS)
 
     rows: int
     cols: int
@@ -91,16 +102,16 @@ class Df11Spec(CompressedSpec):
         flat: torch.Tensor = torch.ops.bitforbit.df11_decode.default(*parts, self.unit_elements, first, last)
         return flat.view(end - begin, self.cols)
 
-    def linear(self, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None, mode: str) -> torch.Tensor:
+    def linear(self, x: torch.Tensor, own: Parameters, bias: torch.Tensor | None, mode: str) -> torch.Tensor:
         """``x @ weight.T + bias``."""
-        y: torch.Tensor = torch.ops.bitforbit.df11_linear.default(
-            x, *parts, bias, self.unit_elements, self.begin, self.rows, self.cols, mode
-        )
-        return y
+        return direct.df11_linear(
+            x, own["tables__weight"], own["stream__weight"], own["sign_mantissa__weight"], own["index__weight"], bias,
+            self.unit_elements, self.begin, self.rows, self.cols, mode,
+        )  # fmt: skip
 
     def embedding(self, ids: torch.Tensor, parts: Parts) -> torch.Tensor:
         """Rows by number."""
-        rows: torch.Tensor = torch.ops.bitforbit.df11_embedding.default(
-            ids, *parts, self.unit_elements, self.begin, self.rows, self.cols
+        tables, stream, sign_mantissa, index = parts
+        return direct.df11_embedding(
+            ids, tables, stream, sign_mantissa, index, self.unit_elements, self.begin, self.rows, self.cols
         )
-        return rows

@@ -120,11 +120,11 @@ class _Twin:
 
     state: tuple[Any, ...]
     spec: CompressedSpec
-    parts: tuple[weakref.ref[nn.Parameter], ...]
+    parts: tuple[weakref.ref[torch.Tensor], ...]
 
 
 _twins: Any = WeakTensorKeyDictionary()
-"""First part -> spec and wanted layout -> twin: modules that are tied are converted one after the other."""
+"""First part -> spec and use -> twin: modules that are tied are converted one after the other."""
 
 
 def converted(spec: CompressedSpec, parts: Sequence[torch.Tensor], layout: str) -> Converted | None:
@@ -132,20 +132,34 @@ def converted(spec: CompressedSpec, parts: Sequence[torch.Tensor], layout: str) 
 
     Asked again while the result is in use, it gives the same parts. Raises UsageError for parts that are not on a GPU.
     """
-    known = _twins.setdefault(parts[0], {})
-    twin = known.get((spec, layout))
-    if twin is not None and twin.state == _state(parts):
-        found = tuple(part() for part in twin.parts)
-        if all(part is not None for part in found):
-            return twin.spec, found
+    twin: Converted | None = recall(spec, parts, layout)
+    if twin is not None:
+        return twin
     with torch.no_grad():
         made = _to_tiles(spec, parts) if layout == "tiles" else _to_planes(spec, parts)
     if made is None:
         return None
     other, tensors = made
     fresh = tuple(nn.Parameter(tensors[part], requires_grad=False) for part in other.part_names)
-    known[spec, layout] = _Twin(_state(parts), other, tuple(map(weakref.ref, fresh)))
+    remember(spec, parts, layout, (other, fresh))
     return other, fresh
+
+
+def recall(spec: CompressedSpec, parts: Sequence[torch.Tensor], use: str) -> Any:
+    """What was remembered for a parameter and a use of it, if it is still in use and the parameter has not changed."""
+    twin = _twins.get(parts[0], {}).get((spec, use))
+    if twin is None or twin.state != _state(parts):
+        return None
+    found = tuple(part() for part in twin.parts)
+    return None if any(part is None for part in found) else (twin.spec, found)
+
+
+def remember(
+    spec: CompressedSpec, parts: Sequence[torch.Tensor], use: str, made: tuple[CompressedSpec, Sequence[torch.Tensor]]
+) -> None:
+    """Note what a parameter is in another form, without keeping that in memory: tied parameters ask for it again."""
+    twin = _Twin(_state(parts), made[0], tuple(map(weakref.ref, made[1])))
+    _twins.setdefault(parts[0], {})[spec, use] = twin
 
 
 def _state(parts: Sequence[torch.Tensor]) -> tuple[Any, ...]:

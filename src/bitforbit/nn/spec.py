@@ -20,20 +20,17 @@ from bitforbit.errors import StateDictError
 from bitforbit.ops import direct
 from bitforbit.ops.checks import PARTS, dtype_name
 from bitforbit.ops.checks import layout as checked_layout
+from bitforbit.ops.gpu.convert import EncodedOnDevice
 
 __all__ = ["PARTS", "CompressedSpec", "PlanesSpec", "part_name"]
 
 Parts = Sequence[torch.Tensor]
+Parameters = Mapping[str, torch.Tensor]
 
 
 def part_name(part: str, name: str) -> str:
     """Name of the module's parameter that holds a part of its parameter ``name``, as in files: ``code__weight``."""
     return f"{part}__{name}"
-
-
-def weight_keys(parts: Sequence[str]) -> tuple[str, ...]:
-    """The names of the parts of a parameter that is called ``weight``."""
-    return tuple(part_name(part, "weight") for part in parts)
 
 
 @dataclass(frozen=True)
@@ -47,8 +44,6 @@ class CompressedSpec:
     layout: ClassVar[str]
     """Name of the layout."""
     part_names: ClassVar[tuple[str, ...]]
-    weight_keys: ClassVar[tuple[str, ...]]
-    """The names of the parts of a parameter that is called ``weight``."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -84,8 +79,8 @@ class CompressedSpec:
         """Rows from ``begin`` on into a contiguous tensor ``[rows, cols]``."""
         out.copy_(self.decode(parts, begin, begin + len(out)))
 
-    def linear(self, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None, mode: str) -> torch.Tensor:
-        """``x @ weight.T + bias``, for a parameter that is a matrix."""
+    def linear(self, x: torch.Tensor, own: Parameters, bias: torch.Tensor | None, mode: str) -> torch.Tensor:
+        """``x @ weight.T + bias``, for the parameter ``weight`` of a module whose parameters are given."""
         raise NotImplementedError
 
     def embedding(self, ids: torch.Tensor, parts: Parts) -> torch.Tensor:
@@ -103,7 +98,6 @@ class PlanesSpec(CompressedSpec):
 
     layout = "planes"
     part_names = PARTS
-    weight_keys = weight_keys(PARTS)
 
     kind: str
     rows: int
@@ -117,7 +111,7 @@ class PlanesSpec(CompressedSpec):
         Layout.from_config(config, dtype_name(self.dtype), tuple(self.shape))
 
     @classmethod
-    def of_encoded(cls, encoded: EncodedTensor) -> PlanesSpec:
+    def of_encoded(cls, encoded: EncodedTensor | EncodedOnDevice) -> PlanesSpec:
         """The spec of a tensor that the codec ``planes`` has encoded, or that a record describes."""
         return cls.from_record({"dtype": encoded.dtype, "shape": encoded.shape, "config": encoded.config})
 
@@ -169,12 +163,11 @@ class PlanesSpec(CompressedSpec):
         else:
             super().decode_into(out, parts, begin)
 
-    def linear(self, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None, mode: str) -> torch.Tensor:
+    def linear(self, x: torch.Tensor, own: Parameters, bias: torch.Tensor | None, mode: str) -> torch.Tensor:
         """``x @ weight.T + bias``."""
-        code, digits, sign_mantissa, tails = parts
         return direct.linear(
-            x, code, digits, sign_mantissa, tails, bias, self.kind, self.rows, self.cols, self.rows_per_table,
-            self.dtype, mode,
+            x, own["code__weight"], own["digits__weight"], own["sign_mantissa__weight"], own["tails__weight"], bias,
+            self.kind, self.rows, self.cols, self.rows_per_table, self.dtype, mode,
         )  # fmt: skip
 
     def embedding(self, ids: torch.Tensor, parts: Parts) -> torch.Tensor:

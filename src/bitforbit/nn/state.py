@@ -7,13 +7,12 @@ other lengths, as other weights have, are loaded too; a plain parameter is compr
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from bitforbit import tensors
 from bitforbit.codecs.planes import PlanesCodec
@@ -26,9 +25,6 @@ if TYPE_CHECKING:
     from bitforbit.nn.classes import Compressed
 
 METADATA_KEY = "bitforbit"
-
-_copies: Any = WeakTensorKeyDictionary()
-"""Part on a GPU -> its copy in CPU memory, while that is in use: tied parameters stay tied in a state dict."""
 
 
 def write_metadata(destination: Mapping[str, Any], prefix: str, specs: Mapping[str, CompressedSpec]) -> None:
@@ -50,8 +46,8 @@ def as_planes(destination: dict[str, Any], before: int, prefix: str, module: Com
         return specs
     new: dict[str, dict[str, torch.Tensor]] = {}
     for name, spec in private.items():
-        specs[name], parts = _planes(spec, module._bitforbit_parts(name))
-        entries = {prefix + part_name(part, name): _on_cpu(t) for part, t in zip(PARTS, parts, strict=True)}
+        specs[name], parts = _saved(spec, module._bitforbit_parts(name))
+        entries = {prefix + part_name(part, name): value for part, value in zip(PARTS, parts, strict=True)}
         new |= {prefix + part_name(part, name): entries for part in spec.part_names}
     own = list(destination.items())[before:]
     for key, _ in own:
@@ -67,27 +63,44 @@ def _planes(spec: CompressedSpec, parts: Sequence[torch.Tensor]) -> layout.Conve
     return made
 
 
-def _on_cpu(part: torch.Tensor) -> torch.Tensor:
-    known = _copies.get(part)
-    copied: torch.Tensor | None = None if known is None else known()
-    if copied is None:
-        copied = part.detach().cpu()
-        _copies[part] = weakref.ref(copied)
-    return copied
+def _saved(spec: CompressedSpec, parts: Sequence[torch.Tensor]) -> tuple[CompressedSpec, tuple[torch.Tensor, ...]]:
+    """Spec and parts as planes in CPU memory; the same tensors for tied parameters."""
+    known: tuple[CompressedSpec, tuple[torch.Tensor, ...]] | None = layout.recall(spec, parts, "saved")
+    if known is None:
+        planes, on_device = _planes(spec, parts)
+        known = planes, tuple(part.detach().cpu() for part in on_device)
+        layout.remember(spec, parts, "saved", known)
+    return known
+
+
+@contextmanager
+def raw_state_dicts(model: nn.Module) -> Iterator[None]:
+    """Within this context the model's state dicts hold parts as they are: nothing is converted for names only."""
+    modules = [module for module in model.modules() if hasattr(module, "_bitforbit_raw_state")]
+    for module in modules:
+        module.__dict__["_bitforbit_raw_state"] = True
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.__dict__.pop("_bitforbit_raw_state", None)
 
 
 def public(module: Compressed) -> dict[str, Any]:
     """What a pickle of the module holds: parameters as planes, on the device that they are on."""
     state = dict(module.__dict__)
-    specs, parameters = dict(module._bitforbit_specs), dict(module._parameters)
+    specs = dict(module._bitforbit_specs)
+    replaced: dict[str, dict[str, nn.Parameter]] = {}
     for name, spec in module._bitforbit_specs.items():
         parts = module._bitforbit_parts(name)
         if spec.layout == "planes" or parts[0].is_meta:
             continue
         specs[name], planes = _planes(spec, parts)
-        for part in spec.part_names:
-            del parameters[part_name(part, name)]
-        parameters |= {part_name(part, name): value for part, value in zip(PARTS, planes, strict=True)}
+        entries = {part_name(part, name): value for part, value in zip(PARTS, planes, strict=True)}
+        replaced |= {part_name(part, name): entries for part in spec.part_names}
+    parameters: dict[str, Any] = {}
+    for key, value in module._parameters.items():
+        parameters |= replaced.get(key, {key: value})
     return {**state, "_bitforbit_specs": specs, "_parameters": parameters}
 
 

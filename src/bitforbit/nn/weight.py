@@ -134,7 +134,7 @@ def _select(func: Any, weight: Any, dim: int, index: int) -> Any:
 
 def _index(func: Any, weight: Any, indices: Sequence[torch.Tensor | None]) -> Any:
     first = indices[0] if indices else None
-    if not _is_stack(weight) or first is None or first.dtype not in (torch.int64, torch.int32):
+    if not _is_stack(weight) or first is None or first.dtype not in (torch.int64, torch.int32) or not _may_wait(weight):
         return NotImplemented
     count = weight.shape[0]
     return func(weight.slices([int(i) % count for i in first.unique()]), indices)
@@ -150,6 +150,8 @@ def _transpose(func: Any, weight: Any, first: int, second: int) -> Any:
 def _grouped_mm(func: Any, x: Any, weight: Any, offsets: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
     if not _is_stack(weight) or isinstance(x, CompressedWeight) or offsets is None or x.dim() != 2:
         return NotImplemented
+    if not _may_wait(weight):
+        return NotImplemented
     sizes = offsets.diff(prepend=offsets.new_zeros(1))  # rows of x for each matrix
     return func(x, weight.slices(sizes.nonzero().flatten().tolist()), offsets, *args, **kwargs)
 
@@ -158,6 +160,11 @@ def _embedding(func: Any, weight: Any, ids: torch.Tensor, *args: Any) -> Any:
     if not isinstance(weight, CompressedWeight) or weight.spec.matrix_shape() != weight.spec.shape:
         return NotImplemented
     return weight.spec.embedding(ids, weight.parts)
+
+
+def _may_wait(weight: CompressedWeight) -> bool:
+    """Whether values on the device may be looked at, to decode what is needed only: not while a graph is captured."""
+    return weight.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
 def _is_stack(weight: Any) -> bool:

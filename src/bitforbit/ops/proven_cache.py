@@ -14,6 +14,7 @@ import os
 import platform
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -76,7 +77,11 @@ def store(file: Path, verdicts: Verdicts, forget: Key | None = None) -> None:
         {"product": list(key), "order": None if order is None else [order.family, order.k_block]}
         for key, order in merged.items()
     ]
-    content = {"version": _VERSION, "environment": environment(), "verdicts": entries}
+    replace_file(file, {"version": _VERSION, "environment": environment(), "verdicts": entries})
+
+
+def replace_file(file: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file as a whole; where that is impossible, there is none."""
     with contextlib.suppress(OSError, RuntimeError):
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=file.stem, suffix=".tmp", delete=False) as new:

@@ -78,3 +78,18 @@ extern "C" __global__ void __launch_bounds__(32) collectives(const u32* in, u32*
   }
   atomicMax(wide, u64(value) << 16);
 }
+
+// A lane updates what others read before a __syncwarp; rounds follow each other.
+extern "C" __global__ void __launch_bounds__(32) read_then_update(u32* out) {
+  SHARED(u32, smem_words, 32);
+  const u32 lane = threadIdx.x;
+  smem_words[lane] = lane;
+  u32 sum = 0;
+  for (u32 round = 0; round < 3; ++round) {
+    __syncwarp();
+    for (u32 i = 0; i < 32; ++i) sum += smem_words[i];
+    __syncwarp();
+    smem_words[(lane + round) % 32] += 1;
+  }
+  out[lane] = sum;
+}

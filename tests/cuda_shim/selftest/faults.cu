@@ -62,6 +62,14 @@ extern "C" __global__ void half_syncwarp(u32* out) {
   out[threadIdx.x] = smem_words[31 - threadIdx.x];
 }
 
+// A vote brings lanes together, but does not order their memory accesses.
+extern "C" __global__ void vote_is_no_fence(u32* out) {
+  SHARED(u32, smem_words, 32);
+  smem_words[threadIdx.x] = threadIdx.x;
+  const int all = __all_sync(kAllLanes, 1);
+  out[threadIdx.x] = smem_words[31 - threadIdx.x] + all;
+}
+
 extern "C" __global__ void divergent_barrier(u32* out) {
   if (threadIdx.x < 40) {
     out[threadIdx.x] = 1;

@@ -94,7 +94,11 @@ class Simulation:
 
     # --- memory ------------------------------------------------------------------------------------------------
 
-    def empty(self, nbytes: int) -> torch.Tensor:
+    def empty(self, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        """See Streams."""
+        return self.bytes(shape[0] * shape[1] * dtype.itemsize).view(dtype).view(shape)
+
+    def bytes(self, nbytes: int) -> torch.Tensor:
         """Memory of the main stream; the block freed last that is large enough comes first."""
         size = -(-max(nbytes, 1) // BOUNDARY) * BOUNDARY
         fitting = [block for block in self._free if block[1] >= size]

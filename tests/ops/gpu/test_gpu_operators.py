@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_weights import LAYOUTS, OPERATORS
 from torch.nn import functional
 
 from bitforbit import ops
 from bitforbit.errors import BitforbitError, CorruptTensorError, UsageError
 from bitforbit.ops import direct, stats
-from bitforbit.ops.gpu import planes
+from bitforbit.ops.gpu import planes, runtime
+from helpers.gpu_weights import LAYOUTS, OPERATORS
 from torch_helpers import KINDS, assert_same_bits, encode, gaussian, random_bits
 
 ROWS, COLS = 40, 200
@@ -197,6 +197,24 @@ def test_passes_that_decode_ahead(layout, emulated):
     y = cases[1].linear(cases[0].linear(x_of((2, COLS)).requires_grad_()))
     if layout in OPERATORS:
         y.sum().backward()
+
+
+@pytest.mark.parametrize("layout", OPERATORS)
+@pytest.mark.parametrize("call", ["plain", "gradients", "inference", "compiled"])
+def test_weights_are_decoded_ahead_however_they_are_used(layout, call):
+    first, second = (LAYOUTS[layout](gaussian((COLS, COLS), seed=seed)) for seed in range(2))
+    x = x_of((2, COLS))
+    if call == "gradients":
+        x.requires_grad_()
+    forward = torch.compile(first.linear, fullgraph=True, backend="aot_eager") if call == "compiled" else first.linear
+    with torch.inference_mode(call == "inference"):
+        second.linear(forward(x))
+        h = forward(x)
+        (prefetcher,) = (prefetcher for _, prefetcher in runtime._local.prefetchers.values())
+        (ahead,) = prefetcher._ahead.values()
+        assert ahead.weight.parts[0] is second.parts[0]
+        assert_same_bits(second.linear(h), functional.linear(h, second.weight))
+        assert not prefetcher._ahead
 
 
 def test_changes_in_place_are_seen():

@@ -65,7 +65,7 @@ class Model:
         self.checked = 0
 
     def create(self, rows: int) -> Weight:
-        parts = tuple(self.simulation.empty(16) for _ in range(4))
+        parts = tuple(self.simulation.bytes(16) for _ in range(4))
         self.values.append(0)
         weight = Weight(Simulated(rows, 64), parts)
         self.write(weight, len(self.values) - 1, in_place=False)
@@ -94,7 +94,7 @@ class Model:
         simulation, weight, value = self.simulation, self.weights[index], self.values[index]
 
         def product(matrix: torch.Tensor) -> torch.Tensor:
-            out = simulation.empty(32)
+            out = simulation.bytes(32)
             place, target = simulation.place(matrix), simulation.place(out)
             assert place[1] - place[0] == weight.geometry.matrix_bytes
 
@@ -292,12 +292,34 @@ def test_a_failed_decode_leaves_nothing_behind():
     simulation.synchronize()
 
 
+def test_too_little_memory_to_decode_ahead_is_no_error():
+    simulation = Simulation()
+    model = Model(simulation, Policy(), [1, 2, 3])
+    for index in range(3):
+        model.use(index)
+    plenty = simulation.empty
+    calls = []
+
+    def scarce(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        calls.append(shape)
+        if len(calls) % 2 == 0:
+            raise torch.OutOfMemoryError("no memory")
+        return plenty(shape, dtype)
+
+    simulation.empty = scarce
+    simulation.names.clear()
+    for index in range(2):
+        model.use(index)
+    simulation.synchronize()
+    assert not [name for name in simulation.names if name.startswith("side")]
+
+
 def test_the_order_keeps_no_weight_alive():
     simulation = Simulation()
     successors = Successors()
     prefetcher = Prefetcher(simulation, successors, Policy())
     for _ in range(3000):
-        weight = Weight(Simulated(1, 64), tuple(simulation.empty(16) for _ in range(4)))
+        weight = Weight(Simulated(1, 64), tuple(simulation.bytes(16) for _ in range(4)))
         successors.visit(weight)
     del weight
     assert simulation.used == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bitforbit.cuda.df11.geometry import PARTS, THREADS, Df11Geometry
+from bitforbit.cuda.df11.geometry import GAP_BYTES, HEADER_BYTES, PARTS, THREADS, Df11Geometry
 from bitforbit.cuda.kernel import U32, U64, DeviceProperties, Kernel, LaunchConfig, Pointer
 from bitforbit.cuda.queue import Queue
 from bitforbit.errors import CorruptTensorError, UsageError
@@ -12,7 +12,7 @@ from bitforbit.errors import CorruptTensorError, UsageError
 Part = tuple[int, int]
 """Address and length in bytes of a part."""
 
-_UNIT = (Pointer, Pointer, Pointer, Pointer, U32, U32, U32, U32, U32, U32, U32)
+_UNIT = (Pointer, Pointer, Pointer, Pointer, Pointer, U32, U32, U32, U32, U32, U32, U32)
 
 DECODE = Kernel("df11_decode", "df11.cu", (*_UNIT, U32, U32, U32, U32, Pointer, Pointer))
 ROWS = Kernel("df11_rows", "df11.cu", (*_UNIT, U32, U32, U32, Pointer, U32, U64, Pointer, Pointer))
@@ -20,7 +20,6 @@ KERNELS: tuple[Kernel, ...] = (DECODE, ROWS)
 
 _RESERVED_SHARED = 1024
 """Bytes of shared memory that the system takes per block of threads."""
-_STATIC_SHARED = 32
 _RESIDENT = 4
 """Blocks of threads per multiprocessor for which the kernels are compiled."""
 
@@ -92,7 +91,7 @@ def rows_config(geometry: Df11Geometry, count: int, properties: DeviceProperties
 
 
 def _resident(geometry: Df11Geometry, properties: DeviceProperties) -> int:
-    per_block = geometry.shared_bytes + _STATIC_SHARED + _RESERVED_SHARED
+    per_block = geometry.shared_bytes + _RESERVED_SHARED
     by_shared = (properties.shared_bytes_per_block + _RESERVED_SHARED) // per_block
     return properties.multiprocessors * max(1, min(by_shared, _RESIDENT))
 
@@ -107,8 +106,9 @@ def _check(parts: Sequence[Part], geometry: Df11Geometry) -> None:
 
 def _unit(parts: Sequence[Part], geometry: Df11Geometry) -> tuple[int, ...]:
     """The kernels' parameters that describe the unit."""
-    addresses = tuple(address for address, _ in parts)
+    (tables, _), (stream, _), (sign_mantissa, _), (index, _) = parts
+    gaps = index + HEADER_BYTES
     return (
-        *addresses, geometry.blocks, geometry.elements, geometry.stream_bytes // 4, geometry.table_rows,
-        geometry.shortest, geometry.slot_words, geometry.block_symbols,
+        tables, stream, sign_mantissa, gaps, gaps + GAP_BYTES * geometry.blocks, geometry.blocks, geometry.elements,
+        geometry.stream_bytes // 4, geometry.table_rows, geometry.shortest, geometry.slot_words, geometry.block_symbols,
     )  # fmt: skip

@@ -13,6 +13,7 @@ Four parts, bytes each, lengths multiples of 16:
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -35,6 +36,7 @@ MAGIC = 0x31314644
 """The bytes DF11."""
 
 THREADS = 256
+TOTALS_BYTES = 4 * THREADS // 32
 THREAD_BITS = 128
 """Of the stream, that one thread decodes: two windows."""
 GAP_BITS = 5
@@ -76,21 +78,21 @@ class Df11Geometry:
         """Length of the part ``index``."""
         return index_bytes(self.blocks)
 
-    @property
+    @functools.cached_property
     def part_bytes(self) -> tuple[int, int, int, int]:
         """Lengths of the parts, in their order."""
         return self.tables_bytes, self.stream_bytes, padded(self.elements), self.index_bytes
 
-    @property
+    @functools.cached_property
     def slot_words(self) -> int:
         """Words of 4 exponents for what a thread decodes: codes that start in its bits, and up to 3 more."""
         return -(-((THREAD_BITS - 1) // self.shortest + LOOKUP_SYMBOLS) // 4)
 
-    @property
+    @functools.cached_property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory of a block of threads."""
+        """Dynamic shared memory of a block of threads, all that it has."""
         slots = 4 * self.slot_words * THREADS
-        return self.tables_bytes + slots + padded(self.block_symbols + 7)
+        return self.tables_bytes + TOTALS_BYTES + slots + padded(self.block_symbols + 7)
 
     def blocks_of(self, begin: int, end: int) -> tuple[int, int]:
         """The blocks [first, last + 1) that hold the weights [begin, end), which is not empty."""

@@ -103,4 +103,4 @@ def _first_codes(luts: U8) -> npt.NDArray[np.uint32]:
 
 def _pad(array: U8) -> U8:
     missing = padded(array.size) - array.size
-    return np.pad(array, (0, missing)) if missing else array
+    return np.pad(array, (0, missing)) if missing else np.ascontiguousarray(array)

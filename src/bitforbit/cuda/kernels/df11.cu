@@ -3,16 +3,15 @@
 
 // Weights [begin, end), which lie in the blocks [first_block, end_block), to out. status: address of a u32, or 0.
 extern "C" __global__ void __launch_bounds__(kThreads, 4)
-    df11_decode(const u8* tables, const u8* stream, const u8* sign_mantissa, const u8* index, u32 blocks, u32 elements,
-                u32 stream_words, u32 rows, u32 shortest, u32 slot_words, u32 block_symbols, u32 first_block,
-                u32 end_block, u32 begin, u32 end, u16* out, u32* status) {
+    df11_decode(const u8* tables, const u32* stream, const u8* sign_mantissa, const u32* gaps, const u32* positions,
+                u32 blocks, u32 elements, u32 stream_words, u32 rows, u32 shortest, u32 slot_words, u32 block_symbols,
+                u32 first_block, u32 end_block, u32 begin, u32 end, u16* out, u32* status) {
   DYNAMIC_SHARED(u8, smem);
-  SHARED(u32, smem_totals, kWarps);
-  const Unit unit = make_unit(tables, stream, sign_mantissa, index, blocks, elements, stream_words, rows, shortest,
-                              slot_words, block_symbols);
+  const Unit unit{tables,   stream,       sign_mantissa, gaps,     positions,  blocks,
+                  elements, stream_words, rows,          shortest, slot_words, block_symbols};
   u32 block = first_block + blockIdx.x;
   Window next = load_window(unit, block);
-  const Shared shared = load_tables(unit, smem, smem_totals);
+  const Shared shared = load_tables(unit, smem);
   while (block < end_block) {
     const Window window = next;
     block += gridDim.x;
@@ -39,14 +38,13 @@ __device__ __forceinline__ u32 block_of(const Unit& unit, u32 weight) {
 // Rows ids[0 .. count) of the matrix of `matrix_rows` rows that begins at weight `first`, each of `cols` weights, to
 // out [count, cols]. An id outside the matrix gives zeros.
 extern "C" __global__ void __launch_bounds__(kThreads, 4)
-    df11_rows(const u8* tables, const u8* stream, const u8* sign_mantissa, const u8* index, u32 blocks, u32 elements,
-              u32 stream_words, u32 rows, u32 shortest, u32 slot_words, u32 block_symbols, u32 first, u32 cols,
-              u32 matrix_rows, const u8* ids, u32 id_bytes, u64 count, u16* out, u32* status) {
+    df11_rows(const u8* tables, const u32* stream, const u8* sign_mantissa, const u32* gaps, const u32* positions,
+              u32 blocks, u32 elements, u32 stream_words, u32 rows, u32 shortest, u32 slot_words, u32 block_symbols,
+              u32 first, u32 cols, u32 matrix_rows, const u8* ids, u32 id_bytes, u64 count, u16* out, u32* status) {
   DYNAMIC_SHARED(u8, smem);
-  SHARED(u32, smem_totals, kWarps);
-  const Unit unit = make_unit(tables, stream, sign_mantissa, index, blocks, elements, stream_words, rows, shortest,
-                              slot_words, block_symbols);
-  const Shared shared = load_tables(unit, smem, smem_totals);
+  const Unit unit{tables,   stream,       sign_mantissa, gaps,     positions,  blocks,
+                  elements, stream_words, rows,          shortest, slot_words, block_symbols};
+  const Shared shared = load_tables(unit, smem);
   for (u64 k = blockIdx.x; k < count; k += gridDim.x) {
     const i64 id = id_bytes == 8 ? reinterpret_cast<const i64*>(ids)[k] : reinterpret_cast<const i32*>(ids)[k];
     u16* gmem_row = out + k * cols;

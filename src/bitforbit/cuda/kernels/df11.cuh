@@ -7,22 +7,23 @@
 //      memory. Longer codes (about 1 in 2000) walk the stored tables, in shared memory too.
 //   2. Counts are summed up over lanes and, behind a barrier, over warps: now each thread knows its place.
 //   3. Exponents move from the slots to their places, gap-free and aligned as the output is. Barrier.
-//   4. All threads join exponents with signs and mantissas, 8 weights each: 8-byte loads, under way since before step 1,
-//      and 16-byte stores, both in the order of threads.
+//   4. All threads join exponents with signs and mantissas, 8 weights each: 8-byte loads, under way since before
+//      step 1, and 16-byte stores, both in the order of threads.
 //
-// The budget, for 2.67 bits per exponent (48 codes per thread): 16 look-ups per thread, counted for the slowest of 32
-// lanes; 17 instructions and 8 bytes of shared memory each. Per weight that makes 5.8 instructions and 2.7 bytes in the
-// look-ups, 1 byte written and read in slots, 1 in places; 3 instructions in step 4. A block has 4 KiB of stream (the next
-// one's) and 12 KiB of signs and mantissas under way.
+// The budget, for 2.67 bits per exponent (48 codes per thread), counted in the SASS for sm_90a, where the slowest of 32
+// lanes decides: 16.3 look-ups of 16 instructions per thread make 5.5 instructions per weight, what surrounds them 1.3,
+// long codes 0.9, loads and addresses 2.3, sums 2.3, moves to places 3, joins 2.8: about 18, 10 of them on the integer
+// ALU. Shared memory per weight: 2.7 bytes of look-ups, 2 of slots, 2 of places. A block of threads has 56 registers
+// per thread, 47 KiB of shared memory (if no code has 1 bit) and 16 KiB under way: 12 of signs and mantissas and the
+// next block's 4 of the stream. Four run per multiprocessor with 228 KiB, three with 164, two with 100.
 #pragma once
 #include "portable.cuh"
 
 constexpr u32 kThreads = 256;
 constexpr u32 kWarps = kThreads / kWarp;
-constexpr u32 kThreadWords = 4;   // of the stream: 128 bits
-constexpr u32 kGapBits = 5;       // a gap for every thread
+constexpr u32 kThreadWords = 4;                      // of the stream: 128 bits
+constexpr u32 kGapBits = 5;                          // a gap for every thread
 constexpr u32 kGapWords = kThreads * kGapBits / 32;  // of a block
-constexpr u32 kIndexHeader = 64;  // bytes
 constexpr u32 kLookupBits = 11;
 constexpr u32 kLookups = 1u << kLookupBits;
 constexpr u32 kRowBytes = 256;
@@ -59,9 +60,9 @@ struct Unit {
 struct Shared {
   uint2* lookups;  // [kLookups]
   u8* rows;        // [rows][256]
+  u32* totals;     // [kWarps] [15:0] exponents of a warp, [31:16] bits of its last one beyond its last thread's
   u32* slots;      // [slot_words][kThreads]
   u8* exponents;   // [block_symbols + 7], padded to 16
-  u32* totals;     // [kWarps] [15:0] exponents of a warp, [31:16] bits of its last one beyond its last thread's
 };
 
 // What a thread needs of memory for one block, as stored: nothing here waits for the loads.
@@ -70,14 +71,6 @@ struct Window {
   u32 gaps[2];                  // the gap begins in the first one
   u32 positions[2];             // of the block and of the next
 };
-
-__device__ __forceinline__ Unit make_unit(const u8* tables, const u8* stream, const u8* sign_mantissa, const u8* index,
-                                          u32 blocks, u32 elements, u32 stream_words, u32 rows, u32 shortest,
-                                          u32 slot_words, u32 block_symbols) {
-  const u32* gaps = reinterpret_cast<const u32*>(index + kIndexHeader);
-  return {tables, reinterpret_cast<const u32*>(stream), sign_mantissa, gaps, gaps + u64(blocks) * kGapWords, blocks,
-          elements, stream_words, rows, shortest, slot_words, block_symbols};
-}
 
 // A look-up, or, if it is none that slots have room for, "a long code", which is decoded with every check.
 __device__ __forceinline__ uint2 checked(uint2 entry, u32 shortest) {
@@ -88,13 +81,13 @@ __device__ __forceinline__ uint2 checked(uint2 entry, u32 shortest) {
   return good ? entry : make_uint2(kLong, 0);
 }
 
-__device__ __forceinline__ Shared load_tables(const Unit& unit, u8* smem, u32* smem_totals) {
+__device__ __forceinline__ Shared load_tables(const Unit& unit, u8* smem) {
   Shared shared;
   shared.lookups = reinterpret_cast<uint2*>(smem);
   shared.rows = smem + kLookups * sizeof(uint2);
-  shared.slots = reinterpret_cast<u32*>(shared.rows + unit.rows * kRowBytes);
+  shared.totals = reinterpret_cast<u32*>(shared.rows + unit.rows * kRowBytes);
+  shared.slots = shared.totals + kWarps;
   shared.exponents = reinterpret_cast<u8*>(shared.slots + unit.slot_words * kThreads);
-  shared.totals = smem_totals;
   const uint4* from = reinterpret_cast<const uint4*>(unit.tables);
   for (u32 i = threadIdx.x; i < kLookups / 2; i += kThreads) {
     const uint4 two = from[i];
@@ -148,7 +141,8 @@ struct Decoded {
 };
 
 // Exponents of the codes that start in a thread's bits, to its slot (up to 3 more behind them).
-__device__ __forceinline__ Decoded decode_window(const Unit& unit, const Shared& shared, const Window& window, u32 gap) {
+__device__ __forceinline__ Decoded decode_window(const Unit& unit, const Shared& shared, const Window& window,
+                                                 u32 gap) {
   u32 words[kThreadWords + 1];
 #pragma unroll
   for (u32 i = 0; i <= kThreadWords; ++i) words[i] = __byte_perm(window.words[i], 0, 0x0123);  // first bit highest
@@ -167,26 +161,25 @@ __device__ __forceinline__ Decoded decode_window(const Unit& unit, const Shared&
     state = next;
     last = step;
   };
-  for (u32 word = 0;;) {
-    while ((state & kWordEnd) == 0) {
-      const uint2 entry = shared.lookups[__funnelshift_l(words[1], words[0], state) >> (32 - kLookupBits)];
-      put(entry.x, entry.y);
-    }
-    if ((state & kLong) != 0) {
-      state &= ~kLong;
-      const u32 code = long_code(unit, shared.rows, __funnelshift_l(words[1], words[0], state));
+#pragma unroll
+  for (u32 word = 0; word < kThreadWords; ++word) {
+    for (;;) {
+      while ((state & kWordEnd) == 0) {
+        const uint2 entry = shared.lookups[__funnelshift_l(words[word + 1], words[word], state) >> (32 - kLookupBits)];
+        put(entry.x, entry.y);
+      }
+      if ((state & kLong) == 0 || broken) break;
+      const u32 code = long_code(unit, shared.rows, __funnelshift_l(words[word + 1], words[word], state));
       if (code == 0) {
         broken = true;
+        state |= 0x7F;
         break;
       }
+      state &= ~kLong;
       put(code >> 8 | 1u << kCountShift, code & 0xFF);
       last = 0;
-      continue;
     }
     state -= 32;
-    if (++word == kThreadWords) break;
-#pragma unroll
-    for (u32 i = 0; i < kThreadWords; ++i) words[i] = words[i + 1];
   }
   const u32 count = state >> kCountShift & 0xFF;
   if (count % 4 != 0) *slot = partial;
@@ -334,8 +327,8 @@ __device__ __forceinline__ void decode_block(const Unit& unit, const Shared& sha
     for (i32 i = 0; i < vectors; i += kThreads) {
       const u32* three = gmem_words + 2 * i;
       const u32 second = three[1], third = shift == 0 ? 0 : three[2];
-      gmem_vectors[i] = join8(exponents[i], make_uint2(__funnelshift_r(three[0], second, shift),
-                                                       __funnelshift_r(second, third, shift)));
+      gmem_vectors[i] = join8(
+          exponents[i], make_uint2(__funnelshift_r(three[0], second, shift), __funnelshift_r(second, third, shift)));
     }
   }
   // Weights before the first whole vector, and behind the last one.

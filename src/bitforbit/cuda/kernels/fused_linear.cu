@@ -17,12 +17,12 @@
 constexpr u32 kTokens = BITFORBIT_TOKENS, kStripes = BITFORBIT_STRIPES, kStages = BITFORBIT_STAGES;
 constexpr u32 kWarps = BITFORBIT_WARPS, kThreads = kWarps * kWarp, kTokenTiles = kTokens / kMmaTokens;
 
-// Tiles come by bulk copies of one lane, where there are any, or by copies of 16 bytes.
+// Tiles come by bulk copies of one lane, on architectures that have them, or by copies of 16 bytes.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr bool kBulk = false;
-#else
-constexpr bool kBulk = BITFORBIT_BULK != 0;
+#undef BITFORBIT_BULK
+#define BITFORBIT_BULK 0
 #endif
+constexpr bool kBulk = BITFORBIT_BULK != 0;
 
 // Shared memory, in bytes: two chunks of x; then for each warp the slots of its ring, kStripes decoded tiles, two
 // chunks of lists of escapes, and a barrier for each stage.
@@ -68,34 +68,34 @@ __device__ __forceinline__ void load_x(const u16* gmem_x, u16* smem_x, u32 token
 struct Tiles {
   const u8* gmem[kStripes];  // of the next ones: without bulk copies this lane's first 16 bytes
 
+  // copy: the next tile of each stripe. await: waits for a stage, of which other lanes' part is there after a barrier
+  // of the warp.
+#if BITFORBIT_BULK
   __device__ __forceinline__ void copy(u8* smem_stage, u64* smem_barrier, u32 lane) {
-    if (kBulk) {
-      if (lane == 0) {
-        expect_bytes(smem_barrier, kStripes * kTileBytes);
+    if (lane == 0) {
+      mbarrier_arrive_expect(smem_barrier, kStripes * kTileBytes);
 #pragma unroll
-        for (u32 s = 0; s < kStripes; ++s) copy_bulk(smem_stage + s * kSlotBytes, gmem[s], kTileBytes, smem_barrier);
-      }
-    } else {
-#pragma unroll
-      for (u32 s = 0; s < kStripes; ++s) {
-        u8* smem = smem_stage + s * kSlotBytes + 16 * lane;
-        copy_async(smem, gmem[s]);
-        copy_async(smem + 512, gmem[s] + 512);
-        if (lane < kTileBytes / 16 - 2 * kWarp) copy_async(smem + 1024, gmem[s] + 1024);
-      }
+      for (u32 s = 0; s < kStripes; ++s) copy_bulk(smem_stage + s * kSlotBytes, gmem[s], kTileBytes, smem_barrier);
     }
 #pragma unroll
     for (u32 s = 0; s < kStripes; ++s) gmem[s] += kTileBytes;
   }
 
-  // Waits for a stage; other lanes' copies are there after a barrier of the warp.
-  static __device__ __forceinline__ void await(u64* smem_barrier, u32 phase) {
-    if (kBulk) {
-      await_phase(smem_barrier, phase);
-    } else {
-      await_copies<kStages - 1>();
+  static __device__ __forceinline__ void await(u64* smem_barrier, u32 phase) { mbarrier_wait(smem_barrier, phase); }
+#else
+  __device__ __forceinline__ void copy(u8* smem_stage, u64*, u32 lane) {
+#pragma unroll
+    for (u32 s = 0; s < kStripes; ++s) {
+      u8* smem = smem_stage + s * kSlotBytes + 16 * lane;
+      copy_async(smem, gmem[s]);
+      copy_async(smem + 512, gmem[s] + 512);
+      if (lane < kTileBytes / 16 - 2 * kWarp) copy_async(smem + 1024, gmem[s] + 1024);
+      gmem[s] += kTileBytes;
     }
   }
+
+  static __device__ __forceinline__ void await(u64*, u32) { await_copies<kStages - 1>(); }
+#endif
 };
 
 // A stripe's lists of escapes, a chunk ahead: their beginnings come two chunks before they are used, the entries one.
@@ -257,10 +257,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
     lists[s].advance(matrix.gmem_escapes, header, capacity, smem_lists + s * kListBytes, begin + kStages, end, lane);
   }
   load_x(gmem_x, reinterpret_cast<u16*>(smem), tokens, cols, begin * kTileCols, end * kTileCols);
-  if (kBulk) {
-    if (lane < kStages) init_barrier(smem_barriers + lane);
-    __syncwarp();
-  }
+#if BITFORBIT_BULK
+  if (lane < kStages) mbarrier_init(smem_barriers + lane, 1);
+  mbarrier_fence();
+  __syncwarp();
+#endif
 #pragma unroll
   for (u32 j = 0; j < kStages; ++j) {
     if (begin + j < end) tiles.copy(smem_ring + j * kStripes * kSlotBytes, smem_barriers + j, lane);

@@ -51,8 +51,3 @@ __device__ __forceinline__ u32 warp_inclusive_sum32(u32 value, u32 lane) {
 }
 
 __device__ __forceinline__ u32 warp_sum(u32 value) { return __reduce_add_sync(kAllLanes, value); }
-
-// Groups of a block of that many rows: whole tile rows, then the edge columns run together.
-__device__ __forceinline__ u32 groups_in(u32 rows, u32 cols) {
-  return rows * (cols / kGroup) + (rows * (cols % kGroup) + kGroup - 1) / kGroup;
-}

@@ -1,11 +1,11 @@
-// Decodes rows of a planes matrix. A thread block takes a chunk: up to 128 groups of 64 weights of one block of 16
-// rows.
+// Decodes rows of a planes matrix. A thread block takes a chunk: up to 128 groups of one block of 16 rows.
 //
 // BITFORBIT_KIND names the float (see planes_floats.cuh). Outline: the chunk's part of the tails is copied to shared
 // memory; its digits become exponents there, innermost level first; then every thread makes 4 x 16 weights: those of a
-// level-1 digit 3 take the next exponent of level 2. Where a chunk's digits begin, the index of planes_index says.
+// level-1 digit 3 take the next exponent of level 2. The index of planes_index says where a chunk's digits begin.
+//
 // Four lanes share a group; lane q has its positions 16q to 16q + 15, in the order in which they take digits. A warp
-// has 32 groups in a row, eight at a time (a slot): those of 8 rows of a tile, so that what a lane stores is 8 rows
+// has 32 groups in a row, eight at a time (a slot): 8 rows of a tile, so that a lane's slots are 8 rows or a tile
 // apart.
 #include "planes_exponents.cuh"
 #include "planes_floats.cuh"
@@ -16,11 +16,10 @@ constexpr u32 kSlotGroups = kWarp / kGroupLanes;
 constexpr u32 kSlots = kChunkGroups / (kWarps * kSlotGroups);
 constexpr u32 kOutOfRange = 2;  // bit of *status
 // Blocks per multiprocessor that registers must leave room for: as many as fit without spills.
-constexpr u32 kMinBlocks = kKind == kF32 ? 4 : kKind == kF16 ? 5 : kKind == kF8E5M2 || kKind == kWideBF16 ? 6 : 8;
+constexpr u32 kMinBlocks = kKind == kF32 ? 4 : kKind == kF16 ? 5 : kItem == 2 || kKind == kF8E4M3 ? 7 : 6;
 static_assert(kSlots == 4, "slots are counted in pairs of 16 bits, stored in pairs of 8 rows");
 
-// What a chunk can need at most: its 3s begin and end anywhere in a group, so the levels below span one group more
-// each.
+// What a chunk can need at most: its 3s begin and end anywhere in a group, so each level below spans one group more.
 constexpr u32 kLevel2Groups = kChunkGroups + 1;
 constexpr u32 kLevel3Groups = kLevel2Groups + 2;
 constexpr u32 kRawBytes = kLevel3Groups * kGroup;
@@ -36,13 +35,13 @@ struct Shared {
   u32* tables;     // [4] exponents of levels 1, 2, 3, in bytes 0-2; all are placed (place_exponents)
 };
 
-#define PLANES_SHARED(name)                                          \
-  SHARED(u32, smem_level2, 4 * kLevel2Groups);                       \
-  SHARED(u32, smem_level3, 4 * kLevel3Groups);                       \
-  SHARED(u8, smem_exponents3, kLevel3Groups* kGroup + kWindowBytes); \
-  SHARED(u8, smem_exponents2, kRawBytes + kWindowBytes);             \
-  SHARED(u32, smem_counts, kWarps);                                  \
-  SHARED(u32, smem_tables, 4);                                       \
+#define PLANES_SHARED(name)                              \
+  SHARED(u32, smem_level2, 4 * kLevel2Groups);           \
+  SHARED(u32, smem_level3, 4 * kLevel3Groups);           \
+  SHARED(u8, smem_exponents3, kRawBytes + kWindowBytes); \
+  SHARED(u8, smem_exponents2, kRawBytes + kWindowBytes); \
+  SHARED(u32, smem_counts, kWarps);                      \
+  SHARED(u32, smem_tables, 4);                           \
   const Shared name { smem_level2, smem_level3, smem_exponents3, smem_exponents2, smem_counts, smem_tables }
 
 // The tails from some byte on, at any alignment, as words; zeros behind their end.
@@ -133,17 +132,10 @@ struct Output {
   __device__ __forceinline__ bool wants(u64 row) const { return row >= begin && row < end; }
 };
 
-// Weights of any group of a block.
-__device__ __forceinline__ void store_group(const Output& out, const Weights& weights, u64 first_row, u32 block_rows,
-                                            u32 group, u32 q) {
-  const u32 tiles = out.cols / kGroup;
-  if (group < tiles * block_rows) {
-    const u32 tile = block_rows == kBlockRows ? group / kBlockRows : group / block_rows;
-    const u64 row = first_row + (group - tile * block_rows);
-    if (out.wants(row)) store_weights(out.at(row, tile * kGroup), weights, q, out.unit);
-    return;
-  }
-  const u32 edge_cols = out.cols % kGroup, edge_group = group - tiles * block_rows;
+// Weights of a group of the edge run: row-major over the columns behind the last tile.
+__device__ __forceinline__ void store_edge(const Output& out, const Weights& weights, u64 first_row, u32 block_rows,
+                                           u32 edge_group, u32 q) {
+  const u32 edge_cols = out.cols % kGroup;
 #pragma unroll
   for (u32 run = 0; run < kRuns; ++run) {
     const u32 element = edge_group * kGroup + natural_index(q, 8 * run);
@@ -151,28 +143,27 @@ __device__ __forceinline__ void store_group(const Output& out, const Weights& we
 #pragma unroll
     for (u32 i = 0; i < kLaneWeights / kRuns; ++i) {
       if (row < block_rows && out.wants(first_row + row)) {
-        store_weight(out.at(first_row + row, tiles * kGroup + col), weights, run * (kLaneWeights / kRuns) + i);
+        store_weight(out.at(first_row + row, out.cols - edge_cols + col), weights, run * (kLaneWeights / kRuns) + i);
       }
       if (++col == edge_cols) col = 0, ++row;
     }
   }
 }
 
-// The wanted rows of chunk blockIdx.x of a block.
+// The wanted rows of chunk blockIdx.x of a block of that many rows and groups; a whole block has full_groups. kOneRow:
+// one row is wanted, so that sign and mantissa are loaded where it is found.
+template <bool kOneRow>
 __device__ __forceinline__ void decode_chunk(const Shared& smem, const u8* gmem_code, const u8* gmem_digits,
                                              const u8* gmem_planes, u64 plane1, u64 plane2, const u32* gmem_tails,
-                                             u64 tails_words, const u64* gmem_starts, const u32* gmem_index, u64 rows,
-                                             u64 block, const Output& out) {
+                                             u64 tails_words, const u64* gmem_starts, const u32* gmem_index, u64 block,
+                                             u32 block_rows, u32 groups, u32 full_groups, const Output& out) {
   const u32 lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, q = lane % kGroupLanes;
   const u64* start = gmem_starts + kStartWords * block;
   const uint4* entry = reinterpret_cast<const uint4*>(gmem_index) + block * (gridDim.x + 1) + blockIdx.x;
   const uint4 here = entry[0], next = entry[1];
 
   // Level 1. Lanes without a group repeat the block's last one: nothing comes after them.
-  const u64 first_row = block * kBlockRows;
-  const u32 block_rows = static_cast<u32>(min(static_cast<u64>(kBlockRows), rows - first_row));
-  const u32 groups = groups_in(block_rows, out.cols);
-  const u64 first_group = block * groups_in(kBlockRows, out.cols);
+  const u64 first_group = block * full_groups;
   const u32 group = blockIdx.x * kChunkGroups + warp * kSlots * kSlotGroups + lane / kGroupLanes;
   const uint4* gmem_block_digits = reinterpret_cast<const uint4*>(gmem_digits) + first_group;
   const Planes planes(gmem_planes, plane1, plane2, first_group);
@@ -182,7 +173,7 @@ __device__ __forceinline__ void decode_chunk(const Shared& smem, const u8* gmem_
   for (u32 s = 0; s < kSlots; ++s) {
     const u32 number = min(group + s * kSlotGroups, groups - 1);
     packed[s] = load_once(gmem_block_digits + number);
-    fields[s] = planes.load(number, q);
+    if constexpr (!kOneRow) fields[s] = planes.load(number, q);
   }
 
   // Tails: whole groups of digits from where the entry says, and one more, in which the last 3s may end.
@@ -231,25 +222,34 @@ __device__ __forceinline__ void decode_chunk(const Shared& smem, const u8* gmem_
   for (u32 w = 0; w + 1 < kWarps; ++w) before += w < warp ? smem.counts[w] : 0;
   const u32 at[kSlots] = {before + (sum01 & 0xFFFF) - count[0], before + total0 + (sum01 >> 16) - count[1],
                           before + total1 + (sum23 & 0xFFFF) - count[2], before + total2 + (sum23 >> 16) - count[3]};
-  const bool plain =
-      out.unit == 16 && block_rows == kBlockRows && (blockIdx.x + 1) * kChunkGroups <= out.cols / kGroup * kBlockRows;
-  if (plain) {
-    const u64 row = first_row + lane / kGroupLanes;
-    u8* gmem_row = out.at(row, group / kBlockRows * kGroup);
+  const u32 tile_groups = out.cols / kGroup * block_rows;
+  const u64 first_row = block * kBlockRows;
+  // Whole tiles of 16 rows, all of them wanted, stores of 16 bytes: what most chunks are.
+  const bool plain = out.unit == 16 && block_rows == kBlockRows && (blockIdx.x + 1) * kChunkGroups <= tile_groups &&
+                     out.wants(first_row) && out.wants(first_row + (kBlockRows - 1));
+  if (!kOneRow && plain) {
+    u8* gmem_row = out.at(first_row + lane / kGroupLanes, group / kBlockRows * kGroup);
     u8* gmem_eighth = gmem_row + static_cast<u64>(out.cols) * (kSlotGroups * kItem);
-    const bool wanted = out.wants(row), wanted_eighth = out.wants(row + kSlotGroups);
 #pragma unroll
     for (u32 s = 0; s < kSlots; ++s) {
       const Weights weights = join(exponents16(digits[s], smem.exponents2, at[s], table), fields[s]);
-      u8* gmem_tile = (s % 2 == 0 ? gmem_row : gmem_eighth) + s / 2 * kGroup * kItem;
-      if (s % 2 == 0 ? wanted : wanted_eighth) store_weights(gmem_tile, weights, q, 16);
+      store_weights((s % 2 == 0 ? gmem_row : gmem_eighth) + s / 2 * kGroup * kItem, weights, q, 16);
     }
-  } else {
+    return;
+  }
 #pragma unroll
-    for (u32 s = 0; s < kSlots; ++s) {
-      if (group + s * kSlotGroups >= groups) break;
-      const Weights weights = join(exponents16(digits[s], smem.exponents2, at[s], table), fields[s]);
-      store_group(out, weights, first_row, block_rows, group + s * kSlotGroups, q);
+  for (u32 s = 0; s < kSlots; ++s) {
+    const u32 number = group + s * kSlotGroups;
+    if (number >= groups) break;
+    const u32 tile = block_rows == kBlockRows ? number / kBlockRows : number / block_rows;
+    const u64 row = first_row + (number - tile * block_rows);
+    if (number < tile_groups && !out.wants(row)) continue;
+    if constexpr (kOneRow) fields[s] = planes.load(number, q);
+    const Weights weights = join(exponents16(digits[s], smem.exponents2, at[s], table), fields[s]);
+    if (number < tile_groups) {
+      store_weights(out.at(row, tile * kGroup), weights, q, out.unit);
+    } else {
+      store_edge(out, weights, first_row, block_rows, number - tile_groups, q);
     }
   }
 }
@@ -257,32 +257,40 @@ __device__ __forceinline__ void decode_chunk(const Shared& smem, const u8* gmem_
 // Grid: chunks of a block, blocks from first_block on.
 extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
     planes_decode(const u8* gmem_code, const u8* gmem_digits, const u8* gmem_planes, u64 plane1, u64 plane2,
-                  const u32* gmem_tails, u64 tails_words, const u64* gmem_starts, const u32* gmem_index, u64 rows,
-                  u32 cols, u64 first_block, u64 begin, u64 end, u8* gmem_out, u32 unit) {
+                  const u32* gmem_tails, u64 tails_words, const u64* gmem_starts, const u32* gmem_index, u32 cols,
+                  u32 full_groups, u64 blocks, u32 last_rows, u32 last_groups, u64 first_block, u64 begin, u64 end,
+                  u8* gmem_out, u32 unit) {
   PLANES_SHARED(smem);
   const Output out{gmem_out, begin, end, cols, unit};
-  decode_chunk(smem, gmem_code, gmem_digits, gmem_planes, plane1, plane2, gmem_tails, tails_words, gmem_starts,
-               gmem_index, rows, first_block + blockIdx.y, out);
+  const u64 block = first_block + blockIdx.y;
+  const bool last = block + 1 == blocks;
+  decode_chunk<false>(smem, gmem_code, gmem_digits, gmem_planes, plane1, plane2, gmem_tails, tails_words, gmem_starts,
+                      gmem_index, block, last ? last_rows : kBlockRows, last ? last_groups : full_groups, full_groups,
+                      out);
 }
 
 // Grid: chunks of a block, ids from first_id on. An id outside of the matrix gives a row of zeros.
 extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
     planes_rows(const u8* gmem_code, const u8* gmem_digits, const u8* gmem_planes, u64 plane1, u64 plane2,
-                const u32* gmem_tails, u64 tails_words, const u64* gmem_starts, const u32* gmem_index, u64 rows,
-                u32 cols, const u8* gmem_ids, u32 id_bytes, u64 first_id, u8* gmem_out, u32 unit, u32* gmem_status) {
+                const u32* gmem_tails, u64 tails_words, const u64* gmem_starts, const u32* gmem_index, u32 cols,
+                u32 full_groups, u64 blocks, u32 last_rows, u32 last_groups, const u8* gmem_ids, u32 id_bytes,
+                u64 first_id, u8* gmem_out, u32 unit, u32* gmem_status) {
   PLANES_SHARED(smem);
   const u64 number = first_id + blockIdx.y;
   const i64 id = id_bytes == 8 ? reinterpret_cast<const i64*>(gmem_ids)[number]
                                : static_cast<i64>(reinterpret_cast<const i32*>(gmem_ids)[number]);
   u8* gmem_row = gmem_out + number * cols * kItem;
-  if (id < 0 || static_cast<u64>(id) >= rows) {
+  if (id < 0 || static_cast<u64>(id) >= (blocks - 1) * kBlockRows + last_rows) {
     const u64 row_bytes = static_cast<u64>(cols) * kItem;
-    for (u64 i = blockIdx.x * kThreads + threadIdx.x; i < row_bytes; i += gridDim.x * kThreads) gmem_row[i] = 0;
+    const u64 step = static_cast<u64>(gridDim.x) * kThreads;
+    for (u64 i = static_cast<u64>(blockIdx.x) * kThreads + threadIdx.x; i < row_bytes; i += step) gmem_row[i] = 0;
     if (threadIdx.x == 0 && gmem_status != nullptr) atomicOr(gmem_status, kOutOfRange);
     return;
   }
-  const u64 row = static_cast<u64>(id);
+  const u64 row = static_cast<u64>(id), block = row / kBlockRows;
   const Output out{gmem_row, row, row + 1, cols, unit};
-  decode_chunk(smem, gmem_code, gmem_digits, gmem_planes, plane1, plane2, gmem_tails, tails_words, gmem_starts,
-               gmem_index, rows, row / kBlockRows, out);
+  const bool last = block + 1 == blocks;
+  decode_chunk<true>(smem, gmem_code, gmem_digits, gmem_planes, plane1, plane2, gmem_tails, tails_words, gmem_starts,
+                     gmem_index, block, last ? last_rows : kBlockRows, last ? last_groups : full_groups, full_groups,
+                     out);
 }

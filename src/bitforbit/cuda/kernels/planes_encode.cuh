@@ -8,6 +8,11 @@
 
 #include "planes_common.cuh"
 
+// Groups of a block of that many rows: whole tile rows, then the edge columns run together.
+__device__ __forceinline__ u32 groups_in(u32 rows, u32 cols) {
+  return rows * (cols / kGroup) + (rows * (cols % kGroup) + kGroup - 1) / kGroup;
+}
+
 enum Kind { kBF16, kF16, kF32, kF8E4M3, kF8E5M2 };
 constexpr Kind kKind = BITFORBIT_KIND;
 constexpr bool kWide = BITFORBIT_WIDE;

@@ -2,8 +2,9 @@
 
 Outline (docs/format.md, section 3): which tail digits a weight takes depends on all weights of its 16-row block before
 it. :func:`prepare` counts once and leaves in a workspace where the digits of each *chunk* of 128 groups (8192 weights)
-begin; with that, :func:`decode` and :func:`rows` give every chunk to a thread block of its own. The workspace costs
-16 bytes per chunk (0.02 bits per weight) and 32 bytes per block.
+begin; with that, :func:`decode` and :func:`rows` give every chunk to a thread block of its own, so that a matrix of few
+blocks keeps a GPU busy too, and no digit is read twice but for the one group that two chunks share per level. The
+workspace costs 16 bytes per chunk (0.02 bits per weight) and 32 bytes per block.
 
 Limits: rows x (columns + 64) of a block below 2^32, as the format has it; the number of elements is not limited.
 """
@@ -29,7 +30,7 @@ SCAN_THREADS = 1024
 INDEX_THREADS = 256
 MAX_GRID_X = (1 << 31) - 1
 MAX_GRID_Y = 65535
-ALIGNMENT = 256
+ALIGNMENT = 16
 
 STARTS = Kernel(
     "planes_starts", "planes_decode_index.cu", (Pointer, U64, U32, U32, U32, U64, Pointer, Pointer)
@@ -39,7 +40,7 @@ INDEX = Kernel(
     (Pointer, Pointer, Pointer, U64, Pointer, U64, U64, U32, U32, U32, Pointer, Pointer),
 )  # fmt: skip
 
-_SOURCE = (Pointer, Pointer, Pointer, U64, U64, Pointer, U64, Pointer, Pointer, U64, U32)
+_SOURCE = (Pointer, Pointer, Pointer, U64, U64, Pointer, U64, Pointer, Pointer, U32, U32, U64, U32, U32)
 # (kind, wide) -> BITFORBIT_KIND of the text.
 _KINDS = {
     ("BF16", False): "0", ("F16", False): "1", ("F32", False): "2", ("F8_E4M3", False): "3", ("F8_E5M2", False): "4",
@@ -83,7 +84,7 @@ def index_config(blocks: int, properties: DeviceProperties) -> LaunchConfig:
 
 
 def prepare(queue: Queue, parts: Parts, layout: Layout, workspace: int, status: int = 0) -> None:
-    """Fill the workspace, ``workspace_bytes(layout)`` bytes on a 256-byte boundary, for these parts.
+    """Fill the workspace, ``workspace_bytes(layout)`` bytes, for these parts; all of them on 16-byte boundaries.
 
     Digits and tails that contradict each other set bit 0 of the u32 at ``status``. Raises CorruptTensorError for parts
     of other lengths than the layout's, UsageError for addresses that are not aligned.
@@ -110,7 +111,9 @@ def decode(
     queue: Queue, parts: Parts, layout: Layout, wide: bool, begin: int, end: int, out: int, workspace: int,
     status: int = 0,
 ) -> None:  # fmt: skip
-    """Rows [begin, end) to ``out``, ``[end - begin, cols]`` on a 256-byte boundary; ``wide``: BF16 codes as F32.
+    """Rows [begin, end) to ``out``, ``[end - begin, cols]``; ``wide``: BF16 codes as F32.
+
+    Fastest where every row of ``out`` is on a 16-byte boundary.
 
     The workspace must have been prepared. Damage is found there, by :func:`prepare`: what contradictory parts decode to
     is undefined, but no memory besides the output is written and none besides parts and workspace is read.
@@ -132,7 +135,7 @@ def rows(
     queue: Queue, parts: Parts, layout: Layout, wide: bool, ids: int, id_bytes: int, count: int, out: int,
     workspace: int, status: int = 0,
 ) -> None:  # fmt: skip
-    """Rows by id to ``out``, ``[count, cols]`` on a 256-byte boundary. ids: ``[count]`` int32 or int64 (id_bytes 4, 8).
+    """Rows by id to ``out``, ``[count, cols]``. ids: ``[count]`` int32 or int64 (id_bytes 4, 8).
 
     An id outside of the matrix gives a row of zeros and sets bit 1 of the u32 at ``status``. The workspace must have
     been prepared.
@@ -155,7 +158,7 @@ def _check(layout: Layout) -> None:
 
 
 def _starts_bytes(layout: Layout) -> int:
-    return -(-layout.blocks * START_BYTES // ALIGNMENT) * ALIGNMENT
+    return layout.blocks * START_BYTES
 
 
 def _checked(parts: Parts, layout: Layout, workspace: int) -> Parts:
@@ -177,10 +180,13 @@ def _aligned(what: str, address: int) -> None:
 def _source(parts: Parts, layout: Layout, workspace: int) -> tuple[int, ...]:
     (code, _), (digits, _), (planes, _), (tails, tails_bytes) = _checked(parts, layout, workspace)
     plane_bytes = (*layout.plane_bytes, 0, 0)
-    index = workspace + _starts_bytes(layout)
+    index, last_rows = workspace + _starts_bytes(layout), layout.block_rows(layout.blocks - 1)
+    geometry = (
+        layout.cols, layout.groups_in(BLOCK_ROWS), layout.blocks, last_rows, layout.groups_in(last_rows),
+    )  # fmt: skip
     return (
         code, digits, planes, plane_bytes[0], plane_bytes[0] + plane_bytes[1], tails, tails_bytes // 4,
-        workspace, index, layout.rows, layout.cols,
+        workspace, index, *geometry,
     )  # fmt: skip
 
 
@@ -192,6 +198,9 @@ def _kind(layout: Layout, wide: bool) -> tuple[str, bool]:
 
 def _unit(layout: Layout, wide: bool, out: int) -> int:
     """The largest power of two, at most 16, that divides the address of every row of the output."""
-    _aligned("the output", out)
-    row_bytes = layout.cols * (4 if wide else FLOAT_LAYOUTS[layout.kind].itemsize)
-    return min(16, row_bytes & -row_bytes)
+    itemsize = 4 if wide else FLOAT_LAYOUTS[layout.kind].itemsize
+    bits = 16 | layout.cols * itemsize | out
+    unit = bits & -bits
+    if unit < itemsize:
+        raise UsageError(f"expected the output on a boundary of its {itemsize}-byte elements, got address {out:#x}")
+    return unit

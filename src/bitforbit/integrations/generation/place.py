@@ -39,10 +39,13 @@ class Place:
         return {"runtime": "auto" if moved_later and self.runtime == "tiles" else self.runtime}
 
     def settle(self, model: Any) -> Any:
-        """The model where it is to run."""
-        if not self.on_gpu or _has_accelerate():
+        """The model where it is to run, and ready there."""
+        if not self.on_gpu:
             return model
-        return model.to("cuda" if self.device == "gpus" else self.device)
+        if not _has_accelerate():
+            model = model.to("cuda" if self.device == "gpus" else self.device)
+        torch.cuda.synchronize()
+        return model
 
 
 CPU = Place()

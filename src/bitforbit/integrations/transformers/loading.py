@@ -59,7 +59,6 @@ class Load:
         self._kept: list[tuple[str, str]] = []
         self._plain_dtypes: dict[str, torch.dtype] = {}
         self._restored: set[str] = set()
-        self._units: dict[str, dict[str, torch.nn.Parameter]] = {}
         if config.runtime == "df11" and not self._is_df11:
             raise UsageError(
                 f"{self.where}: expected a DFloat11 checkpoint for runtime='df11', got another one; leave runtime out"
@@ -205,6 +204,7 @@ class Load:
         # Parameters, which the loader takes as they are: all matrices of the unit share them.
         parts = {part: torch.nn.Parameter(tensor, requires_grad=False) for part, tensor in tensors.items()}
         loaded: dict[str, torch.Tensor] = {}
+        plain: dict[str, torch.Tensor] = {}
         begin = 0
         for name in self._source.anchors[anchor]:
             shape = self._source.tensors[name].shape
@@ -217,10 +217,10 @@ class Load:
             if self.installer.may_compress(target) and self._dtypes.of(target) == torch.bfloat16:
                 loaded |= self.installer.keep(target, spec, parts, missing_keys)
                 for each in (target, *self.installer.ties.twins(target)):
-                    self.model.get_submodule(split(each)[0]).__dict__["_bitforbit_loading"] = True
+                    self.model.get_submodule(split(each)[0]).__dict__["_bitforbit_raw_state"] = True
             else:
-                value = spec.decode([parts[part] for part in spec.part_names], 0, rows).view(shape)
-                loaded |= self.finish(target, value, missing_keys)
+                plain = plain or self._source.restore(anchor)
+                loaded |= self.finish(target, plain[name].to(device), missing_keys)
         return loaded
 
     def will_compress(self, name: str) -> bool:
@@ -253,7 +253,7 @@ class Load:
                 # In order: of several errors, that of the first tensor.
                 deque(pool.map(self._source.check, names, parts), maxlen=0)
         for module in self.model.modules():
-            module.__dict__.pop("_bitforbit_loading", None)
+            module.__dict__.pop("_bitforbit_raw_state", None)
         self._settle()
         # What is kept for saving must not keep this load, and with it the files, open.
         used = self.model._weight_conversions
@@ -272,6 +272,8 @@ class Load:
                 layout.choose(module, "planes")
             else:
                 layout.settle(module)
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # what conversion took beside the model
         self.installer.ties.rewrite(self.model)
 
     def _parts(self, target: str) -> list[torch.Tensor]:

@@ -63,8 +63,8 @@ class BitforbitQuantizer(HfQuantizer):
                 return size
             parts = model.get_submodule(module)._bitforbit_parts(name)
             return size * runtime.tiles_share(spec, sum(part.numel() for part in parts))
-        if param.dtype == torch.bfloat16 and self._load is not None and self._load.will_compress(param_name):
-            return runtime.TILES_BITS / 8
+        if self._load is not None and self._load.will_compress(param_name):
+            return runtime.compressed_element_size(param)
         return size
 
     def adjust_max_memory(self, max_memory: dict[str, int | str]) -> dict[str, int | str]:

@@ -14,9 +14,6 @@ if TYPE_CHECKING:
 
 # Nothing here may be imported from bitforbit.nn at once: this module is imported while transformers still is.
 
-TILES_BITS = 11.4
-"""Bits per weight that are reserved for a BF16 parameter as tiles. An estimate: 11 bits and what escapes take."""
-
 DISK = "disk"
 
 
@@ -80,8 +77,19 @@ def require_gpu(device: torch.device) -> None:
 
 def tiles_share(spec: CompressedSpec, nbytes: int) -> float:
     """Bytes of a parameter as tiles, as is to be expected, per byte of its planes; at least 1."""
-    from bitforbit.nn import PlanesSpec
+    from bitforbit.nn import gpu_specs
 
-    if not isinstance(spec, PlanesSpec) or spec.kind != "BF16" or spec.dtype != torch.bfloat16 or not nbytes:
+    if spec.layout != "planes" or spec.dtype != torch.bfloat16 or not nbytes:
         return 1.0
-    return max(1.0, spec.elements * TILES_BITS / 8 / nbytes)
+    return max(1.0, min(spec.nbytes, gpu_specs.expected_tiles_bytes(*spec.matrix_shape())) / nbytes)
+
+
+def compressed_element_size(tensor: torch.Tensor) -> float:
+    """Bytes per element to be expected of a tensor that is to be compressed."""
+    from bitforbit.codecs.planes.layout import matrix_view
+    from bitforbit.nn import gpu_specs
+
+    if tensor.dtype != torch.bfloat16 or not tensor.numel():
+        return float(tensor.element_size())
+    expected = gpu_specs.expected_tiles_bytes(*matrix_view(tuple(tensor.shape)))
+    return min(2.0, expected / int(tensor.numel()))

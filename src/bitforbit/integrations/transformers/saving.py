@@ -25,6 +25,7 @@ from bitforbit.integrations.transformers.config import BitforbitConfig
 from bitforbit.integrations.transformers.originals import Originals
 from bitforbit.integrations.transformers.source import DF11_CONFIG
 from bitforbit.nn import compressed_parameters
+from bitforbit.nn.state import raw_state_dicts
 
 _METHOD = "save_pretrained"
 _TIE = "tie_weights"
@@ -69,10 +70,11 @@ def save_pretrained(
     Raises UsageError where there is a file in the place of the directory, OSError for a full disk.
     """
     if getattr(model, "_hf_peft_config_loaded", False):
-        type(model).save_pretrained(
-            model, save_directory, is_main_process, state_dict, push_to_hub, max_shard_size, variant, token,
-            save_peft_format, save_original_format, **kwargs,
-        )  # fmt: skip
+        with raw_state_dicts(model):  # of which the adapter alone is written
+            type(model).save_pretrained(
+                model, save_directory, is_main_process, state_dict, push_to_hub, max_shard_size, variant, token,
+                save_peft_format, save_original_format, **kwargs,
+            )  # fmt: skip
         return
     if kwargs.pop("distributed_checkpoint", False):
         raise UsageError("a compressed model is on one machine; leave distributed_checkpoint out")

@@ -21,7 +21,6 @@ from bitforbit.archive.dfloat11.read import Df11Directory, RestoredTensor, Tenso
 from bitforbit.archive.pipeline import Pipeline
 from bitforbit.archive.shard_reader import ShardReader
 from bitforbit.codecs.base import Bytes
-from bitforbit.codecs.df11.unit import Df11Unit
 from bitforbit.errors import ChecksumError, MissingPartError, NotCompressedError, UsageError
 from bitforbit.format import checksum
 from bitforbit.format.header import Header, TensorEntry, read_header
@@ -194,9 +193,13 @@ class Df11Source:
             restored = list(self._directory.decode_unit(anchor.removesuffix(_MARK), self._threads))
         return {t.name: _tensor(t) for t in restored}
 
-    def unit(self, anchor: str) -> Df11Unit | None:
-        """The arrays of a unit as they are stored; None if this is a plain matrix's anchor."""
-        return None if anchor in self._plain else self._directory.stored_unit(anchor.removesuffix(_MARK))
+    def unit(self, anchor: str) -> dict[str, Bytes] | None:
+        """The arrays that code a unit, as they are stored, by suffix; None if this is a plain matrix's anchor."""
+        if anchor in self._plain:
+            return None
+        unit = self._directory.stored_unit(anchor.removesuffix(_MARK))
+        names = ("luts", "encoded_exponent", "sign_mantissa", "output_positions", "gaps")
+        return {name: getattr(unit, name) for name in names}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Df11Source:
         return self

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from bitforbit.codecs.df11.unit import Df11Unit
 from bitforbit.codecs.planes import PlanesCodec
 from bitforbit.codecs.planes.layout import BLOCK_ROWS, GROUP, PLANE_WIDTHS, matrix_view
 from bitforbit.cuda import df11 as df11_kernels
@@ -30,7 +32,7 @@ class EncodedOnDevice:
     """A tensor in planes on a device, with the members of :class:`bitforbit.codecs.base.EncodedTensor`."""
 
     codec: str
-    version: int
+    codec_version: int
     dtype: str
     shape: tuple[int, ...]
     config: dict[str, int | str]
@@ -96,12 +98,15 @@ def encode_planes(tensor: torch.Tensor) -> EncodedOnDevice | None:
     return EncodedOnDevice(PlanesCodec.name, PlanesCodec.version, dtype, shape, config, _tensors(parts))
 
 
-def df11_prepare(arrays: Mapping[str, npt.NDArray[np.uint8]], device: torch.device) -> tuple[Df11Geometry, Tensors]:
-    """A unit in the layout of a DFloat11 file, made ready for kernels: its geometry and its four parts on a device.
+def df11_prepare(
+    unit: Df11Unit | Mapping[str, npt.NDArray[np.uint8]], device: torch.device
+) -> tuple[Df11Geometry, Tensors]:
+    """A unit of a DFloat11 file, made ready for kernels: its geometry and its four parts on a device.
 
-    ``arrays``: luts, encoded_exponent, sign_mantissa, output_positions and gaps, as :class:`Df11Unit` describes them.
+    ``unit``: itself, or its luts, encoded_exponent, sign_mantissa, output_positions and gaps by name.
     The device may be a CPU, from which the parts move to a GPU later. Raises Df11FormatError and its kinds.
     """
+    arrays: Mapping[str, npt.NDArray[Any]] = unit.tensors() if isinstance(unit, Df11Unit) else unit
     names = ("luts", "encoded_exponent", "sign_mantissa", "output_positions", "gaps")
     geometry, host = df11_kernels.prepare(*(arrays[name] for name in names))
     parts = {name: _upload(part, device) for name, part in host.items()}
@@ -111,8 +116,8 @@ def df11_prepare(arrays: Mapping[str, npt.NDArray[np.uint8]], device: torch.devi
 
 def _upload(part: npt.NDArray[np.uint8], device: torch.device) -> torch.Tensor:
     tensor = queues.empty_bytes(part.nbytes, device)
-    # A copy: arrays of files are read-only, and torch warns of those.
-    return tensor.copy_(torch.frombuffer(bytearray(part.tobytes()), dtype=torch.uint8)) if part.nbytes else tensor
+    host = part if part.flags.writeable else part.copy()  # arrays of files are not, which torch warns of
+    return tensor.copy_(torch.from_numpy(host))
 
 
 def _tensors(buffers: Mapping[str, Buffer]) -> Tensors:

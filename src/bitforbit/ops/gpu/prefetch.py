@@ -17,6 +17,7 @@ time, within a graph capture they come from the graph's pool, and no block outli
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,17 +39,21 @@ class Successors:
         self._seen = 0
         self._sweep_at = 1024
 
-    def visit(self, weight: Weight) -> _Node:
-        """The node of a weight that is being used."""
+    def visit(self, weight: Weight) -> tuple[_Node, Weight]:
+        """The node of a weight that is being used, and the weight, which is checked when it is seen for the first time.
+
+        Raises UsageError, CorruptTensorError.
+        """
         node = self._nodes.get(weight.key)
-        if node is None or not node.alive:
-            if len(self._nodes) >= self._sweep_at:
-                self._sweep()
-            self._seen += 1
-            node = self._nodes[weight.key] = _Node(weight, self._seen)
-        else:
+        if node is not None and node.alive:
             node.refer(weight.parts)
-        return node
+            return node, weight
+        weight = weight.checked()
+        if len(self._nodes) >= self._sweep_at:
+            self._sweep()
+        self._seen += 1
+        node = self._nodes[weight.key] = _Node(weight, self._seen)
+        return node, weight
 
     def __len__(self) -> int:
         return len(self._nodes)
@@ -68,11 +73,12 @@ class _Node:
         self.refer(weight.parts)
 
     def refer(self, parts: Parts) -> None:
-        self._parts = tuple(weakref.ref(part) for part in parts)
+        self._parts = tuple(map(weakref.ref, parts))
 
     @property
     def alive(self) -> bool:
-        return all(part() is not None for part in self._parts)
+        a, b, c, d = self._parts
+        return a() is not None and b() is not None and c() is not None and d() is not None
 
     def weight(self) -> Weight | None:
         """The weight, unless it is gone."""
@@ -92,7 +98,7 @@ class _Ahead:
 
     weight: Weight
     versions: tuple[int, ...]
-    memory: torch.Tensor
+    matrix: torch.Tensor
     mark: Any
     """None once the main stream waits for it."""
 
@@ -108,29 +114,35 @@ class Prefetcher:
         self._last: _Node | None = None
         self._ahead: dict[tuple[Any, ...], _Ahead] = {}
 
-    def multiply(self, weight: Weight, tokens: int, product: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    @property
+    def capturing(self) -> bool:
+        """Whether the work is recorded into a graph."""
+        return self._streams.capturing
+
+    def multiply(
+        self, weight: Weight, tokens: int, product: Callable[[torch.Tensor], torch.Tensor], alone: bool = False
+    ) -> torch.Tensor:
         """``product(matrix)`` for the decoded matrix of a weight, which is not valid afterwards.
 
-        ``product`` enqueues its work on the main stream.
+        ``product`` enqueues its work on the main stream. ``alone``: nothing is decoded ahead.
         """
-        node = self._successors.visit(weight)
+        node, weight = self._successors.visit(weight)
         if self._last is not None:
             self._last.next = node
         self._last = node
-        memory = self._take(weight)
-        if memory is None:
-            memory = self._streams.empty(weight.nbytes)
-            weight.decode(self._streams.main, memory, self._status)
-        wanted = self._allocate(node, weight) if tokens >= self.policy.least_tokens else []
+        matrix = self._take(weight)
+        if matrix is None:
+            matrix = weight.matrix(self._streams.empty)
+            weight.decode(self._streams.main, matrix, self._status)
+        wanted = [] if alone or tokens < self.policy.least_tokens else self._allocate(node, weight)
         if not wanted:
-            return product(weight.matrix(memory))
+            return product(matrix)
         self._streams.fork()
         if self.policy.product_first:
-            out = product(weight.matrix(memory))
-            self._start(wanted)
-        else:
-            self._start(wanted)
-            out = product(weight.matrix(memory))
+            out = product(matrix)
+        self._start(wanted)
+        if not self.policy.product_first:
+            out = product(matrix)
         if self._streams.capturing or not self.policy.join_at_use:
             self._join()
         return out
@@ -140,12 +152,17 @@ class Prefetcher:
         for key in list(self._ahead):
             self._drop(key)
 
+    def abandon(self) -> None:
+        """Free what was decoded ahead in a graph capture that is over: nothing of it runs any more."""
+        self._ahead.clear()
+
     def __del__(self) -> None:
         # At the end of a thread: no memory is freed that the side stream still works on.
-        self.discard()
+        if not sys.is_finalizing():
+            self.discard()
 
     def _take(self, weight: Weight) -> torch.Tensor | None:
-        """The memory of a weight that was decoded ahead; what should have been used before it is dropped."""
+        """The matrix of a weight that was decoded ahead; what should have been used before it is dropped."""
         found = self._ahead.get(weight.key)
         for key in list(self._ahead):
             if found is not None and key == weight.key:
@@ -158,7 +175,7 @@ class Prefetcher:
             return None
         del self._ahead[weight.key]
         self._wait(found)
-        return found.memory
+        return found.matrix
 
     def _allocate(self, node: _Node, current: Weight) -> list[_Ahead]:
         """Followers that are to be decoded now, with their memory."""
@@ -175,7 +192,11 @@ class Prefetcher:
                 break
             versions = weight.versions
             if weight.key not in self._ahead and weight.key != current.key and versions is not None:
-                wanted.append(_Ahead(weight, versions, self._streams.empty(weight.nbytes), None))
+                try:
+                    matrix = weight.matrix(self._streams.empty)
+                except torch.OutOfMemoryError:
+                    break  # decoded when it is used, then
+                wanted.append(_Ahead(weight, versions, matrix, None))
             follower = follower.follower()
         return wanted
 
@@ -183,7 +204,7 @@ class Prefetcher:
         self._streams.follow()
         for ahead in wanted:
             try:
-                ahead.weight.decode(self._streams.side, ahead.memory, self._status)
+                ahead.weight.decode(self._streams.side, ahead.matrix, self._status)
             except BaseException:
                 # Part of it may be enqueued: the main stream waits for that before the memory is freed.
                 self._streams.join(self._streams.mark())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -138,6 +140,18 @@ def capture_id(device: torch.device, stream: int) -> int:
         if not torch.cuda.is_current_stream_capturing():
             return 0
     return int(driver.get().capture_id(stream))
+
+
+def in_graph_tree(device: torch.device) -> bool:
+    """Whether inductor's CUDA graphs are being recorded or warmed up in this thread.
+
+    They refuse memory of theirs that is still in use when a graph ends.
+    """
+    trees: Any = sys.modules.get("torch._inductor.cudagraph_trees")
+    if trees is None or device.type != "cuda":
+        return False
+    manager = trees.get_manager(device.index, create_if_none_exists=False)
+    return manager is not None and (manager.in_recording or manager.in_warmup)
 
 
 def emulation(device: torch.device) -> EmulatedTorchQueue:

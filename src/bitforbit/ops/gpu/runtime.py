@@ -13,11 +13,11 @@ from torch.nn import functional
 from bitforbit.errors import UsageError
 from bitforbit.ops import stats
 from bitforbit.ops.checks import Parts
-from bitforbit.ops.gpu import queues, status
+from bitforbit.ops.gpu import queues, slices, status
 from bitforbit.ops.gpu.policy import Policy
 from bitforbit.ops.gpu.prefetch import Prefetcher, Successors
 from bitforbit.ops.gpu.streams import CudaStreams, OneStream
-from bitforbit.ops.gpu.weights import Geometry, Weight
+from bitforbit.ops.gpu.weights import Geometry, RowSlice, Weight
 from bitforbit.ops.schema import MODES
 
 
@@ -32,6 +32,8 @@ class _Local(threading.local):
     def __init__(self) -> None:
         self.prefetchers: dict[tuple[torch.device, int], tuple[int, Prefetcher]] = {}
         self.captured: dict[tuple[torch.device, int], tuple[int, Prefetcher]] = {}
+        self.captured_sides: dict[torch.device, Any] = {}
+        """One side stream for all captures: torch has few streams, and gives the same ones again and again."""
 
 
 _settings = _Settings()
@@ -58,6 +60,8 @@ def clear() -> None:
     """Forget the order of weights and, in this thread, free what was decoded ahead."""
     for _, prefetcher in _local.prefetchers.values():
         prefetcher.discard()
+    for _, prefetcher in _local.captured.values():
+        prefetcher.abandon()
     _local.prefetchers.clear()
     _local.captured.clear()
     _successors.clear()
@@ -117,23 +121,50 @@ def linear(geometry: Geometry, x: torch.Tensor, parts: Parts, bias: torch.Tensor
             f"expected x of dtype {geometry.dtype} and shape [..., {cols}] on {device}, got {x.dtype} and "
             f"{tuple(x.shape)} on {x.device}; cast or move x, or decompress the model and cast that"
         )
-    parts, word = _checked(geometry, parts)
-    out = _prefetcher(device, word).multiply(
-        Weight(geometry, parts), x.numel() // cols, lambda weight: functional.linear(x, weight, bias)
-    )
+    word = _status(device)
+    prefetcher = _prefetcher(device, word)
+    tokens, alone = x.numel() // cols, queues.in_graph_tree(device)
+
+    def multiply(part: Geometry, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        weight = Weight(part, parts)
+        return prefetcher.multiply(weight, tokens, lambda matrix: functional.linear(x, matrix, bias), alone)
+
+    step = _rows_of_slice(geometry, x, bias, prefetcher)
+    if step == geometry.rows:
+        out = multiply(geometry, x, bias)
+    else:
+        out = slices.linear(
+            x, bias, geometry.rows, step,
+            lambda begin, end, x, bias: multiply(RowSlice(end - begin, cols, geometry, begin), x, bias),
+        )  # fmt: skip
     _after(device, word)
     stats.count("decoded", geometry.matrix_bytes)
     return out
 
 
+def _rows_of_slice(geometry: Geometry, x: torch.Tensor, bias: torch.Tensor | None, prefetcher: Prefetcher) -> int:
+    """Rows of the slices in which a product is computed; all rows if it is not sliced."""
+    limit = prefetcher.policy.slice_bytes
+    if limit is None or geometry.matrix_bytes <= limit:
+        return geometry.rows
+    step = slices.rows_of_slice(geometry.rows, geometry.matrix_bytes // geometry.rows, limit)
+    if step < geometry.rows and slices.allowed(x, bias, geometry.rows, step, not prefetcher.capturing):
+        return step
+    return geometry.rows
+
+
 def _checked(geometry: Geometry, parts: Parts) -> tuple[Parts, status.Status]:
-    device = parts[0].device
+    word = _status(parts[0].device)
+    return geometry.checked(parts), word
+
+
+def _status(device: torch.device) -> status.Status:
+    """The status of a device that has kernels; raises what has been found so far, UsageError."""
     if device.type != "cuda":
         queues.emulation(device)
-    parts = geometry.checked(parts)
     word = status.of(device)
     word.check(str(device))
-    return parts, word
+    return word
 
 
 def _after(device: torch.device, word: status.Status) -> None:
@@ -154,10 +185,20 @@ def _prefetcher(device: torch.device, word: status.Status) -> Prefetcher:
         found_in = _local.captured if capture else _local.prefetchers
     number, found = found_in.get(place, (0, None))
     if found is None or number != capture or found.policy is not _settings.policy:
-        if found is not None:
+        if found is not None and capture:
+            found.abandon()
+        elif found is not None:
             found.discard()
-        streams = OneStream(queue) if device.type == "cpu" else CudaStreams(device, stream, capture != 0)
+        streams = OneStream(queue) if device.type == "cpu" else _cuda_streams(device, stream, capture != 0)
         order = _successors.setdefault(device, Successors())
         found = Prefetcher(streams, order, _settings.policy, word.address)
         found_in[place] = capture, found
     return found
+
+
+def _cuda_streams(device: torch.device, stream: Any, capturing: bool) -> CudaStreams:
+    if not capturing:
+        return CudaStreams(device, stream, torch.cuda.Stream(device), capturing)
+    if device not in _local.captured_sides:
+        _local.captured_sides[device] = torch.cuda.Stream(device)
+    return CudaStreams(device, stream, _local.captured_sides[device], capturing)

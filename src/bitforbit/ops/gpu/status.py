@@ -7,7 +7,7 @@ error is therefore reported by a later call than the one that caused it; the bad
 from __future__ import annotations
 
 import ctypes
-import functools
+import threading
 
 import torch
 
@@ -42,7 +42,16 @@ class Status:
         )
 
 
-@functools.cache
+_words: dict[torch.device, Status] = {}
+_lock = threading.Lock()
+
+
 def of(device: torch.device) -> Status:
-    """The word of a device."""
-    return Status(device.type == "cuda")
+    """The word of a device; made at the first call, which must not be within a graph capture."""
+    found = _words.get(device)
+    if found is None:
+        with _lock:
+            if device not in _words:
+                _words[device] = Status(device.type == "cuda")
+            found = _words[device]
+    return found

@@ -28,8 +28,8 @@ class Streams(Protocol):
         """Whether the main stream is recorded into a graph, in which no side work may be left open."""
         ...
 
-    def empty(self, nbytes: int) -> torch.Tensor:
-        """Uninitialized bytes ``[nbytes]``."""
+    def empty(self, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialized matrix."""
         ...
 
     def fork(self) -> None:
@@ -59,9 +59,10 @@ class OneStream:
         self.side: Queue = queue
         self._device = queue.device
 
-    def empty(self, nbytes: int) -> torch.Tensor:
-        """Uninitialized bytes."""
-        return queues.empty_bytes(nbytes, self._device)
+    def empty(self, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialized matrix."""
+        nbytes = shape[0] * shape[1] * int(dtype.itemsize)
+        return queues.empty_bytes(nbytes, self._device).view(dtype).view(shape)
 
     def fork(self) -> None:
         """Nothing to do."""
@@ -83,19 +84,19 @@ class CudaStreams:
     one graph capture at most, so that no capture waits for an event recorded outside of it.
     """
 
-    def __init__(self, device: torch.device, stream: Any, capturing: bool) -> None:
+    def __init__(self, device: torch.device, stream: Any, side: Any, capturing: bool) -> None:
         self.capturing = capturing
         self._device = device
         self._main = stream
-        self._side = torch.cuda.Stream(device)
+        self._side = side
         self.main: Queue = queues.cuda_queue(device, stream.cuda_stream)
         self.side: Queue = queues.cuda_queue(device, self._side.cuda_stream)
         self._forked = torch.cuda.Event()
         self._free: list[Any] = []
 
-    def empty(self, nbytes: int) -> torch.Tensor:
-        """Uninitialized bytes from torch's allocator (within a capture: from the graph's pool)."""
-        return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+    def empty(self, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialized matrix from torch's allocator (within a capture: from the graph's pool)."""
+        return torch.empty(shape, dtype=dtype, device=self._device)
 
     def fork(self) -> None:
         """See Streams."""

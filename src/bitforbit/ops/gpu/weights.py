@@ -7,7 +7,7 @@ decoding of their weights through functions of :mod:`bitforbit.cuda`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -53,9 +53,17 @@ class Geometry(ABC):
         return padded(self.matrix_bytes)
 
     @cached_property
+    def memory_rows(self) -> int:
+        """Rows of a matrix whose memory holds the decoded one and the workspace."""
+        if not self.workspace_bytes:
+            return self.rows
+        row_bytes = self.cols * int(self.dtype.itemsize)
+        return -(-(self.workspace_offset + self.workspace_bytes) // row_bytes)
+
+    @cached_property
     def memory_bytes(self) -> int:
         """Memory for the decoded weight, workspace included."""
-        return self.workspace_offset + self.workspace_bytes
+        return self.memory_rows * self.cols * int(self.dtype.itemsize)
 
     @abstractmethod
     def checked(self, parts: Parts) -> Parts:
@@ -68,6 +76,36 @@ class Geometry(ABC):
     @abstractmethod
     def look_up(self, queue: Queue, parts: Parts, ids: torch.Tensor, out: int, workspace: int, status: int) -> None:
         """Enqueue the decoding of rows by number, contiguous ids of any shape, to address ``out``."""
+
+
+@dataclass(frozen=True)
+class RowSlice(Geometry):
+    """Rows from ``begin`` on of a larger weight."""
+
+    whole: Geometry
+    begin: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the decoded matrix."""
+        return self.whole.dtype
+
+    @cached_property
+    def workspace_bytes(self) -> int:
+        """See Geometry."""
+        return self.whole.workspace_bytes
+
+    def checked(self, parts: Parts) -> Parts:
+        """See Geometry."""
+        return self.whole.checked(parts)
+
+    def decode(self, queue: Queue, parts: Parts, begin: int, end: int, out: int, workspace: int, status: int) -> None:
+        """See Geometry."""
+        self.whole.decode(queue, parts, self.begin + begin, self.begin + end, out, workspace, status)
+
+    def look_up(self, queue: Queue, parts: Parts, ids: torch.Tensor, out: int, workspace: int, status: int) -> None:
+        """See Geometry."""
+        raise NotImplementedError("rows are looked up in the whole weight")
 
 
 @dataclass(eq=False)
@@ -90,19 +128,27 @@ class Weight:
     @property
     def versions(self) -> tuple[int, ...] | None:
         """Counts of the changes in place of its parts; None if torch does not count them (inference tensors)."""
-        if any(part.is_inference() for part in self.parts):
+        try:
+            a, b, c, d = self.parts
+            return a._version, b._version, c._version, d._version
+        except RuntimeError:
             return None
-        return tuple(part._version for part in self.parts)
 
-    def decode(self, queue: Queue, memory: torch.Tensor, status: int) -> None:
-        """Enqueue the decoding into memory of ``self.nbytes``."""
-        geometry, out = self.geometry, memory.data_ptr()
-        geometry.decode(queue, self.parts, 0, geometry.rows, out, out + geometry.workspace_offset, status)
+    def checked(self) -> Weight:
+        """The weight with parts as kernels take them. Raises UsageError, CorruptTensorError."""
+        parts = self.geometry.checked(self.parts)
+        return self if parts is self.parts else Weight(self.geometry, parts)
 
-    def matrix(self, memory: torch.Tensor) -> torch.Tensor:
-        """The matrix ``[rows, cols]`` in such memory."""
+    def matrix(self, empty: Callable[[tuple[int, int], torch.dtype], torch.Tensor]) -> torch.Tensor:
+        """Memory for the decoded matrix ``[rows, cols]``, the workspace behind it; ``empty`` takes shape and dtype."""
         geometry = self.geometry
-        return memory[: geometry.matrix_bytes].view(geometry.dtype).view(geometry.rows, geometry.cols)
+        memory = empty((geometry.memory_rows, geometry.cols), geometry.dtype)
+        return memory if geometry.memory_rows == geometry.rows else memory[: geometry.rows]
+
+    def decode(self, queue: Queue, matrix: torch.Tensor, status: int) -> None:
+        """Enqueue the decoding into such a matrix."""
+        geometry, out = self.geometry, matrix.data_ptr()
+        geometry.decode(queue, self.parts, 0, geometry.rows, out, out + geometry.workspace_offset, status)
 
 
 def padded(nbytes: int) -> int:

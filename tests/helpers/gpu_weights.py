@@ -1,7 +1,4 @@
-"""What the tests of the operators on GPU layouts share: one weight in each of the layouts, called the same way.
-
-With a GPU the same tests could run on it: everything is made on ``DEVICE``, which the emulation lets be the CPU.
-"""
+"""One weight in each of the layouts for GPUs, called the same way: on a GPU, or on a CPU through the emulation."""
 
 from __future__ import annotations
 
@@ -39,11 +36,17 @@ class Case:
         return self.decode_op(begin, end)
 
 
+def words(weight: torch.Tensor) -> np.ndarray:
+    """The bits of a BF16 matrix."""
+    return weight.cpu().contiguous().view(torch.int16).numpy().view(np.uint16)
+
+
 def tiles(weight: torch.Tensor) -> Case:
     packed = ops.gpu.pack_tiles(weight)
     if packed is None:  # not smaller, as small matrices are
-        words = weight.contiguous().view(torch.int16).numpy().view(np.uint16)
-        packed = {name: torch.from_numpy(part.copy()) for name, part in naive.pack(words).items()}
+        packed = {
+            name: torch.from_numpy(part.copy()).to(weight.device) for name, part in naive.pack(words(weight)).items()
+        }
     parts, (rows, cols) = tuple(packed.values()), weight.shape
     return Case(
         weight, parts, (rows, cols), ops.tiles_linear, ops.tiles_embedding,
@@ -55,8 +58,8 @@ def df11(weight: torch.Tensor) -> Case:
     """The middle one of three matrices of a unit."""
     rows, cols = weight.shape
     matrices = [gaussian((7, 33), seed=5), weight, gaussian((40, 9), seed=6)]
-    unit = encode_unit([m.contiguous().view(torch.int16).numpy().view(np.uint16) for m in matrices])
-    _, prepared = ops.gpu.df11_prepare(unit.tensors(), weight.device)
+    unit = encode_unit([words(matrix) for matrix in matrices])
+    _, prepared = ops.gpu.df11_prepare(unit, weight.device)
     parts, elements, first = tuple(prepared.values()), unit.num_weights, matrices[0].numel()
     return Case(
         weight, parts, (elements, first, rows, cols), ops.df11_linear, ops.df11_embedding,
@@ -67,11 +70,14 @@ def df11(weight: torch.Tensor) -> Case:
 
 
 def planes_(weight: torch.Tensor) -> Case:
-    """The functions behind the operators: on a CPU the operators themselves run the CPU's kernels."""
-    parts, how = encode(weight)
+    """On a CPU the functions behind the GPU's operators: the operators themselves run the CPU's kernels there."""
+    parts, how = encode(weight.cpu())
+    parts = tuple(part.to(weight.device) for part in parts)
+    where = ops if weight.is_cuda else planes
     return Case(
-        weight, parts, how, planes.linear, planes.embedding, lambda begin, end: planes.decode(*parts, *how, begin, end)
-    )
+        weight, parts, how, where.linear, where.embedding,
+        lambda begin, end: where.decode(*parts, *how, begin, end),
+    )  # fmt: skip
 
 
 LAYOUTS: dict[str, Callable[[torch.Tensor], Case]] = {"tiles": tiles, "df11": df11, "planes": planes_}

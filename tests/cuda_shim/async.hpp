@@ -1,0 +1,98 @@
+// The functions of async.cuh, mma.cuh and ldmatrix.cuh on a CPU, as the PTX manual has them. Included by shim.hpp.
+#pragma once
+
+#include "fibres.hpp"
+
+// --- async.cuh
+// ---------------------------------------------------------------------------------------------------------
+
+inline void copy_async(void* smem, const void* gmem) { shim::copy_async(smem, gmem, 16, 16); }
+inline void copy_async_or_zeros(void* smem, const void* gmem, bool copy) {
+  shim::copy_async(smem, gmem, 16, copy ? 16 : 0);
+}
+template <unsigned kBytes>
+void copy_async_part(void* smem, const void* gmem, unsigned valid) {
+  static_assert(kBytes == 4 || kBytes == 8);
+  shim::copy_async(smem, gmem, kBytes, valid);
+}
+inline void commit_copies() { shim::copy_async_commit(); }
+template <unsigned kGroups>
+void await_copies() {
+  shim::copy_async_wait(kGroups);
+}
+inline void mbarrier_init(unsigned long long* barrier, unsigned count) { shim::mbarrier_init(barrier, count); }
+inline void mbarrier_fence() {}
+inline void mbarrier_arrive(unsigned long long* barrier) { shim::mbarrier_arrive(barrier, 0); }
+inline void mbarrier_arrive_expect(unsigned long long* barrier, unsigned bytes) {
+  shim::mbarrier_arrive(barrier, bytes);
+}
+inline void mbarrier_wait(unsigned long long* barrier, unsigned parity, SHIM_SITE) {
+  shim::mbarrier_wait({"mbarrier_wait", file, line}, barrier, parity);
+}
+inline void copy_bulk(void* smem, const void* gmem, unsigned bytes, unsigned long long* barrier) {
+  shim::copy_bulk(smem, gmem, bytes, barrier);
+}
+inline void fence_async() {}
+
+// --- ldmatrix.cuh
+// ------------------------------------------------------------------------------------------------------
+
+// ldmatrix.sync.aligned.m8n8.x4.shared.b16, with a generic address: ldmatrix.cuh has the meaning.
+inline uint4 ldmatrix_x4(const void* row, SHIM_SITE) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) shim::fail("misaligned ldmatrix");
+  const uint64_t address = reinterpret_cast<uintptr_t>(row);
+  const shim::Collective& all = shim::meet({"ldmatrix", file, line}, 0xFFFFFFFFu, &address, 1);
+  if (all.arrived != 0xFFFFFFFFu) shim::fail("ldmatrix: a lane has exited");
+  const unsigned lane = shim::g_context.lane;
+  unsigned words[4];
+  for (unsigned k = 0; k < 4; ++k) {
+    const char* source = reinterpret_cast<const char*>(all.values[8 * k + lane / 4][0]) + 4 * (lane % 4);
+    shim::touched(source, 4, false);
+    std::memcpy(&words[k], source, 4);
+  }
+  shim::meet({"ldmatrix", file, line}, 0xFFFFFFFFu, nullptr, 0);  // no lane goes on before all have read
+  return {words[0], words[1], words[2], words[3]};
+}
+
+// --- mma.cuh
+// -----------------------------------------------------------------------------------------------------------
+
+namespace shim {
+// A row of A times a column of B, added to c. Products of BF16 are exact in FP32. How the hardware sums is not
+// documented; here in FP64, first c, then the products in the order of k, rounded once; or, if the launch asks for it,
+// so in FP32.
+inline float dot16(const float (&row)[16], const float (&column)[16], float c) {
+  double sum = c;
+  for (unsigned k = 0; k < 16; ++k) {
+    sum += double(row[k]) * column[k];
+    if (g_mma_rounds_each) sum = float(sum);
+  }
+  return float(sum);
+}
+}  // namespace shim
+
+inline void mma_bf16(float (&c)[4], uint4 a, unsigned b0, unsigned b1, SHIM_SITE) {
+  const uint64_t words[3] = {a.x | uint64_t(a.y) << 32, a.z | uint64_t(a.w) << 32, b0 | uint64_t(b1) << 32};
+  const shim::Collective& all = shim::meet({"mma_bf16", file, line}, 0xFFFFFFFFu, words, 3);
+  if (all.arrived != 0xFFFFFFFFu) shim::fail("mma_bf16: a lane has exited");
+  const unsigned q = shim::g_context.lane / 4, t = shim::g_context.lane % 4;
+  // 16 bits of a word that a lane gave, [15:0] first.
+  auto element = [&](unsigned lane, unsigned word, unsigned at) {
+    return __uint_as_float(unsigned(all.values[lane][word] >> (16 * at)) << 16);
+  };
+  for (unsigned e = 0; e < 4; ++e) {
+    const unsigned row = q + 8 * (e / 2), column = 2 * t + e % 2;
+    float left[16], right[16];
+    for (unsigned k = 0; k < 16; ++k) {
+      left[k] = element(4 * (row % 8) + k % 8 / 2, k / 8, 2 * (row / 8) + k % 2);
+      right[k] = element(4 * column + k % 8 / 2, 2, 2 * (k / 8) + k % 2);
+    }
+    c[e] = shim::dot16(left, right, c[e]);
+  }
+}
+
+// To the nearest, ties to even; NaNs become 0x7FFF.
+inline unsigned short to_bf16(float value) {
+  const unsigned bits = __float_as_uint(value);
+  return value != value ? 0x7FFF : static_cast<unsigned short>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
