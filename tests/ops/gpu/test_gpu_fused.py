@@ -97,8 +97,8 @@ def test_a_group():
 
 def test_results_of_a_direct_call_are_no_views():
     cases = [tiles(gaussian((rows, COLS), seed=rows)) for rows in (ROWS, 16)]
-    parts = [part for case in cases for part in case.parts]
-    first, second = direct.tiles_linears(x_of((2, COLS)), parts, [None, None], [ROWS, 16], COLS, "fused")
+    matrices = [fused.Matrix(case.parts, len(case.weight), None) for case in cases]
+    first, second = direct.ordinary_tiles_linears(x_of((2, COLS)), matrices, COLS, (ROWS, 16))
     assert not any(each._is_view() for each in (first, second))
     version = second._version
     first.zero_()

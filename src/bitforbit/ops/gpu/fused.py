@@ -11,7 +11,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -33,8 +33,7 @@ from bitforbit.ops.gpu.weights import checked_parts
 __all__ = ["MAX_TOKENS", "Matrix", "linears", "order_of", "prepare"]
 
 
-@dataclass(frozen=True, eq=False)
-class Matrix:
+class Matrix(NamedTuple):
     """A matrix in tiles, to be multiplied."""
 
     parts: Parts
@@ -58,7 +57,7 @@ def linears(x: torch.Tensor, matrices: Sequence[Matrix], cols: int, group: tuple
     runtime.checked_status(device)
     place, tokens = runtime.current_place(device), x.numel() // cols
     runtime.pass_by(place)
-    queue = queues.queue_for(device)
+    queue = queues.queue_at(device, place.stream)
     prepared = _prepared(queue, matrices, cols, group, place.capture == 0)
     if prepared is None:
         raise UsageError(
@@ -114,10 +113,20 @@ _sweep_at = [_SWEEP_AT]
 def _prepared(
     queue: TensorQueue, matrices: Sequence[Matrix], cols: int, group: tuple[int, ...], may_upload: bool
 ) -> _Prepared | None:
-    key = (
-        queue.device, queue.properties, cols, group,
-        *((*addresses(m.parts), m.rows, 0 if m.bias is None else (m.bias.data_ptr(), m.bias.shape)) for m in matrices),
-    )  # fmt: skip
+    key: tuple[Any, ...] = (queue.device, queue.properties, cols, group)
+    for (a, b, c, d), rows, bias in matrices:
+        key += (
+            a.data_ptr(),
+            a.numel(),
+            b.data_ptr(),
+            b.numel(),
+            c.data_ptr(),
+            c.numel(),
+            d.data_ptr(),
+            d.numel(),
+            rows,
+        )
+        key += (None, None) if bias is None else (bias.data_ptr(), bias.shape)
     found = _tables.get(key)
     if found is not None:
         return found
