@@ -79,6 +79,16 @@ def test_more_tokens_have_the_bits_of_torch():
     assert stats.snapshot()["decoded"].linears == 2
 
 
+def test_a_token_in_any_company():
+    case, x = tiles(gaussian((ROWS, COLS))), x_of((64, COLS))
+    whole = case.linear(x, None, "fused")
+    for tokens in (1, 2, 8, 9, 33, 63):
+        assert_same_bits(case.linear(x[-tokens:], None, "fused"), whole[-tokens:])
+    padded = torch.cat([torch.zeros(9, COLS, dtype=torch.bfloat16), x[:5]])
+    assert_same_bits(case.linear(padded, None, "fused")[9:], whole[:5])
+    assert_same_bits(case.linear(x, None, "fused"), whole)
+
+
 def test_a_group():
     cases = [tiles(gaussian((rows, COLS), seed=rows)) for rows in (ROWS, 129, 16)]
     biases = [gaussian((ROWS,), seed=3), None, gaussian((16,), seed=4)]

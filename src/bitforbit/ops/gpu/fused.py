@@ -30,7 +30,7 @@ from bitforbit.ops.gpu.queues import TensorQueue, addresses
 from bitforbit.ops.gpu.runtime import Place
 from bitforbit.ops.gpu.weights import checked_parts
 
-__all__ = ["MAX_TOKENS", "Matrix", "linears", "order_of", "prepare"]
+__all__ = ["MAX_TOKENS", "Matrix", "clear", "linears", "order_of", "prepare"]
 
 
 class Matrix(NamedTuple):
@@ -197,6 +197,12 @@ class _Local(threading.local):
 
 
 _local = _Local()
+
+
+def clear() -> None:
+    """Free those of this thread."""
+    _local.workspaces.clear()
+    _local.captured.clear()
 
 
 def _workspace(place: Place, nbytes: int) -> torch.Tensor:
