@@ -35,12 +35,14 @@ class Variant:
     """Of a multiprocessor, for which the compiler leaves registers."""
     bulk: int = 0
     """1: tiles come by bulk copies on architectures that have them (sm_90 and later), 0: by cp.async."""
+    k_step: int = 16
+    """Columns of its matrix instruction: part of the order."""
 
     @property
     def kernel(self) -> Kernel:
         """Its entry point."""
         defines = tuple((f"BITFORBIT_{field.name.upper()}", str(getattr(self, field.name))) for field in fields(self))
-        parameters = (Pointer, U32, Pointer, Pointer, U32, U32, U32, Pointer, Pointer)
+        parameters = (Pointer, U32, Pointer, Pointer, U32, U32, U32, U32, U32, Pointer, Pointer)
         return Kernel("fused_linear", "fused_linear.cu", parameters, defines)
 
     @property
@@ -66,8 +68,10 @@ VARIANTS = (
 """For each number of tokens, first the one for GPUs with little shared memory."""
 BULK = tuple(replace(variant, bulk=1) for variant in VARIANTS if variant.tokens in (8, 64))
 """To be compared with the others on a GPU; nothing chooses them yet."""
-PLAIN = Kernel("fused_plain", "fused_plain.cu", (Pointer, Pointer, Pointer, Pointer, U32, U32, U32, U32))
-KERNELS = (*(variant.kernel for variant in VARIANTS + BULK), PLAIN)
+PLAIN = Kernel("fused_plain", "fused_plain.cu", (Pointer,) * 4 + (U32,) * 6)
+HALF_STEPS = tuple(replace(variant, k_step=8) for variant in VARIANTS)
+"""Of mma.m16n8k8, for orders that have been found to be a library's (:mod:`bitforbit.ops.gpu.order`)."""
+KERNELS = (*(variant.kernel for variant in VARIANTS + BULK + HALF_STEPS), PLAIN)
 
 
 @dataclass(frozen=True)
@@ -97,9 +101,11 @@ def plan(
     rows: tuple[int, ...], order: Order, tokens: int, properties: DeviceProperties, variant: Variant | None = None
 ) -> Plan:
     """The launch for matrices of so many rows each that share x [tokens, order.cols]. Raises UsageError."""
-    chosen = variant or choose_variant(tokens, properties)
+    chosen = variant or replace(choose_variant(tokens, properties), k_step=order.k_step)
     if tokens > chosen.tokens:
         raise UsageError(f"expected at most {chosen.tokens} tokens for {chosen}, got {tokens}")
+    if order.k_step != chosen.k_step:
+        raise UsageError(f"expected a variant for {order}, got {chosen}: its instruction sums in another order")
     units = sum(-(-count // chosen.unit_rows) for count in rows)
     blocks = units * order.splits
     if blocks > GRID_LIMIT or (order.splits > 1 and 4 * units > ARRIVED_BYTES):
@@ -112,4 +118,5 @@ def plan(
 @lru_cache(maxsize=4096)
 def workspace_bytes(rows: tuple[int, ...], order: Order, properties: DeviceProperties) -> int:
     """Size of a workspace for up to MAX_TOKENS tokens."""
-    return max(plan(rows, order, variant.tokens, properties, variant).workspace_bytes for variant in VARIANTS)
+    variants = [replace(variant, k_step=order.k_step) for variant in VARIANTS]
+    return max(plan(rows, order, variant.tokens, properties, variant).workspace_bytes for variant in variants)
