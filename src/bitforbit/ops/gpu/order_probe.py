@@ -1,10 +1,10 @@
 """In which order does torch's BF16 linear sum on a GPU? Finds out by comparing bits with the orders that kernels have.
 
-As on a CPU (:mod:`bitforbit.ops.probe`): where every product occurs twice with opposite signs, at random places, outputs
-are nothing but rounding residue, and another order gives other bits nearly everywhere. First all candidates are tried
-on a few rows of such inputs, by the kernel that reads plain weights. What agrees there has to agree in every output of
-the whole matrix, from tiles, by the kernel that is to be used: on these inputs and on others, ordinary, of all
-magnitudes, tiny, with NaN and infinity. NaNs are compared by their bits, too.
+As on a CPU (:mod:`bitforbit.ops.probe`): where every product occurs twice with opposite signs, at random places,
+outputs are nothing but rounding residue, and another order gives other bits nearly everywhere. First all candidates are
+tried on a few rows of such inputs, by the kernel that reads plain weights. What agrees there has to agree in every
+output of the whole matrix, from tiles, by the kernel that is to be used: on these inputs and on others, ordinary, of
+all magnitudes, tiny, with NaN and infinity. NaNs are compared by their bits, too.
 """
 
 from __future__ import annotations
