@@ -52,7 +52,7 @@ def linears(
     x: torch.Tensor, matrices: Sequence[Matrix], cols: int, group: tuple[int, ...],
     order: Order | None = None, way: str = "fused",
 ) -> list[torch.Tensor]:  # fmt: skip
-    """``x @ weight.T + bias`` of each matrix, ``[..., rows]``, for at most 64 tokens in all: views of one memory.
+    """``x @ weight.T + bias`` of each matrix, ``[..., rows]``, for at most 64 tokens in all, side by side in memory.
 
     ``group`` are the rows of the matrices whose common order of summation is used; empty: these. ``order`` is another
     one, in its place; ``way`` is what the products are counted as (:mod:`bitforbit.ops.stats`). Raises UsageError, also
@@ -73,7 +73,8 @@ def linears(
         )
     x = x.detach().contiguous()
     rows = [matrix.rows for matrix in matrices]
-    out = queues.empty_bytes(2 * tokens * sum(rows), device).view(torch.bfloat16)
+    shapes = [(*x.shape[:-1], count) for count in rows]
+    out = torch.empty(shapes[0] if len(rows) == 1 else tokens * sum(rows), dtype=torch.bfloat16, device=device)
     if tokens:
         order = order or prepared.group.order
         workspace = _workspace(place, plans.workspace_bytes(prepared.group.rows, order, queue.properties))
@@ -81,9 +82,10 @@ def linears(
     for count in rows:
         stats.count(way, 2 * count * cols)
     if len(rows) == 1:
-        return [out.view(*x.shape[:-1], rows[0])]
+        return [out]
+    # As .data, they are no views to torch: each may be written to without the others' being said to have changed.
     pieces = out.split([tokens * count for count in rows])
-    return [piece.view(*x.shape[:-1], count) for piece, count in zip(pieces, rows, strict=True)]
+    return [piece.view(shape).data for piece, shape in zip(pieces, shapes, strict=True)]
 
 
 def prepare(matrices: Sequence[Matrix], cols: int, group: tuple[int, ...]) -> bool:
