@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -91,6 +92,30 @@ def test_layouts_without_such_a_kernel(probed: list[Product], layout: str) -> No
     x = x_of(3, COLS)
     assert_same_bits(case.linear(x, None, "exact"), functional.linear(x, case.weight))
     assert not probed
+
+
+def test_decoding_ahead_goes_on_beside_proven_products(probed: list[Product], emulated: Any) -> None:
+    """Weights 0 and 2 are decoded, 1 is not: 2 is decoded beside the product of 0, and used. Later 2 is proven, too."""
+    cases = [LAYOUTS["tiles"](gaussian((rows, COLS), seed=rows)) for rows in (32, ROWS, 48)]
+    with proofs._lock:
+        ops.gpu.prove([PRODUCT], CPU)
+        for rows in (32, 48):
+            proofs._state.verdicts[(*proofs._settings(CPU), *vars(replace(PRODUCT, rows=rows)).values())] = None
+    x = x_of(3, COLS)
+
+    def launches() -> list[str]:
+        emulated.launches.clear()
+        for case in cases:
+            case.linear(x, None, "exact")
+        return [name for name, _ in emulated.launches]
+
+    launches()
+    assert launches() == ["tiles_decode", "tiles_decode", "fused_linear"]
+    third = replace(PRODUCT, rows=48)
+    proofs._state.verdicts[(*proofs._settings(CPU), *vars(third).values())] = ORDER
+    assert launches() == ["tiles_decode", "tiles_decode", "fused_linear", "fused_linear"]
+    assert not any(prefetcher._ahead for _, prefetcher in runtime._local.prefetchers.values())
+    assert launches() == ["tiles_decode", "fused_linear", "fused_linear"]
 
 
 def test_mode_fused_keeps_its_own_order(probed: list[Product]) -> None:

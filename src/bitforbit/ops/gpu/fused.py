@@ -62,7 +62,7 @@ def linears(
     runtime.check_input(x, cols, torch.bfloat16, device)
     runtime.checked_status(device)
     place, tokens = runtime.current_place(device), x.numel() // cols
-    runtime.pass_by(place)
+    runtime.pass_by(place, None if order is None else matrices[0].parts)
     queue = queues.queue_for(device)
     prepared = _prepared(queue, matrices, cols, group, place.capture == 0)
     if prepared is None:

@@ -82,7 +82,7 @@ def product_of(x: torch.Tensor, bias: torch.Tensor | None, rows: int) -> Product
         x.dim() == 1 or bias.dtype is not torch.bfloat16 or bias.shape != (rows,) or not bias.is_contiguous()
     ):
         return None
-    return Product(rows, cols, tokens, x.dim(), _alignment(x), 0 if bias is None else _alignment(bias))
+    return Product(rows, cols, tokens, x.dim(), alignment_of(x), 0 if bias is None else alignment_of(bias))
 
 
 def lookup(device: torch.device, product: Product, prove_after: int | None) -> Order | None:
@@ -112,7 +112,7 @@ def prove(products: Iterable[Product], device: torch.device) -> dict[Product, Or
     """The orders of torch's linear for products on a device, None for those that no kernel can follow.
 
     Probes those that nobody has probed before, which takes the memory of one decoded matrix at a time, and outputs.
-    Raises UsageError for a CPU, GpuUnavailableError, torch.OutOfMemoryError.
+    Raises UsageError for a CPU and for products that no kernel takes, GpuUnavailableError, torch.OutOfMemoryError.
     """
     if device.type != "cuda" and not _state.linears:
         raise UsageError(f"expected a CUDA device, got {device}: orders are proven on the device that has the model")
@@ -188,7 +188,8 @@ def _load() -> None:
             _state.verdicts, _state.file = load(file), file
 
 
-def _alignment(tensor: torch.Tensor) -> int:
+def alignment_of(tensor: torch.Tensor) -> int:
+    """Largest power of two, at most :data:`ALIGNMENT`, that divides a tensor's address."""
     address = int(tensor.data_ptr()) | ALIGNMENT
     return address & -address
 
