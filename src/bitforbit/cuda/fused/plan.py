@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from typing import ClassVar
 
 from bitforbit.cuda.fused.order import Order
 from bitforbit.cuda.kernel import U32, DeviceProperties, Kernel, LaunchConfig, Pointer
@@ -15,6 +16,11 @@ MMA_TOKENS = 8
 LIST_BYTES = 512
 """Of a chunk's escapes in shared memory; longer lists are read from device memory."""
 GRID_LIMIT = (1 << 31) - 1
+SWIZZLE_BYTES = 1024
+"""Of shared memory, at most, before the address that is a multiple of it."""
+TABLE_BYTES = 128
+"""Of a block's table of escapes' exponents."""
+PARAMETERS = (Pointer, U32, Pointer, Pointer, U32, U32, U32, Pointer, Pointer)
 ARRIVED_BYTES = 1 << 16
 """Of a workspace: numbers of blocks that have arrived, one per unit; all zero between launches."""
 
@@ -36,12 +42,16 @@ class Variant:
     bulk: int = 0
     """1: tiles come by bulk copies on architectures that have them (sm_90 and later), 0: by cp.async."""
 
+    instruction: ClassVar[str] = "mma.m16n8k16"
+    """Of the order of summation."""
+    capability: ClassVar[tuple[int, int] | None] = None
+    """The only compute capability that it runs on, if it does not run on all."""
+
     @property
     def kernel(self) -> Kernel:
         """Its entry point."""
         defines = tuple((f"BITFORBIT_{field.name.upper()}", str(getattr(self, field.name))) for field in fields(self))
-        parameters = (Pointer, U32, Pointer, Pointer, U32, U32, U32, Pointer, Pointer)
-        return Kernel("fused_linear", "fused_linear.cu", parameters, defines)
+        return Kernel("fused_linear", "fused_linear.cu", PARAMETERS, defines)
 
     @property
     def unit_rows(self) -> int:
@@ -56,6 +66,31 @@ class Variant:
         return 2 * chunk + self.warps * warp
 
 
+@dataclass(frozen=True)
+class Hopper(Variant):
+    """A binary for sm_90a alone, by its matrix instructions, which may sum in another way than those of the others.
+
+    ``warps`` is a multiple of 4, ``stripes`` and ``bulk`` are 1.
+    """
+
+    instruction: ClassVar[str] = "wgmma.m64nNk16"
+    capability: ClassVar[tuple[int, int] | None] = (9, 0)
+
+    @property
+    def kernel(self) -> Kernel:
+        """Its entry point."""
+        names = ("tokens", "warps", "stages", "blocks")
+        defines = tuple((f"BITFORBIT_{name.upper()}", str(getattr(self, name))) for name in names)
+        return Kernel("fused_hopper", "fused_hopper.cu", PARAMETERS, defines)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of a block."""
+        chunk = 2 * self.tokens * self.stages * TILE_COLS
+        warp = self.stages * TILE_BYTES + 2 * TILE_WEIGHTS + 2 * (LIST_BYTES + 8 * self.stages) + 8 * self.stages
+        return SWIZZLE_BYTES + 2 * chunk + TABLE_BYTES + self.warps * warp
+
+
 VARIANTS = (
     Variant(8, 1, 8, 4, 2),
     Variant(16, 1, 8, 4, 2),
@@ -66,8 +101,16 @@ VARIANTS = (
 """For each number of tokens, first the one for GPUs with little shared memory."""
 BULK = tuple(replace(variant, bulk=1) for variant in VARIANTS if variant.tokens in (8, 64))
 """To be compared with the others on a GPU; nothing chooses them yet."""
+HOPPER = (
+    Hopper(8, 1, 8, 4, 2, 1),
+    Hopper(16, 1, 8, 4, 2, 1),
+    Hopper(32, 1, 8, 4, 2, 1),
+    Hopper(32, 1, 16, 4, 1, 1),
+    Hopper(64, 1, 16, 4, 1, 1),
+)
+"""So are these, on GPUs of compute capability 9.0."""
 PLAIN = Kernel("fused_plain", "fused_plain.cu", (Pointer, Pointer, Pointer, Pointer, U32, U32, U32, U32))
-KERNELS = (*(variant.kernel for variant in VARIANTS + BULK), PLAIN)
+KERNELS = (*(variant.kernel for variant in VARIANTS + BULK + HOPPER), PLAIN)
 
 
 @dataclass(frozen=True)
@@ -100,6 +143,8 @@ def plan(
     chosen = variant or choose_variant(tokens, properties)
     if tokens > chosen.tokens:
         raise UsageError(f"expected at most {chosen.tokens} tokens for {chosen}, got {tokens}")
+    if chosen.capability not in (None, properties.compute_capability):
+        raise UsageError(f"expected a GPU of compute capability 9.0 for {chosen}, got {properties.compute_capability}")
     units = sum(-(-count // chosen.unit_rows) for count in rows)
     blocks = units * order.splits
     if blocks > GRID_LIMIT or (order.splits > 1 and 4 * units > ARRIVED_BYTES):
@@ -112,4 +157,5 @@ def plan(
 @lru_cache(maxsize=4096)
 def workspace_bytes(rows: tuple[int, ...], order: Order, properties: DeviceProperties) -> int:
     """Size of a workspace for up to MAX_TOKENS tokens."""
-    return max(plan(rows, order, variant.tokens, properties, variant).workspace_bytes for variant in VARIANTS)
+    variants = [v for v in VARIANTS + HOPPER if v.capability in (None, properties.compute_capability)]
+    return max(plan(rows, order, variant.tokens, properties, variant).workspace_bytes for variant in variants)
