@@ -1,4 +1,4 @@
-"""Products of warpgroups: the descriptor, the swizzle and the fragments in the emulation, and what ptxas makes of them."""
+"""Products of warpgroups: descriptor, swizzle and fragments in the emulation, and what ptxas makes of them."""
 
 from __future__ import annotations
 

@@ -87,7 +87,8 @@ class Hopper(Variant):
     def shared_bytes(self) -> int:
         """Of a block."""
         chunk = 2 * self.tokens * self.stages * TILE_COLS
-        warp = self.stages * TILE_BYTES + 2 * TILE_WEIGHTS + 2 * (LIST_BYTES + 8 * self.stages) + 8 * self.stages
+        step = 2 * TILE_BYTES + 16 + 2 * 2 * 8  # two tiles, their barrier, their runs of escapes in two chunks
+        warp = self.stages // 2 * step + 2 * TILE_WEIGHTS + 2 * LIST_BYTES
         return SWIZZLE_BYTES + 2 * chunk + TABLE_BYTES + self.warps * warp
 
 

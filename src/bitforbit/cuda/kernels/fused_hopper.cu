@@ -21,44 +21,66 @@ static_assert(kWarps % 4 == 0, "whole warpgroups");
 #if defined(BITFORBIT_CUDA_SHIM) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // Shared memory, in bytes, on kSwizzleBytes: two chunks of x, for each tile a swizzled matrix [kTokens, 64]; the table
-// of escapes' exponents; then for each warp the slots of its ring, a decoded tile, and of two chunks the lists of
-// escapes and where each tile's are, and a barrier for each stage.
+// of escapes' exponents; then for each warp the steps of its ring, a decoded tile, and two chunks of lists of escapes.
+// A step has two tiles, which come together, and behind them their barrier and, for two chunks, their runs of escapes.
 constexpr u32 kTileXBytes = 2 * kTokens * kTileCols, kChunkBytes = kStages * kTileXBytes;
 constexpr u32 kTableBytes = 128, kDecodedBytes = 2 * kTileWeights, kListBytes = 16 * kWarp,
               kListEntries = kListBytes / 2;
-constexpr u32 kRingBytes = kStages * kTileBytes, kRunsBytes = 8 * kStages;
-constexpr u32 kWarpBytes = kRingBytes + kDecodedBytes + 2 * (kListBytes + kRunsBytes) + 8 * kStages;
-static_assert(kStages % 2 == 0, "what a warp has is a multiple of 16 bytes");
+constexpr u32 kStepTiles = 2, kSteps = kStages / kStepTiles;
+constexpr u32 kBarrier = kStepTiles * kTileBytes, kRuns = kBarrier + 16, kRunBytes = 8;
+constexpr u32 kStepBytes = kRuns + 2 * kStepTiles * kRunBytes, kRingBytes = kSteps * kStepBytes;
+constexpr u32 kWarpBytes = kRingBytes + kDecodedBytes + 2 * kListBytes;
+static_assert(kStages % kStepTiles == 0, "whole steps");
 
-// Columns [col, end) of x, of a chunk at most, to shared memory; zeros outside of x.
-__device__ __forceinline__ void load_x(const u16* gmem_x, u8* smem_x, u32 tokens, u32 cols, u32 col, u32 end) {
-  constexpr u32 kPieces = 8 * kStages;  // of 16 bytes, of a token
-  static_assert(kThreads % kPieces == 0, "a thread has the same columns of all its tokens");
-  const u32 piece = threadIdx.x % kPieces, at = col + 8 * piece;
-  if (at >= end) return;
-  u8* smem_tile = smem_x + piece / 8 * kTileXBytes;
-  const bool aligned = cols % 8 == 0 && reinterpret_cast<u64>(gmem_x) % 16 == 0;
-#pragma unroll
-  for (u32 first = 0; first < kTokens; first += kThreads / kPieces) {
-    const u32 token = first + threadIdx.x / kPieces;
-    if (kTokens % (kThreads / kPieces) != 0 && token >= kTokens) break;
-    u8* smem = smem_tile + swizzled(token, piece % 8);
-    const u16* gmem = gmem_x + static_cast<u64>(token) * cols + at;
+__device__ __forceinline__ u64* barrier_of(u8* smem_step) { return reinterpret_cast<u64*>(smem_step + kBarrier); }
+
+// Columns [col, end) of x, of a chunk at most, to shared memory; zeros for columns outside of x. Tokens that are not
+// there may be garbage: no other token's sums depend on them.
+struct Activations {
+  const u16* gmem;  // of this thread's first token, at its piece of a chunk that begins at column 0
+  u8* smem;         // of this thread's first token and piece, in the first chunk
+  u32 token, piece;
+
+  static constexpr u32 kPieces = 8 * kStages;               // of 16 bytes, of a token
+  static constexpr u32 kTokensAtOnce = kThreads / kPieces;  // each by another thread
+  static_assert(kThreads % (8 * kPieces) == 0 || kStages == 2, "tokens of a thread are swizzled alike");
+
+  __device__ __forceinline__ Activations(const u16* gmem_x, u8* smem_x, u32 cols)
+      : token(threadIdx.x / kPieces), piece(threadIdx.x % kPieces) {
+    gmem = gmem_x + static_cast<u64>(token) * cols + 8 * piece;
+    smem = smem_x + piece / 8 * kTileXBytes + swizzled(token, piece % 8);
+  }
+
+  __device__ __forceinline__ void load(u32 chunk, u32 tokens, u32 cols, u32 col, u32 end, bool aligned) const {
+    const u32 at = col + 8 * piece;
+    if (at >= end) return;
+    u8* smem_to = smem + chunk * kChunkBytes;
+    const u16* gmem_from = gmem + col;
+    const u64 further = static_cast<u64>(kTokensAtOnce) * cols;
     if (aligned) {
-      const bool inside = token < tokens && at < cols;
-      copy_async_or_zeros(smem, inside ? gmem : gmem_x, inside);
+#pragma unroll
+      for (u32 i = 0; i < (kTokens + kTokensAtOnce - 1) / kTokensAtOnce; ++i) {
+        if (token + i * kTokensAtOnce < tokens) copy_async_or_zeros(smem_to, gmem_from, at < cols);
+        smem_to += 128 * kTokensAtOnce;
+        gmem_from += further;
+      }
     } else {
 #pragma unroll 1
-      for (u32 i = 0; i < 8; ++i) {
-        reinterpret_cast<u16*>(smem)[i] = token < tokens && at + i < cols ? __ldg(gmem + i) : u16{0};
+      for (u32 t = token; t < tokens; t += kTokensAtOnce) {
+#pragma unroll 1
+        for (u32 i = 0; i < 8; ++i) {
+          reinterpret_cast<u16*>(smem_to)[i] = at + i < cols ? __ldg(gmem_from + i) : u16{0};
+        }
+        smem_to += 128 * kTokensAtOnce;
+        gmem_from += further;
       }
     }
   }
-}
+};
 
 // A stripe's lists of escapes, a chunk ahead: their beginnings come two chunks before they are used, the entries one.
-// For each tile of a chunk, shared memory has a run: the place of its first entry in the list there, and their number,
-// at most kWarp; or, where that will not do, its first entry in device memory, and their number + kElsewhere.
+// A tile's run in shared memory has the byte at which its first entry is in the list there, and their number, at most
+// kWarp; or, where that will not do, its first entry in device memory, and their number + kElsewhere.
 constexpr u32 kElsewhere = 1 << 16;
 struct Lists {
   const u32* gmem_offset;  // of the stripe's first tile
@@ -71,8 +93,8 @@ struct Lists {
 
   // On to the next chunk: its entries, from a multiple of 16 bytes on, as far as there is room. `tile` is the first one
   // of the chunk after it.
-  __device__ __forceinline__ void advance(const u8* gmem_escapes, u32 wide, u32 capacity, u8* smem_list,
-                                          uint2* smem_runs, u32 tile, u32 end, u32 lane) {
+  __device__ __forceinline__ void advance(const u8* gmem_escapes, u32 wide, u32 capacity, u8* smem_list, u8* smem_runs,
+                                          u32 tile, u32 end, u32 lane) {
     const u32 first = min(after, capacity), following = __shfl_down_sync(kAllLanes, first, 1);
     const u32 entries = following > first ? min(following - first, kTileWeights) : 0;
     const u32 begin = __shfl_sync(kAllLanes, first, 0) & ~7u, last = __shfl_sync(kAllLanes, first, kStages);
@@ -80,18 +102,52 @@ struct Lists {
     if (wide == 0 && entry < last) copy_async(smem_list + 16 * lane, gmem_escapes + 2 * static_cast<u64>(entry));
     const u32 place = first - begin;
     const bool here = wide == 0 && entries <= kWarp && place <= kListEntries - kWarp;
-    if (lane < kStages) smem_runs[lane] = here ? make_uint2(place, entries) : make_uint2(first, entries + kElsewhere);
+    if (lane < kStages) {
+      *reinterpret_cast<uint2*>(smem_runs + lane / kStepTiles * kStepBytes + lane % kStepTiles * kRunBytes) =
+          here ? make_uint2(2 * place, entries) : make_uint2(first, entries + kElsewhere);
+    }
     after = load(tile, end, lane);
   }
 };
 
-__device__ __forceinline__ void load_slot(const u8* smem_slot, u32 lane, u32 (&word)[8], u32 (&code)[3]) {
-  const uint4 low = reinterpret_cast<const uint4*>(smem_slot)[lane];
-  const uint4 high = reinterpret_cast<const uint4*>(smem_slot)[32 + lane];
-  word[0] = low.x, word[1] = low.y, word[2] = low.z, word[3] = low.w;
-  word[4] = high.x, word[5] = high.y, word[6] = high.z, word[7] = high.w;
+// A tile's weights in shared memory are in the order of their positions: a lane's fragment of a product is 16 bytes.
+__device__ __forceinline__ uint4* fragment(u16* smem_decoded, u32 i, u32 lane) {
+  return reinterpret_cast<uint4*>(smem_decoded + 256 * i + 8 * lane);
+}
+
+// Decodes a tile into shared memory; escapes are still missing.
+__device__ __forceinline__ void decode(const u8* smem_tile, u16* smem_decoded, u32 base_pair, u32 lane) {
+  const uint4 low = reinterpret_cast<const uint4*>(smem_tile)[lane];
+  const uint4 high = reinterpret_cast<const uint4*>(smem_tile)[32 + lane];
+  const u32 word[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+  u32 code[3], pair[kPairs];
 #pragma unroll
-  for (u32 w = 0; w < 3; ++w) code[w] = reinterpret_cast<const u32*>(smem_slot + kTileCodes)[32 * w + lane];
+  for (u32 w = 0; w < 3; ++w) code[w] = reinterpret_cast<const u32*>(smem_tile + kTileCodes)[32 * w + lane];
+  decode_lane(word, code, base_pair, pair);
+#pragma unroll
+  for (u32 i = 0; i < 4; ++i) {
+    *fragment(smem_decoded, i, lane) = make_uint4(pair[4 * i], pair[4 * i + 1], pair[4 * i + 2], pair[4 * i + 3]);
+  }
+}
+
+// Puts the exponents of a tile's escapes in place. smem_list: the list of its chunk, from entry `lane` on.
+__device__ __forceinline__ void patch_run(u16* smem_decoded, const u16* smem_table, const u8* smem_list,
+                                          const u8* gmem_escapes, u32 wide, uint2 run, u32 lane) {
+  if (run.y <= kWarp) {
+    if (lane < run.y) {
+      const u32 entry = *reinterpret_cast<const u16*>(smem_list + run.x);
+      u16* weight = smem_decoded + (entry & (kTileWeights - 1));  // [9:0] position, [15:10] index
+      *weight = static_cast<u16>((*weight & ~kExponentBits) | smem_table[entry >> 10]);
+    }
+  } else {
+#pragma unroll 1
+    for (u32 i = lane; i < run.y - kElsewhere; i += kWarp) {
+      const u32 entry = load_entry(gmem_escapes, run.x + i, wide);
+      u16* weight = smem_decoded + (entry & (kTileWeights - 1));
+      const u32 exponent = wide ? (entry >> 16 & 0xFF) << 7 : smem_table[entry >> 10];  // [23:16] of a wide one
+      *weight = static_cast<u16>((*weight & ~kExponentBits) | exponent);
+    }
+  }
 }
 
 using Sums = float[kTokenTiles][4];  // of a lane, as the products have them
@@ -155,8 +211,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
   u8* smem_ring = smem + 2 * kChunkBytes + kTableBytes + warp * kWarpBytes;
   u16* smem_decoded = reinterpret_cast<u16*>(smem_ring + kRingBytes);
   u8* smem_lists = smem_ring + kRingBytes + kDecodedBytes;
-  uint2* smem_runs = reinterpret_cast<uint2*>(smem_lists + 2 * kListBytes);
-  u64* smem_barriers = reinterpret_cast<u64*>(smem_runs + 2 * kStages);
 
   // The first chunk of x and of lists, and as many tiles as the ring has room for. Warps without a stripe of their own
   // take the last one, for nothing.
@@ -167,23 +221,26 @@ extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
   Lists lists;
   lists.gmem_offset = matrix.gmem_offsets + stripe_tile;
   lists.after = lists.load(begin, end, lane);
-  lists.advance(matrix.gmem_escapes, header.wide, capacity, smem_lists, smem_runs, begin + kStages, end, lane);
-  load_x(gmem_x, smem, tokens, cols, begin * kTileCols, end * kTileCols);
+  lists.advance(matrix.gmem_escapes, header.wide, capacity, smem_lists, smem_ring + kRuns, begin + kStages, end, lane);
+  const Activations x(gmem_x, smem, cols);
+  const bool aligned = cols % 8 == 0 && reinterpret_cast<u64>(gmem_x) % 16 == 0;
+  x.load(0, tokens, cols, begin * kTileCols, end * kTileCols, aligned);
   commit_copies();
   if (threadIdx.x < 64) smem_table[threadIdx.x] = static_cast<u16>(__ldg(matrix.gmem_header + threadIdx.x) << 7);
-  if (lane < kStages) mbarrier_init(smem_barriers + lane, 1);
+  if (lane < kSteps) mbarrier_init(barrier_of(smem_ring + lane * kStepBytes), 1);
   mbarrier_fence();
   __syncwarp();
-  const auto copy_tile = [&](u8* smem_slot, u64* smem_barrier) {
+  const auto copy_step = [&](u8* smem_step, u32 tile) {
     if (lane == 0) {
-      mbarrier_arrive_expect(smem_barrier, kTileBytes);
-      copy_bulk(smem_slot, gmem_tile, kTileBytes, smem_barrier);
+      const u32 bytes = tile + 1 < end ? 2 * kTileBytes : kTileBytes;
+      mbarrier_arrive_expect(barrier_of(smem_step), bytes);
+      copy_bulk(smem_step, gmem_tile, bytes, barrier_of(smem_step));
     }
-    gmem_tile += kTileBytes;
+    gmem_tile += kStepTiles * kTileBytes;
   };
 #pragma unroll
-  for (u32 j = 0; j < kStages; ++j) {
-    if (begin + j < end) copy_tile(smem_ring + j * kTileBytes, smem_barriers + j);
+  for (u32 i = 0; i < kSteps; ++i) {
+    if (begin + i * kStepTiles < end) copy_step(smem_ring + i * kStepBytes, begin + i * kStepTiles);
   }
 
   Sums sum = {};
@@ -196,46 +253,37 @@ extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
     fence_async();
     wgmma_wait<0>();
     __syncthreads();  // all threads' parts of this chunk of x are there; all have done with the one before
-    if (next_chunk < end) {
-      load_x(gmem_x, smem + (chunk ^ 1) * kChunkBytes, tokens, cols, next_chunk * kTileCols, end * kTileCols);
-    }
+    if (next_chunk < end) x.load(chunk ^ 1, tokens, cols, next_chunk * kTileCols, end * kTileCols, aligned);
     lists.advance(matrix.gmem_escapes, header.wide, capacity, smem_lists + (chunk ^ 1) * kListBytes,
-                  smem_runs + (chunk ^ 1) * kStages, next_chunk + kStages, end, lane);
+                  smem_ring + kRuns + (chunk ^ 1) * kStepTiles * kRunBytes, next_chunk + kStages, end, lane);
     commit_copies();
 
-    u8* smem_slot = smem_ring;
-    const u16* smem_list = reinterpret_cast<const u16*>(smem_lists + chunk * kListBytes);
+    u8* smem_step = smem_ring;
+    const u8* smem_list = smem_lists + chunk * kListBytes + 2 * lane;
     u64 b = descriptor + chunk * (kChunkBytes / 16);
 #pragma unroll 1
-    for (u32 tile = chunk_begin; tile < chunk_end; ++tile) {
-      const u32 j = tile - chunk_begin;
-      mbarrier_wait(smem_barriers + j, chunk);
-      u32 word[8], code[3], pair[kPairs];
-      load_slot(smem_slot, lane, word, code);
-      const uint2 run = smem_runs[chunk * kStages + j];
-      decode_lane(word, code, header.base_pair, pair);
-      stage(pair, smem_decoded, lane);
-      __syncwarp();  // the slot is read, the tile written
-      if (tile + kStages < end) copy_tile(smem_slot, smem_barriers + j);
-      if (run.y > kWarp) {
-        const u32 entries = run.y - kElsewhere;
-        const u32 entry = lane < entries ? load_entry(matrix.gmem_escapes, run.x + lane, header.wide) : 0;
-        patch(smem_decoded, lane, matrix.gmem_escapes, entry, run.x, entries, header);
-      } else if (lane < run.y) {
-        const u32 entry = smem_list[run.x + lane];
-        u16* weight = smem_decoded + staged(entry & (kTileWeights - 1));  // [9:0] position
-        *weight = static_cast<u16>((*weight & ~kExponentBits) | smem_table[entry >> 10]);
+    for (u32 tile = chunk_begin; tile < chunk_end; tile += kStepTiles) {
+      mbarrier_wait(barrier_of(smem_step), chunk);
+      const uint2* smem_runs = reinterpret_cast<const uint2*>(smem_step + kRuns + chunk * kStepTiles * kRunBytes);
+#pragma unroll
+      for (u32 j = 0; j < kStepTiles; ++j) {
+        if (j != 0 && tile + j >= end) break;
+        const uint2 run = smem_runs[j];
+        decode(smem_step + j * kTileBytes, smem_decoded, header.base_pair, lane);
+        __syncwarp();  // the slot is read, the tile written
+        if (j == kStepTiles - 1 && tile + kStages < end) copy_step(smem_step, tile + kStages);
+        patch_run(smem_decoded, smem_table, smem_list, matrix.gmem_escapes, header.wide, run, lane);
+        __syncwarp();
+        wgmma_wait<0>();  // the products of the tile before: their weights' registers are free
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) a[i] = *fragment(smem_decoded, i, lane);
+        wgmma_fence();
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) wgmma_bf16(sum, a[i], b + i * kDescriptorStep);
+        wgmma_commit();
+        b += kTileXBytes / 16;
       }
-      __syncwarp();
-      wgmma_wait<0>();  // the products of the tile before: their weights' registers are free
-#pragma unroll
-      for (u32 i = 0; i < 4; ++i) a[i] = *reinterpret_cast<const uint4*>(smem_decoded + 256 * i + (8 * lane ^ 8 * i));
-      wgmma_fence();
-#pragma unroll
-      for (u32 i = 0; i < 4; ++i) wgmma_bf16(sum, a[i], b + i * kDescriptorStep);
-      wgmma_commit();
-      smem_slot += kTileBytes;
-      b += kTileXBytes / 16;
+      smem_step += kStepBytes;
     }
   }
   wgmma_wait<0>();
