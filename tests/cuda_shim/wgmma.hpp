@@ -6,6 +6,11 @@
 // Addresses of shared memory as instructions have them: the block's dynamic shared memory begins on 128 bytes.
 inline unsigned shared_address(const void* smem) { return shim::shared_address(smem); }
 
+template <class T>
+T kept(T value) {
+  return value;
+}
+
 template <unsigned kTiles>
 void wgmma_bf16(float (&sum)[kTiles][4], const uint4& a, unsigned long long b, SHIM_SITE) {
   shim::wgmma({"wgmma_bf16", file, line}, &sum[0][0], kTiles, &a.x, b);

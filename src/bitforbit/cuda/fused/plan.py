@@ -70,8 +70,11 @@ class Variant:
 class Hopper(Variant):
     """A binary for sm_90a alone, by its matrix instructions, which may sum in another way than those of the others.
 
-    ``warps`` is a multiple of 4, ``stripes`` and ``bulk`` are 1.
+    ``warps`` is a multiple of 4, ``stages`` of 2, ``stripes`` and ``bulk`` are 1.
     """
+
+    chunk: int = 4
+    """Tiles' columns of x in one of its two chunks, a multiple of 4 and of ``stages``."""
 
     instruction: ClassVar[str] = "wgmma.m64nNk16"
     capability: ClassVar[tuple[int, int] | None] = (9, 0)
@@ -79,16 +82,16 @@ class Hopper(Variant):
     @property
     def kernel(self) -> Kernel:
         """Its entry point."""
-        names = ("tokens", "warps", "stages", "blocks")
+        names = ("tokens", "warps", "stages", "blocks", "chunk")
         defines = tuple((f"BITFORBIT_{name.upper()}", str(getattr(self, name))) for name in names)
         return Kernel("fused_hopper", "fused_hopper.cu", PARAMETERS, defines)
 
     @property
     def shared_bytes(self) -> int:
         """Of a block."""
-        chunk = 2 * self.tokens * self.stages * TILE_COLS
-        step = 2 * TILE_BYTES + 16 + 2 * 2 * 8  # two tiles, their barrier, their runs of escapes in two chunks
-        warp = self.stages // 2 * step + 2 * TILE_WEIGHTS + 2 * LIST_BYTES
+        chunk = 2 * self.tokens * self.chunk * TILE_COLS
+        ring = self.stages // 2 * (2 * TILE_BYTES + 16)  # two tiles and their barrier
+        warp = ring + 2 * TILE_WEIGHTS + 2 * self.chunk * (LIST_BYTES // 4 + 8)
         return SWIZZLE_BYTES + 2 * chunk + TABLE_BYTES + self.warps * warp
 
 
@@ -103,11 +106,11 @@ VARIANTS = (
 BULK = tuple(replace(variant, bulk=1) for variant in VARIANTS if variant.tokens in (8, 64))
 """To be compared with the others on a GPU; nothing chooses them yet."""
 HOPPER = (
-    Hopper(8, 1, 8, 4, 2, 1),
-    Hopper(16, 1, 8, 4, 2, 1),
-    Hopper(32, 1, 8, 4, 2, 1),
-    Hopper(32, 1, 16, 4, 1, 1),
-    Hopper(64, 1, 16, 4, 1, 1),
+    Hopper(8, 1, 8, 4, 2, 1, 8),
+    Hopper(16, 1, 8, 4, 2, 1, 8),
+    Hopper(32, 1, 8, 4, 2, 1, 4),
+    Hopper(32, 1, 16, 4, 1, 1, 8),
+    Hopper(64, 1, 16, 4, 1, 1, 4),
 )
 """So are these, on GPUs of compute capability 9.0."""
 PLAIN = Kernel("fused_plain", "fused_plain.cu", (Pointer, Pointer, Pointer, Pointer, U32, U32, U32, U32))

@@ -3,149 +3,168 @@
 // shared memory by themselves, while the warps decode the next tile.
 //
 // A block has kWarps stripes of 16 rows (a unit) and a range of columns (a split). Its warps share x, which comes in
-// chunks of kStages tiles' columns; each streams its own tiles through a ring in shared memory by bulk copies. For a
-// tile: decode it into registers; put them to shared memory, where its escapes are patched; wait for the products of
-// the tile before; take the weights back as fragment a; issue the products. Sums of the splits of a unit meet in device
-// memory; the block that comes last adds them up, in the order of splits whoever that is.
+// chunks of kChunk tiles' columns; each streams its own tiles through a ring of kStages in shared memory by bulk
+// copies. For a tile: decode it into registers; put them to shared memory, where its escapes are patched; wait for the
+// products of the tile before; take the weights back as fragment a; issue the products. Sums of the splits of a unit
+// meet in device memory; the block that comes last adds them up, in the order of splits whoever that is.
 //
 // Safe for any content of the parts: what comes from memory is clamped before it becomes an address or a count.
 //
-// BITFORBIT_TOKENS (8, 16, 32, 64), BITFORBIT_WARPS, BITFORBIT_STAGES and BITFORBIT_BLOCKS: see cuda/fused/plan.py.
+// BITFORBIT_TOKENS (8, 16, 32, 64), BITFORBIT_WARPS, BITFORBIT_STAGES, BITFORBIT_BLOCKS and BITFORBIT_CHUNK: see
+// cuda/fused/plan.py.
 #include "fused.cuh"
 #include "wgmma.cuh"
 
 constexpr u32 kTokens = BITFORBIT_TOKENS, kTokenTiles = kTokens / kMmaTokens, kStages = BITFORBIT_STAGES;
+constexpr u32 kChunk = BITFORBIT_CHUNK;
 constexpr u32 kWarps = BITFORBIT_WARPS, kThreads = kWarps * kWarp;
 static_assert(kWarps % 4 == 0, "whole warpgroups");
 
 #if defined(BITFORBIT_CUDA_SHIM) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // Shared memory, in bytes, on kSwizzleBytes: two chunks of x, for each tile a swizzled matrix [kTokens, 64]; the table
-// of escapes' exponents; then for each warp the steps of its ring, a decoded tile, and two chunks of lists of escapes.
-// A step has two tiles, which come together, and behind them their barrier and, for two chunks, their runs of escapes.
-constexpr u32 kTileXBytes = 2 * kTokens * kTileCols, kChunkBytes = kStages * kTileXBytes;
-constexpr u32 kTableBytes = 128, kDecodedBytes = 2 * kTileWeights, kListBytes = 16 * kWarp,
-              kListEntries = kListBytes / 2;
-constexpr u32 kStepTiles = 2, kSteps = kStages / kStepTiles;
-constexpr u32 kBarrier = kStepTiles * kTileBytes, kRuns = kBarrier + 16, kRunBytes = 8;
-constexpr u32 kStepBytes = kRuns + 2 * kStepTiles * kRunBytes, kRingBytes = kSteps * kStepBytes;
-constexpr u32 kWarpBytes = kRingBytes + kDecodedBytes + 2 * kListBytes;
-static_assert(kStages % kStepTiles == 0, "whole steps");
+// of escapes' exponents; then for each warp the steps of its ring, each of two tiles, which come together, and their
+// barrier; a decoded tile; and for two chunks the lists of escapes and each tile's run in them.
+constexpr u32 kTileXBytes = 2 * kTokens * kTileCols, kChunkBytes = kChunk * kTileXBytes;
+constexpr u32 kTableBytes = 128, kDecodedBytes = 2 * kTileWeights;
+constexpr u32 kStepTiles = 2, kBarrier = kStepTiles * kTileBytes, kStepBytes = kBarrier + 16;
+constexpr u32 kSteps = kStages / kStepTiles, kRingBytes = kSteps * kStepBytes;
+constexpr u32 kListBytes = 128 * kChunk, kListEntries = kListBytes / 2, kRunsBytes = 8 * kChunk;
+constexpr u32 kWarpBytes = kRingBytes + kDecodedBytes + 2 * (kListBytes + kRunsBytes);
+static_assert(kStages % kStepTiles == 0 && kChunk % kStages == 0 && kChunk % 4 == 0, "whole steps, rings and lists");
 
 __device__ __forceinline__ u64* barrier_of(u8* smem_step) { return reinterpret_cast<u64*>(smem_step + kBarrier); }
 
-// Columns [col, end) of x, of a chunk at most, to shared memory; zeros for columns outside of x. Tokens that are not
-// there may be garbage: no other token's sums depend on them.
+// Columns of x, a chunk at a time, to shared memory. A thread has the same pieces of 16 bytes, one in four tiles, of
+// every eighth token or fewer.
 struct Activations {
-  const u16* gmem;  // of this thread's first token, at its piece of a chunk that begins at column 0
-  u8* smem;         // of this thread's first token and piece, in the first chunk
-  u32 token, piece;
+  static constexpr u32 kPieces = 32, kTokensAtOnce = kThreads / kPieces, kTokenBytes = 128;
+  static_assert(kTokensAtOnce % 8 == 0, "tokens of a thread are swizzled alike");
 
-  static constexpr u32 kPieces = 8 * kStages;               // of 16 bytes, of a token
-  static constexpr u32 kTokensAtOnce = kThreads / kPieces;  // each by another thread
-  static_assert(kThreads % (8 * kPieces) == 0 || kStages == 2, "tokens of a thread are swizzled alike");
+  const u8* gmem;  // of its first token and piece, in a chunk that begins at column 0
+  u8* smem;        // of the same, in the first of the two chunks
+  u64 further;     // bytes to its next token
+  u32 token, col;
 
   __device__ __forceinline__ Activations(const u16* gmem_x, u8* smem_x, u32 cols)
-      : token(threadIdx.x / kPieces), piece(threadIdx.x % kPieces) {
-    gmem = gmem_x + static_cast<u64>(token) * cols + 8 * piece;
-    smem = smem_x + piece / 8 * kTileXBytes + swizzled(token, piece % 8);
+      : token(threadIdx.x / kPieces), col(8 * (threadIdx.x % kPieces)) {
+    const u32 piece = threadIdx.x % kPieces;
+    gmem = reinterpret_cast<const u8*>(gmem_x + static_cast<u64>(token) * cols + col);
+    smem = kept(smem_x + piece / 8 * kTileXBytes + swizzled(token, piece % 8));
+    further = static_cast<u64>(2 * kTokensAtOnce) * cols;
   }
 
-  __device__ __forceinline__ void load(u32 chunk, u32 tokens, u32 cols, u32 col, u32 end, bool aligned) const {
-    const u32 at = col + 8 * piece;
-    if (at >= end) return;
-    u8* smem_to = smem + chunk * kChunkBytes;
-    const u16* gmem_from = gmem + col;
-    const u64 further = static_cast<u64>(kTokensAtOnce) * cols;
-    if (aligned) {
+  // Columns [begin, end), of a chunk at most; zeros for those that x does not have. Tokens that it does not have may be
+  // garbage: no other token's sums depend on them.
+  __device__ __forceinline__ void load(u32 chunk, u32 tokens, u32 cols, u32 begin, u32 end, bool aligned) const {
 #pragma unroll
-      for (u32 i = 0; i < (kTokens + kTokensAtOnce - 1) / kTokensAtOnce; ++i) {
-        if (token + i * kTokensAtOnce < tokens) copy_async_or_zeros(smem_to, gmem_from, at < cols);
-        smem_to += 128 * kTokensAtOnce;
-        gmem_from += further;
-      }
-    } else {
-#pragma unroll 1
-      for (u32 t = token; t < tokens; t += kTokensAtOnce) {
-#pragma unroll 1
-        for (u32 i = 0; i < 8; ++i) {
-          reinterpret_cast<u16*>(smem_to)[i] = at + i < cols ? __ldg(gmem_from + i) : u16{0};
+    for (u32 part = 0; part < kChunk / 4; ++part) {
+      const u32 at = begin + 4 * kTileCols * part + col;
+      if (at >= end) return;
+      const u8* gmem_from = gmem + 2 * static_cast<u64>(begin + 4 * kTileCols * part);
+      u8* smem_to = smem + chunk * kChunkBytes + 4 * kTileXBytes * part;
+      if (aligned) {
+#pragma unroll
+        for (u32 i = 0; i < (kTokens + kTokensAtOnce - 1) / kTokensAtOnce; ++i) {
+          if (token + i * kTokensAtOnce < tokens) {
+            copy_async_or_zeros(smem_to + i * kTokensAtOnce * kTokenBytes, gmem_from, at < cols);
+          }
+          gmem_from += further;
         }
-        smem_to += 128 * kTokensAtOnce;
-        gmem_from += further;
+      } else {
+        load_words(smem_to, gmem_from, tokens, at < cols ? min(cols - at, 8u) : 0);
       }
+    }
+  }
+
+  // The same for one piece, of which so many columns are there, at any address.
+  __device__ __forceinline__ void load_words(u8* smem_to, const u8* gmem_from, u32 tokens, u32 there) const {
+#pragma unroll 1
+    for (u32 t = token; t < tokens; t += kTokensAtOnce) {
+#pragma unroll 1
+      for (u32 i = 0; i < 8; ++i) {
+        reinterpret_cast<u16*>(smem_to)[i] = i < there ? __ldg(reinterpret_cast<const u16*>(gmem_from) + i) : u16{0};
+      }
+      smem_to += kTokensAtOnce * kTokenBytes;
+      gmem_from += further;
     }
   }
 };
 
 // A stripe's lists of escapes, a chunk ahead: their beginnings come two chunks before they are used, the entries one.
-// A tile's run in shared memory has the byte at which its first entry is in the list there, and their number, at most
-// kWarp; or, where that will not do, its first entry in device memory, and their number + kElsewhere.
+// A tile's run in shared memory has the byte at which its first entry is in the list there, and their number; or, where
+// they are not there, wide ones and those that the list has no room for, the first entry in device memory, and their
+// number + kElsewhere.
 constexpr u32 kElsewhere = 1 << 16;
 struct Lists {
-  const u32* gmem_offset;  // of the stripe's first tile
-  u32 after;               // lane j: entries before tile j of the chunk after the next one; not clamped yet
+  const u32* gmem_offset;  // this lane's in the chunk after the next one, should it be there
+  u32 after;               // lane j: entries before tile j of that chunk; not clamped yet
 
-  // Entries before tile `tile` + lane of the stripe; chunks overlap in one.
-  __device__ __forceinline__ u32 load(u32 tile, u32 end, u32 lane) const {
-    return __ldg(gmem_offset + min(tile + min(lane, kStages), end));
+  // Lane kChunk has what the next chunk's lane 0 has.
+  __device__ __forceinline__ void load(u32 tile, u32 end, u32 lane) {
+    after = lane <= kChunk && tile + lane <= end ? __ldg(gmem_offset) : 0xFFFFFFFFu;
+    gmem_offset += kChunk;
   }
 
   // On to the next chunk: its entries, from a multiple of 16 bytes on, as far as there is room. `tile` is the first one
   // of the chunk after it.
-  __device__ __forceinline__ void advance(const u8* gmem_escapes, u32 wide, u32 capacity, u8* smem_list, u8* smem_runs,
-                                          u32 tile, u32 end, u32 lane) {
+  __device__ __forceinline__ void advance(const u8* gmem_escapes, u32 wide, u32 capacity, u8* smem_list,
+                                          uint2* smem_runs, u32 tile, u32 end, u32 lane) {
     const u32 first = min(after, capacity), following = __shfl_down_sync(kAllLanes, first, 1);
-    const u32 entries = following > first ? min(following - first, kTileWeights) : 0;
-    const u32 begin = __shfl_sync(kAllLanes, first, 0) & ~7u, last = __shfl_sync(kAllLanes, first, kStages);
-    const u32 entry = begin + 8 * lane;  // the first one of this lane's 16 bytes
-    if (wide == 0 && entry < last) copy_async(smem_list + 16 * lane, gmem_escapes + 2 * static_cast<u64>(entry));
-    const u32 place = first - begin;
-    const bool here = wide == 0 && entries <= kWarp && place <= kListEntries - kWarp;
-    if (lane < kStages) {
-      *reinterpret_cast<uint2*>(smem_runs + lane / kStepTiles * kStepBytes + lane % kStepTiles * kRunBytes) =
-          here ? make_uint2(2 * place, entries) : make_uint2(first, entries + kElsewhere);
+    const u32 begin = __shfl_sync(kAllLanes, first, 0) & ~7u, last = __shfl_sync(kAllLanes, first, kChunk);
+    load(tile, end, lane);
+#pragma unroll
+    for (u32 part = 0; part < kChunk / 4; ++part) {
+      const u32 at = 8 * (part * kWarp + lane);  // the first of 16 bytes of entries
+      if (wide == 0 && begin + at < last) copy_async(smem_list + 2 * at, gmem_escapes + 2 * (u64{begin} + at));
     }
-    after = load(tile, end, lane);
+    if (lane < kChunk) {
+      const u32 entries = following > first ? min(following - first, kTileWeights) : 0, place = first - begin;
+      const bool here = wide == 0 && entries <= kListEntries && place <= kListEntries - entries;
+      smem_runs[lane] = here ? make_uint2(2 * place, entries) : make_uint2(first, entries + kElsewhere);
+    }
   }
 };
 
-// A tile's weights in shared memory are in the order of their positions: a lane's fragment of a product is 16 bytes.
-__device__ __forceinline__ uint4* fragment(u16* smem_decoded, u32 i, u32 lane) {
-  return reinterpret_cast<uint4*>(smem_decoded + 256 * i + 8 * lane);
-}
+// A tile's weights in shared memory are in the order of their positions: a lane's fragment of a product is 16 bytes,
+// the next one 512 bytes further.
+constexpr u32 kFragments = kTileWeights / 256, kFragmentStep = kWarp;
 
-// Decodes a tile into shared memory; escapes are still missing.
-__device__ __forceinline__ void decode(const u8* smem_tile, u16* smem_decoded, u32 base_pair, u32 lane) {
-  const uint4 low = reinterpret_cast<const uint4*>(smem_tile)[lane];
-  const uint4 high = reinterpret_cast<const uint4*>(smem_tile)[32 + lane];
+// Decodes this lane's part of a tile, words and codes, into shared memory; escapes are still missing.
+__device__ __forceinline__ void decode(const u8* smem_words, const u8* smem_codes, uint4* smem_fragment,
+                                       u32 base_pair) {
+  const uint4 low = *reinterpret_cast<const uint4*>(smem_words);
+  const uint4 high = *reinterpret_cast<const uint4*>(smem_words + 16 * kWarp);
   const u32 word[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
   u32 code[3], pair[kPairs];
 #pragma unroll
-  for (u32 w = 0; w < 3; ++w) code[w] = reinterpret_cast<const u32*>(smem_tile + kTileCodes)[32 * w + lane];
+  for (u32 w = 0; w < 3; ++w) code[w] = *reinterpret_cast<const u32*>(smem_codes + 4 * kWarp * w);
   decode_lane(word, code, base_pair, pair);
 #pragma unroll
-  for (u32 i = 0; i < 4; ++i) {
-    *fragment(smem_decoded, i, lane) = make_uint4(pair[4 * i], pair[4 * i + 1], pair[4 * i + 2], pair[4 * i + 3]);
+  for (u32 i = 0; i < kFragments; ++i) {
+    smem_fragment[i * kFragmentStep] = make_uint4(pair[4 * i], pair[4 * i + 1], pair[4 * i + 2], pair[4 * i + 3]);
   }
+}
+
+__device__ __forceinline__ void set_exponent(u16* smem_decoded, u32 entry, u32 exponent) {
+  u16* weight = smem_decoded + (entry & (kTileWeights - 1));  // [9:0] position
+  *weight = static_cast<u16>((*weight & ~kExponentBits) | exponent);
 }
 
 // Puts the exponents of a tile's escapes in place. smem_list: the list of its chunk, from entry `lane` on.
 __device__ __forceinline__ void patch_run(u16* smem_decoded, const u16* smem_table, const u8* smem_list,
                                           const u8* gmem_escapes, u32 wide, uint2 run, u32 lane) {
-  if (run.y <= kWarp) {
-    if (lane < run.y) {
-      const u32 entry = *reinterpret_cast<const u16*>(smem_list + run.x);
-      u16* weight = smem_decoded + (entry & (kTileWeights - 1));  // [9:0] position, [15:10] index
-      *weight = static_cast<u16>((*weight & ~kExponentBits) | smem_table[entry >> 10]);
+  if (run.y < kElsewhere) {
+    const u16* smem_entry = reinterpret_cast<const u16*>(smem_list + run.x);
+#pragma unroll 1
+    for (u32 i = lane; i < run.y; i += kWarp, smem_entry += kWarp) {
+      set_exponent(smem_decoded, *smem_entry, smem_table[*smem_entry >> 10]);  // [15:10] index
     }
   } else {
 #pragma unroll 1
     for (u32 i = lane; i < run.y - kElsewhere; i += kWarp) {
       const u32 entry = load_entry(gmem_escapes, run.x + i, wide);
-      u16* weight = smem_decoded + (entry & (kTileWeights - 1));
-      const u32 exponent = wide ? (entry >> 16 & 0xFF) << 7 : smem_table[entry >> 10];  // [23:16] of a wide one
-      *weight = static_cast<u16>((*weight & ~kExponentBits) | exponent);
+      set_exponent(smem_decoded, entry, wide ? (entry >> 16 & 0xFF) << 7 : smem_table[entry >> 10]);  // [23:16] of wide
     }
   }
 }
@@ -189,7 +208,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
                  u32 splits, u32* gmem_arrived, float4* gmem_sums) {
   DYNAMIC_SHARED(u8, smem_all);
   u8* smem = smem_all + (0u - shared_address(smem_all)) % kSwizzleBytes;
-  const u32 warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const u32 warp = threadIdx.x / kWarp, lane = kept(threadIdx.x % kWarp);
   const u32 unit = blockIdx.x / splits, split = blockIdx.x % splits;
 
   // The matrix of this block's unit, and this warp's stripe there.
@@ -207,10 +226,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
   const u32 tiles_per_stripe = (cols - 1) / kTileCols + 1;
   const u32 begin = split_begin(tiles_per_stripe, split, splits);
   const u32 end = split_begin(tiles_per_stripe, split + 1, splits);
-  u16* smem_table = reinterpret_cast<u16*>(smem + 2 * kChunkBytes);
+  u16* smem_table = kept(reinterpret_cast<u16*>(smem + 2 * kChunkBytes));
   u8* smem_ring = smem + 2 * kChunkBytes + kTableBytes + warp * kWarpBytes;
-  u16* smem_decoded = reinterpret_cast<u16*>(smem_ring + kRingBytes);
+  u16* smem_decoded = kept(reinterpret_cast<u16*>(smem_ring + kRingBytes));
+  uint4* smem_fragment = kept(reinterpret_cast<uint4*>(smem_decoded) + lane);
   u8* smem_lists = smem_ring + kRingBytes + kDecodedBytes;
+  uint2* smem_runs = reinterpret_cast<uint2*>(smem_lists + 2 * kListBytes);
 
   // The first chunk of x and of lists, and as many tiles as the ring has room for. Warps without a stripe of their own
   // take the last one, for nothing.
@@ -219,9 +240,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
   const u64 stripe_tile = static_cast<u64>(min(stripe, stripes - 1)) * tiles_per_stripe;
   const u8* gmem_tile = matrix.gmem_tiles + (stripe_tile + begin) * kTileBytes;  // the next one to be copied
   Lists lists;
-  lists.gmem_offset = matrix.gmem_offsets + stripe_tile;
-  lists.after = lists.load(begin, end, lane);
-  lists.advance(matrix.gmem_escapes, header.wide, capacity, smem_lists, smem_ring + kRuns, begin + kStages, end, lane);
+  lists.gmem_offset = matrix.gmem_offsets + stripe_tile + begin + lane;
+  lists.load(begin, end, lane);
+  lists.advance(matrix.gmem_escapes, header.wide, capacity, smem_lists, smem_runs, begin + kChunk, end, lane);
   const Activations x(gmem_x, smem, cols);
   const bool aligned = cols % 8 == 0 && reinterpret_cast<u64>(gmem_x) % 16 == 0;
   x.load(0, tokens, cols, begin * kTileCols, end * kTileCols, aligned);
@@ -246,44 +267,53 @@ extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
   Sums sum = {};
   uint4 a[4];
   const u64 descriptor = wgmma_descriptor(shared_address(smem));
-  u32 chunk = 0;
-  for (u32 chunk_begin = begin; chunk_begin < end; chunk_begin += kStages, chunk ^= 1) {
-    const u32 next_chunk = chunk_begin + kStages, chunk_end = min(next_chunk, end);
+  u32 chunk = 0, phase = 0;
+  for (u32 chunk_begin = begin; chunk_begin < end; chunk_begin += kChunk, chunk ^= 1) {
+    const u32 next_chunk = chunk_begin + kChunk, chunk_end = min(next_chunk, end);
     await_copies<0>();
     fence_async();
     wgmma_wait<0>();
     __syncthreads();  // all threads' parts of this chunk of x are there; all have done with the one before
     if (next_chunk < end) x.load(chunk ^ 1, tokens, cols, next_chunk * kTileCols, end * kTileCols, aligned);
     lists.advance(matrix.gmem_escapes, header.wide, capacity, smem_lists + (chunk ^ 1) * kListBytes,
-                  smem_ring + kRuns + (chunk ^ 1) * kStepTiles * kRunBytes, next_chunk + kStages, end, lane);
+                  smem_runs + (chunk ^ 1) * kChunk, next_chunk + kChunk, end, lane);
     commit_copies();
 
-    u8* smem_step = smem_ring;
-    const u8* smem_list = smem_lists + chunk * kListBytes + 2 * lane;
+    const u8* smem_list = kept(smem_lists + chunk * kListBytes + 2 * lane);
+    const uint2* smem_run = kept(smem_runs + chunk * kChunk);
     u64 b = descriptor + chunk * (kChunkBytes / 16);
 #pragma unroll 1
-    for (u32 tile = chunk_begin; tile < chunk_end; tile += kStepTiles) {
-      mbarrier_wait(barrier_of(smem_step), chunk);
-      const uint2* smem_runs = reinterpret_cast<const uint2*>(smem_step + kRuns + chunk * kStepTiles * kRunBytes);
+    for (u32 tile = chunk_begin; tile < chunk_end; phase ^= 1) {
+      const u32 ring_end = min(tile + kStages, chunk_end);
+      u8* smem_step = kept(smem_ring);
+      const u8* smem_words = kept(smem_ring + 16 * lane);
+      const u8* smem_codes = kept(smem_ring + kTileCodes + 4 * lane);
+#pragma unroll 1
+      for (; tile < ring_end; tile += kStepTiles) {
+        mbarrier_wait(barrier_of(smem_step), phase);
 #pragma unroll
-      for (u32 j = 0; j < kStepTiles; ++j) {
-        if (j != 0 && tile + j >= end) break;
-        const uint2 run = smem_runs[j];
-        decode(smem_step + j * kTileBytes, smem_decoded, header.base_pair, lane);
-        __syncwarp();  // the slot is read, the tile written
-        if (j == kStepTiles - 1 && tile + kStages < end) copy_step(smem_step, tile + kStages);
-        patch_run(smem_decoded, smem_table, smem_list, matrix.gmem_escapes, header.wide, run, lane);
-        __syncwarp();
-        wgmma_wait<0>();  // the products of the tile before: their weights' registers are free
+        for (u32 j = 0; j < kStepTiles; ++j) {
+          if (j != 0 && tile + j >= end) break;
+          const uint2 run = smem_run[j];
+          decode(smem_words + j * kTileBytes, smem_codes + j * kTileBytes, smem_fragment, header.base_pair);
+          __syncwarp();  // the slot is read, the tile written
+          if (j == kStepTiles - 1 && tile + kStages < end) copy_step(smem_step, tile + kStages);
+          patch_run(smem_decoded, smem_table, smem_list, matrix.gmem_escapes, header.wide, run, lane);
+          __syncwarp();
+          wgmma_wait<0>();  // the products of the tile before: their weights' registers are free
 #pragma unroll
-        for (u32 i = 0; i < 4; ++i) a[i] = *fragment(smem_decoded, i, lane);
-        wgmma_fence();
+          for (u32 i = 0; i < 4; ++i) a[i] = smem_fragment[i * kFragmentStep];
+          wgmma_fence();
 #pragma unroll
-        for (u32 i = 0; i < 4; ++i) wgmma_bf16(sum, a[i], b + i * kDescriptorStep);
-        wgmma_commit();
-        b += kTileXBytes / 16;
+          for (u32 i = 0; i < 4; ++i) wgmma_bf16(sum, a[i], b + i * kDescriptorStep);
+          wgmma_commit();
+          b += kTileXBytes / 16;
+        }
+        smem_step += kStepBytes;
+        smem_words += kStepBytes;
+        smem_codes += kStepBytes;
+        smem_run += kStepTiles;
       }
-      smem_step += kStepBytes;
     }
   }
   wgmma_wait<0>();

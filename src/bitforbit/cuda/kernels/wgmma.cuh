@@ -29,6 +29,18 @@ static_assert(wgmma_descriptor(0x400) == 0x4000004000010040u);
 #ifndef BITFORBIT_CUDA_SHIM
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
+// A value, or a pointer to shared memory, that the compiler has to keep in a register: else it prefers to compute it
+// anew wherever it is used.
+__device__ __forceinline__ u32 kept(u32 value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+template <class T>
+__device__ __forceinline__ T* kept(T* smem) {
+  return static_cast<T*>(__cvta_shared_to_generic(kept(shared_address(smem))));
+}
+
 // sum += a * b for N = 8 times its first dimension. Lane 4q + t of warp w has of a the fragment of mma_bf16 (mma.cuh)
 // for rows 16w to 16w + 15, and of sum[n] what mma_bf16 has of c, for columns 8n to 8n + 7.
 __device__ __forceinline__ void wgmma_bf16(float (&sum)[1][4], const uint4& a, u64 b) {
