@@ -146,26 +146,27 @@ __device__ __forceinline__ void decode(const u8* smem_words, const u8* smem_code
   }
 }
 
-__device__ __forceinline__ void set_exponent(u16* smem_decoded, u32 entry, u32 exponent) {
-  u16* weight = smem_decoded + (entry & (kTileWeights - 1));  // [9:0] position
-  *weight = static_cast<u16>((*weight & ~kExponentBits) | exponent);
+// Puts the exponents of a tile's escapes in place. smem_list: the list of its chunk, from entry `lane` on.
+__device__ __forceinline__ void patch_run(u16* smem_decoded, const u16* smem_table, const u8* smem_list, uint2 run,
+                                          u32 lane) {
+  const u16* smem_entry = reinterpret_cast<const u16*>(smem_list + run.x);
+#pragma unroll 1
+  for (u32 i = lane; i < run.y; i += kWarp, smem_entry += kWarp) {
+    const u32 entry = *smem_entry;
+    u16* weight = smem_decoded + (entry & (kTileWeights - 1));  // [9:0] position, [15:10] index
+    *weight = static_cast<u16>((*weight & ~kExponentBits) | smem_table[entry >> 10]);
+  }
 }
 
-// Puts the exponents of a tile's escapes in place. smem_list: the list of its chunk, from entry `lane` on.
-__device__ __forceinline__ void patch_run(u16* smem_decoded, const u16* smem_table, const u8* smem_list,
-                                          const u8* gmem_escapes, u32 wide, uint2 run, u32 lane) {
-  if (run.y < kElsewhere) {
-    const u16* smem_entry = reinterpret_cast<const u16*>(smem_list + run.x);
+// The same for a run in device memory.
+__device__ __forceinline__ void patch_elsewhere(u16* smem_decoded, const u16* smem_table, const u8* gmem_escapes,
+                                                u32 wide, uint2 run, u32 lane) {
 #pragma unroll 1
-    for (u32 i = lane; i < run.y; i += kWarp, smem_entry += kWarp) {
-      set_exponent(smem_decoded, *smem_entry, smem_table[*smem_entry >> 10]);  // [15:10] index
-    }
-  } else {
-#pragma unroll 1
-    for (u32 i = lane; i < run.y - kElsewhere; i += kWarp) {
-      const u32 entry = load_entry(gmem_escapes, run.x + i, wide);
-      set_exponent(smem_decoded, entry, wide ? (entry >> 16 & 0xFF) << 7 : smem_table[entry >> 10]);  // [23:16] of wide
-    }
+  for (u32 i = lane; i < run.y - kElsewhere; i += kWarp) {
+    const u32 entry = load_entry(gmem_escapes, run.x + i, wide);
+    const u32 exponent = wide ? (entry >> 16 & 0xFF) << 7 : smem_table[entry >> 10];  // [23:16] of a wide one
+    u16* weight = smem_decoded + (entry & (kTileWeights - 1));
+    *weight = static_cast<u16>((*weight & ~kExponentBits) | exponent);
   }
 }
 
@@ -208,7 +209,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
                  u32 splits, u32* gmem_arrived, float4* gmem_sums) {
   DYNAMIC_SHARED(u8, smem_all);
   u8* smem = smem_all + (0u - shared_address(smem_all)) % kSwizzleBytes;
-  const u32 warp = threadIdx.x / kWarp, lane = kept(threadIdx.x % kWarp);
+  const u32 warp = __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0), lane = kept(threadIdx.x % kWarp);
   const u32 unit = blockIdx.x / splits, split = blockIdx.x % splits;
 
   // The matrix of this block's unit, and this warp's stripe there.
@@ -284,7 +285,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
     u64 b = descriptor + chunk * (kChunkBytes / 16);
 #pragma unroll 1
     for (u32 tile = chunk_begin; tile < chunk_end; phase ^= 1) {
-      const u32 ring_end = min(tile + kStages, chunk_end);
+      const u32 ring_end = kept(min(tile + kStages, chunk_end));
       u8* smem_step = kept(smem_ring);
       const u8* smem_words = kept(smem_ring + 16 * lane);
       const u8* smem_codes = kept(smem_ring + kTileCodes + 4 * lane);
@@ -298,7 +299,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
           decode(smem_words + j * kTileBytes, smem_codes + j * kTileBytes, smem_fragment, header.base_pair);
           __syncwarp();  // the slot is read, the tile written
           if (j == kStepTiles - 1 && tile + kStages < end) copy_step(smem_step, tile + kStages);
-          patch_run(smem_decoded, smem_table, smem_list, matrix.gmem_escapes, header.wide, run, lane);
+          if (run.y < kElsewhere) {
+            patch_run(smem_decoded, smem_table, smem_list, run, lane);
+          } else {
+            patch_elsewhere(smem_decoded, smem_table, matrix.gmem_escapes, header.wide, run, lane);
+          }
           __syncwarp();
           wgmma_wait<0>();  // the products of the tile before: their weights' registers are free
 #pragma unroll
