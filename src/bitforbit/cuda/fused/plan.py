@@ -8,14 +8,13 @@ from typing import ClassVar
 
 from bitforbit.cuda.fused.order import Order
 from bitforbit.cuda.kernel import U32, DeviceProperties, Kernel, LaunchConfig, Pointer
-from bitforbit.cuda.tiles.layout import TILE_BYTES, TILE_COLS, TILE_ROWS, TILE_WEIGHTS
+from bitforbit.cuda.tiles.layout import SIZE_LIMIT, TILE_BYTES, TILE_COLS, TILE_ROWS, TILE_WEIGHTS
 from bitforbit.errors import UsageError
 
 MAX_TOKENS = 64
 MMA_TOKENS = 8
 LIST_BYTES = 512
 """Of a chunk's escapes in shared memory; longer lists are read from device memory."""
-GRID_LIMIT = (1 << 31) - 1
 SWIZZLE_BYTES = 1024
 """Of shared memory, at most, before the address that is a multiple of it."""
 TABLE_BYTES = 128
@@ -151,7 +150,7 @@ def plan(
         raise UsageError(f"expected a GPU of compute capability 9.0 for {chosen}, got {properties.compute_capability}")
     units = sum(-(-count // chosen.unit_rows) for count in rows)
     blocks = units * order.splits
-    if blocks > GRID_LIMIT or (order.splits > 1 and 4 * units > ARRIVED_BYTES):
+    if max(blocks, sum(rows)) >= SIZE_LIMIT or (order.splits > 1 and 4 * units > ARRIVED_BYTES):
         raise UsageError(f"expected fewer rows in one launch, got {sum(rows)}: multiply by fewer matrices at once")
     sums = 4 * blocks * chosen.unit_rows * chosen.tokens if order.splits > 1 else 0
     config = LaunchConfig.linear(blocks, 32 * chosen.warps, chosen.shared_bytes)

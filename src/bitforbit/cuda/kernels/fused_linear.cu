@@ -37,28 +37,27 @@ static_assert(kStages % 2 == 0, "what a warp has is a multiple of 16 bytes");
 // Columns [col, end) of x, of a chunk at most, to shared memory; zeros outside of x.
 __device__ __forceinline__ void load_x(const u16* gmem_x, u16* smem_x, u32 tokens, u32 cols, u32 col, u32 end) {
   constexpr u32 kPieces = kChunkCols / 8;  // of 16 bytes, of a token
+  constexpr u32 kStep = kThreads / kPieces;
   static_assert(kThreads % kPieces == 0, "a thread has the same columns of all its tokens");
-  const u32 piece = 8 * (threadIdx.x % kPieces), at = col + piece;
-  if (at >= end) return;
-  u16* smem = smem_x + threadIdx.x / kPieces * kPitch + piece;
+  const u32 first = threadIdx.x / kPieces, piece = 8 * (threadIdx.x % kPieces), at = col + piece;
+  if (at >= end || (kStep > kTokens && first >= kTokens)) return;
+  static_assert(kStep > kTokens || kTokens % kStep == 0, "all threads that have any have as many tokens");
+  u16* smem = smem_x + first * kPitch + piece;
   if (cols % 8 == 0 && reinterpret_cast<u64>(gmem_x) % 16 == 0) {
-    const u16* gmem = gmem_x + static_cast<u64>(threadIdx.x / kPieces) * cols + at;
+    const u16* gmem = gmem_x + static_cast<u64>(first) * cols + at;
 #pragma unroll
-    for (u32 token = threadIdx.x / kPieces; token < kTokens; token += kThreads / kPieces) {
-      const bool inside = token < tokens && at < cols;
-      copy_async_or_zeros(smem, inside ? gmem : gmem_x, inside);
-      smem += kThreads / kPieces * kPitch;
-      gmem += static_cast<u64>(kThreads / kPieces) * cols;
+    for (u32 t = 0; t < kTokens; t += kStep) {
+      copy_async_or_zeros(smem + t * kPitch, gmem, first + t < tokens && at < cols);
+      gmem += static_cast<u64>(kStep) * cols;
     }
   } else {
 #pragma unroll 1
-    for (u32 token = threadIdx.x / kPieces; token < kTokens; token += kThreads / kPieces) {
+    for (u32 t = 0; t < kTokens; t += kStep) {
 #pragma unroll 1
       for (u32 i = 0; i < 8; ++i) {
-        const bool inside = token < tokens && at + i < cols;
-        smem[i] = inside ? __ldg(gmem_x + static_cast<u64>(token) * cols + at + i) : u16{0};
+        const bool inside = first + t < tokens && at + i < cols;
+        smem[t * kPitch + i] = inside ? __ldg(gmem_x + static_cast<u64>(first + t) * cols + at + i) : u16{0};
       }
-      smem += kThreads / kPieces * kPitch;
     }
   }
 }
@@ -241,11 +240,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
   u8* smem_lists = smem_ring + kRingBytes + kStripes * kDecodedBytes;
   u64* smem_barriers = reinterpret_cast<u64*>(smem_lists + 2 * kStripes * kListBytes);
 
-  // The first chunk of x and of lists, and as many tiles as the ring has room for. Without bulk copies each stage is a
-  // group of its own, the first one with all the rest, and so on for every tile: there is always the same number of
-  // groups behind the one that is waited for. Warps without a stripe of their own take the last one, for nothing.
-  const Header header = load_header(matrix.gmem_header, lane);
-  const u32 capacity = entry_capacity(matrix.escapes_bytes, header.wide);
+  // As many tiles as the ring has room for, then what takes longer: the first chunk of x and of lists. Without bulk
+  // copies each stage is a group of its own, the last one with all the rest, and so is each tile later: there is always
+  // the same number of groups behind the one that is waited for. Warps without a stripe of their own take the last one,
+  // for nothing.
   Tiles tiles;
   Lists lists[kStripes];
 #pragma unroll
@@ -253,10 +251,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
     const u64 stripe_tile = static_cast<u64>(min(first_stripe + s, stripes - 1)) * tiles_per_stripe;
     tiles.gmem[s] = matrix.gmem_tiles + (stripe_tile + begin) * kTileBytes + (kBulk ? 0 : 16 * lane);
     lists[s].gmem_offset = matrix.gmem_offsets + stripe_tile;
-    lists[s].after = lists[s].load(begin, end, lane);
-    lists[s].advance(matrix.gmem_escapes, header, capacity, smem_lists + s * kListBytes, begin + kStages, end, lane);
   }
-  load_x(gmem_x, reinterpret_cast<u16*>(smem), tokens, cols, begin * kTileCols, end * kTileCols);
 #if BITFORBIT_BULK
   if (lane < kStages) mbarrier_init(smem_barriers + lane, 1);
   mbarrier_fence();
@@ -265,8 +260,19 @@ extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
 #pragma unroll
   for (u32 j = 0; j < kStages; ++j) {
     if (begin + j < end) tiles.copy(smem_ring + j * kStripes * kSlotBytes, smem_barriers + j, lane);
-    if (!kBulk || j == 0) commit_copies();
+    if (!kBulk && j + 1 < kStages) commit_copies();
   }
+  const Header header = load_header(matrix.gmem_header, lane);
+  const u32 capacity = entry_capacity(matrix.escapes_bytes, header.wide);
+#pragma unroll
+  for (u32 s = 0; s < kStripes; ++s) lists[s].after = lists[s].load(begin, end, lane);
+  load_x(gmem_x, reinterpret_cast<u16*>(smem), tokens, cols, begin * kTileCols, end * kTileCols);
+#pragma unroll
+  for (u32 s = 0; s < kStripes; ++s) {
+    lists[s].advance(matrix.gmem_escapes, header, capacity, smem_lists + s * kListBytes, begin + kStages, end, lane);
+  }
+  commit_copies();
+  await_copies<0>();
 
   Sums sum = {};
   u32 chunk = 0;
