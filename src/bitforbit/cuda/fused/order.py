@@ -25,7 +25,7 @@ REDUCTIONS = ("ascending", "descending", "neighbours", "halves")
 and 3, then these sums), or of the first half and the second (0 and n/2, 1 and n/2 + 1, then these sums)."""
 PARTIALS = ("F32", "BF16", "running BF16")
 """What the sums of splits are rounded to before they are added; with the last one so is what each addition gives."""
-INSTRUCTIONS = {"mma.m16n8k16": 16, "mma.m16n8k8": 8}
+INSTRUCTIONS = {"mma.m16n8k16": 16, "mma.m16n8k8": 8, "wgmma.m64nNk16": 16}
 """Matrix instructions that kernels have, with the columns that each takes."""
 MOST_TREE_SPLITS = 32
 UNIT_STRIPES = 8
