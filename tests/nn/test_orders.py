@@ -21,7 +21,7 @@ from helpers.order_cases import linear_in
 def model_in_tiles() -> nn.Module:
     model = nn.Sequential(nn.Linear(128, 160), nn.SiLU(), nn.Linear(160, 128, bias=False), nn.Linear(128, 160))
     model = model.bfloat16().requires_grad_(False)
-    compress_model(model, min_elements=0)
+    compress_model(model)
     set_layout(model, "tiles")
     return model
 
