@@ -6,11 +6,14 @@ kernel. Gradients, autocast, compilers, exporters, functorch, dispatch modes and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from bitforbit.ops import cpu_impl
-from bitforbit.ops.gpu import df11, planes, tiles
+from bitforbit.ops.gpu import df11, fused, planes, tiles
+from bitforbit.ops.gpu.fused import Matrix
 
 _Key = torch._C.DispatchKey
 _INFERENCE = torch._C.DispatchKeySet(_Key.BackendSelect)
@@ -44,11 +47,24 @@ def embedding(
 
 def tiles_linear(
     x: Tensor, tiles_: Tensor, escapes: Tensor, offsets: Tensor, header: Tensor, bias: Tensor | None,
-    rows: int, cols: int, mode: str,
+    rows: int, cols: int, mode: str, group: Sequence[int] = (),
 ) -> Tensor:  # fmt: skip
     """As ``torch.ops.bitforbit.tiles_linear``."""
     op = tiles.linear if _is_plain_call(x, bias) else torch.ops.bitforbit.tiles_linear.default
-    result: Tensor = op(x, tiles_, escapes, offsets, header, bias, rows, cols, mode)
+    result: Tensor = op(x, tiles_, escapes, offsets, header, bias, rows, cols, mode, group)
+    return result
+
+
+def ordinary_tiles_linears(x: Tensor, matrices: Sequence[Matrix], cols: int, group: tuple[int, ...]) -> list[Tensor]:
+    """``torch.ops.bitforbit.tiles_linears`` in mode ``"fused"``, for calls that :func:`is_ordinary_call` has allowed.
+
+    At most 64 tokens. The results may lie in one memory.
+    """
+    if not torch._C._autograd._profiler_enabled():
+        return fused.linears(x, matrices, cols, group)
+    parts, biases = [part for matrix in matrices for part in matrix.parts], [matrix.bias for matrix in matrices]
+    rows = [matrix.rows for matrix in matrices]
+    result: list[Tensor] = torch.ops.bitforbit.tiles_linears.default(x, parts, biases, rows, cols, "fused", group)
     return result
 
 
@@ -82,6 +98,11 @@ def df11_embedding(
 
 
 def _is_plain_call(x: Tensor, bias: Tensor | None) -> bool:
+    return is_ordinary_call(x, bias) and not torch._C._autograd._profiler_enabled()
+
+
+def is_ordinary_call(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether nothing but the device's kernel, and a profiler, would see the call of an operator."""
     if torch.compiler.is_compiling() or type(x) is not torch.Tensor or not (x.is_cpu or x.is_cuda):
         return False
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
@@ -90,5 +111,4 @@ def _is_plain_call(x: Tensor, bias: Tensor | None) -> bool:
         torch._C._dispatch_tls_local_include_set().raw_repr() in _ORDINARY
         and not torch.is_autocast_enabled("cpu" if x.is_cpu else "cuda")
         and not torch._C._is_torch_function_mode_enabled()
-        and not torch._C._autograd._profiler_enabled()
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from typing import ClassVar
 
 from bitforbit.cuda.fused.order import Order
 from bitforbit.cuda.kernel import U32, DeviceProperties, Kernel, LaunchConfig, Pointer
@@ -14,6 +15,11 @@ MAX_TOKENS = 64
 MMA_TOKENS = 8
 LIST_BYTES = 512
 """Of a chunk's escapes in shared memory; longer lists are read from device memory."""
+SWIZZLE_BYTES = 1024
+"""Of shared memory, at most, before the address that is a multiple of it."""
+TABLE_BYTES = 128
+"""Of a block's table of escapes' exponents."""
+PARAMETERS = (Pointer, U32, Pointer, Pointer, U32, U32, U32, U32, U32, Pointer, Pointer)
 ARRIVED_BYTES = 1 << 16
 """Of a workspace: numbers of blocks that have arrived, one per unit; all zero between launches."""
 
@@ -35,12 +41,16 @@ class Variant:
     bulk: int = 0
     """1: tiles come by bulk copies on architectures that have them (sm_90 and later), 0: by cp.async."""
 
+    instruction: ClassVar[str] = "mma.m16n8k16"
+    """Of the order of summation."""
+    capability: ClassVar[tuple[int, int] | None] = None
+    """The only compute capability that it runs on, if it does not run on all."""
+
     @property
     def kernel(self) -> Kernel:
         """Its entry point."""
         defines = tuple((f"BITFORBIT_{field.name.upper()}", str(getattr(self, field.name))) for field in fields(self))
-        parameters = (Pointer, U32, Pointer, Pointer, U32, U32, U32, Pointer, Pointer)
-        return Kernel("fused_linear", "fused_linear.cu", parameters, defines)
+        return Kernel("fused_linear", "fused_linear.cu", PARAMETERS, defines)
 
     @property
     def unit_rows(self) -> int:
@@ -55,6 +65,48 @@ class Variant:
         return 2 * chunk + self.warps * warp
 
 
+@dataclass(frozen=True)
+class HalfSteps(Variant):
+    """A binary of the same kernel whose matrix instruction takes half as many columns."""
+
+    instruction: ClassVar[str] = "mma.m16n8k8"
+
+    @property
+    def kernel(self) -> Kernel:
+        """Its entry point."""
+        whole = super().kernel
+        return replace(whole, defines=(*whole.defines, ("BITFORBIT_K_STEP", "8")))
+
+
+@dataclass(frozen=True)
+class Hopper(Variant):
+    """A binary for sm_90a alone, by its matrix instructions, which may sum in another way than those of the others.
+
+    ``warps`` is a multiple of 4, ``stages`` of 2, ``stripes`` and ``bulk`` are 1.
+    """
+
+    chunk: int = 4
+    """Tiles' columns of x in one of its two chunks, a multiple of 4 and of ``stages``."""
+
+    instruction: ClassVar[str] = "wgmma.m64nNk16"
+    capability: ClassVar[tuple[int, int] | None] = (9, 0)
+
+    @property
+    def kernel(self) -> Kernel:
+        """Its entry point."""
+        names = ("tokens", "warps", "stages", "blocks", "chunk")
+        defines = tuple((f"BITFORBIT_{name.upper()}", str(getattr(self, name))) for name in names)
+        return Kernel("fused_hopper", "fused_hopper.cu", PARAMETERS, defines)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of a block."""
+        chunk = 2 * self.tokens * self.chunk * TILE_COLS
+        ring = self.stages // 2 * (2 * TILE_BYTES + 16)  # two tiles and their barrier
+        warp = ring + 2 * TILE_WEIGHTS + 2 * self.chunk * (LIST_BYTES // 4 + 8)
+        return SWIZZLE_BYTES + 2 * chunk + TABLE_BYTES + self.warps * warp
+
+
 VARIANTS = (
     Variant(8, 1, 8, 4, 2),
     Variant(16, 1, 8, 4, 2),
@@ -65,8 +117,18 @@ VARIANTS = (
 """For each number of tokens, first the one for GPUs with little shared memory."""
 BULK = tuple(replace(variant, bulk=1) for variant in VARIANTS if variant.tokens in (8, 64))
 """To be compared with the others on a GPU; nothing chooses them yet."""
-PLAIN = Kernel("fused_plain", "fused_plain.cu", (Pointer, Pointer, Pointer, Pointer, U32, U32, U32, U32))
-KERNELS = (*(variant.kernel for variant in VARIANTS + BULK), PLAIN)
+HALF_STEPS = tuple(HalfSteps(**vars(variant)) for variant in VARIANTS)
+"""For orders that have been found to be a library's (:mod:`bitforbit.ops.gpu.order`)."""
+HOPPER = (
+    Hopper(8, 1, 8, 4, 2, 1, 8),
+    Hopper(16, 1, 8, 4, 2, 1, 8),
+    Hopper(32, 1, 8, 4, 2, 1, 4),
+    Hopper(32, 1, 16, 4, 1, 1, 8),
+    Hopper(64, 1, 16, 4, 1, 1, 4),
+)
+"""So are these, and to be compared with the others, on GPUs of compute capability 9.0."""
+PLAIN = Kernel("fused_plain", "fused_plain.cu", (Pointer,) * 4 + (U32,) * 6)
+KERNELS = (*(variant.kernel for variant in VARIANTS + BULK + HALF_STEPS + HOPPER), PLAIN)
 
 
 @dataclass(frozen=True)
@@ -80,15 +142,25 @@ class Plan:
     """ARRIVED_BYTES, and after them FP32 sums."""
 
 
-def choose_variant(tokens: int, properties: DeviceProperties) -> Variant:
-    """The variant for so many tokens: the last of those that fit into the device's shared memory."""
+def choose_variant(tokens: int, properties: DeviceProperties, instruction: str = Variant.instruction) -> Variant:
+    """The variant for so many tokens: the last of those of an instruction that fit into the device's shared memory."""
     if not 1 <= tokens <= MAX_TOKENS:
         raise UsageError(f"expected 1 to {MAX_TOKENS} tokens, got {tokens}; decode the matrix for more")
-    room = min(variant.tokens for variant in VARIANTS if variant.tokens >= tokens)
-    fits = [v for v in VARIANTS if v.tokens == room and v.shared_bytes <= properties.shared_bytes_per_block]
+    known = [v for v in VARIANTS + HALF_STEPS + HOPPER if v.instruction == instruction and v.tokens >= tokens]
+    known = [v for v in known if v.capability in (None, properties.compute_capability)]
+    if not known:
+        raise UsageError(f"expected an instruction of {properties.name}, got {instruction}")
+    room = min(variant.tokens for variant in known)
+    fits = [v for v in known if v.tokens == room and v.shared_bytes <= properties.shared_bytes_per_block]
     if not fits:
         raise UsageError(f"expected a GPU with more than {properties.shared_bytes_per_block} bytes of shared memory")
     return fits[-1]
+
+
+def instructions(properties: DeviceProperties) -> tuple[str, ...]:
+    """The matrix instructions of a device that kernels have."""
+    every = VARIANTS + HALF_STEPS + HOPPER
+    return tuple(dict.fromkeys(v.instruction for v in every if v.capability in (None, properties.compute_capability)))
 
 
 @lru_cache(maxsize=4096)
@@ -96,9 +168,11 @@ def plan(
     rows: tuple[int, ...], order: Order, tokens: int, properties: DeviceProperties, variant: Variant | None = None
 ) -> Plan:
     """The launch for matrices of so many rows each that share x [tokens, order.cols]. Raises UsageError."""
-    chosen = variant or choose_variant(tokens, properties)
+    chosen = variant or choose_variant(tokens, properties, order.instruction)
     if tokens > chosen.tokens:
         raise UsageError(f"expected at most {chosen.tokens} tokens for {chosen}, got {tokens}")
+    if chosen.capability not in (None, properties.compute_capability):
+        raise UsageError(f"expected a GPU of compute capability 9.0 for {chosen}, got {properties.compute_capability}")
     units = sum(-(-count // chosen.unit_rows) for count in rows)
     blocks = units * order.splits
     if max(blocks, sum(rows)) >= SIZE_LIMIT or (order.splits > 1 and 4 * units > ARRIVED_BYTES):
@@ -111,4 +185,5 @@ def plan(
 @lru_cache(maxsize=4096)
 def workspace_bytes(rows: tuple[int, ...], order: Order, properties: DeviceProperties) -> int:
     """Size of a workspace for up to MAX_TOKENS tokens."""
-    return max(plan(rows, order, variant.tokens, properties, variant).workspace_bytes for variant in VARIANTS)
+    variants = [v for v in VARIANTS + HOPPER if v.capability in (None, properties.compute_capability)]
+    return max(plan(rows, order, variant.tokens, properties, variant).workspace_bytes for variant in variants)

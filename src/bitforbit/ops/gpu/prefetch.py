@@ -180,6 +180,17 @@ class Prefetcher:
         for key in list(self._ahead):
             self._drop(key)
 
+    def pass_by(self, parts: Parts | None = None) -> None:
+        """A product was enqueued that decodes nothing, maybe in the stead of one that would: free what waits for it.
+
+        With the product's ``parts``, nothing is freed that waits for another weight.
+        """
+        addresses = None if parts is None else tuple(part.data_ptr() for part in parts)
+        if self._ahead and (addresses is None or any(key[: len(addresses)] == addresses for key in self._ahead)):
+            self.discard()
+            if self._last is not None:
+                self._last.next = None
+
     def abandon(self) -> None:
         """Free what was decoded ahead in a graph capture that is over: nothing of it runs any more."""
         self._ahead.clear()
