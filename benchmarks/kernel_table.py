@@ -44,6 +44,8 @@ class Region:
     """The line that begins it: a loop, a function, a block."""
     weights: float
     """That one thread handles in one pass."""
+    times: str = ""
+    """A macro of the kernel that multiplies the weights."""
     without: tuple[tuple[str, str], ...] = ()
     """Blocks inside (file, first line) that a usual pass does not take."""
 
@@ -60,7 +62,7 @@ _PLANES = (
     Region(
         "level 1 and the join, whole tiles, rows on 16 bytes", "planes_decode.cu",
         "__device__ __forceinline__ void decode_chunk(", 64,
-        (
+        without=(
             ("planes_decode.cu", "struct TailWords {"),
             ("planes_decode.cu", "around: smem.tables[0] = place_exponents("),
             ("planes_decode.cu", "__device__ __forceinline__ void copy_tails("),
@@ -90,17 +92,22 @@ REGIONS: dict[str, tuple[Region, ...]] = {
     ),
     "tiles_decode": (
         Region("a tile, with up to 32 escapes", "tiles_decode.cu", _TILE, 32),
-        Region("a tile without escapes", "tiles_decode.cu", _TILE, 32, (_PATCH,)),
+        Region("a tile without escapes", "tiles_decode.cu", _TILE, 32, without=(_PATCH,)),
     ),
     "tiles_rows": (
         Region(
             "512 columns, each loop once", "tiles_rows.cu", "tiles_rows(const u8* gmem_tiles", 16,
-            (("tiles_rows.cu", "for (u32 col = lane; col < cols_left"),),
+            without=(("tiles_rows.cu", "for (u32 col = lane; col < cols_left"),),
         ),
     ),
     "tiles_histogram": (Region("a vector", "tiles_pack.cu", "for (u64 i = thread; i < groups", 8),),
     "tiles_count": (Region("a tile", "tiles_pack.cu", "tiles_count(const u16* gmem_weights", 32),),
     "tiles_write": (Region("a tile", "tiles_pack.cu", "tiles_write(const u16* gmem_weights", 32),),
+    "fused_linear": (
+        Region("a tile, all tokens, with up to 32 escapes", "fused_linear.cu", "for (u32 tile = chunk_begin", 32,
+            times="BITFORBIT_STRIPES",
+        ),
+    ),
     "df11_decode": _DF11,
     "df11_rows": _DF11,
 }  # fmt: skip
@@ -161,8 +168,9 @@ def instructions(binaries: registry.Binaries) -> dict[str, dict[str, Any]]:
         functions = sass.disassemble(cubin)
         for kernel in kernels:
             function = functions[kernel.name]
+            macros = dict(kernel.defines)
             regions = [
-                {"what": region.what, "weights": region.weights, **pipes}
+                {"what": region.what, "weights": region.weights * int(macros.get(region.times, 1)), **pipes}
                 for region in REGIONS.get(kernel.name, ())
                 if (pipes := counted(kernel, function, region)) is not None
             ]

@@ -16,7 +16,8 @@ from bitforbit.cuda import sources
 
 PIPES = ("integer", "fma", "memory", "other")
 """integer: the integer ALU (MOV, SEL and PRMT too); fma: the pipe of IMAD, FFMA, HMUL2, ...; memory: loads, stores,
-atomics and shuffles, which go through the load/store unit; other: branches, barriers, POPC, the uniform datapath."""
+atomics and shuffles, which go through the load/store unit; other: branches, barriers, POPC, tensor cores, the uniform
+datapath."""
 
 _NAMES = {
     "integer": "BMSK FMNMX FSEL FSETP HMNMX2 IABS IADD IADD3 IMNMX ISCADD ISETP LEA LOP LOP3 MOV P2R PLOP3 PRMT R2P "

@@ -6,15 +6,19 @@
 // --- async.cuh
 // ---------------------------------------------------------------------------------------------------------
 
+inline void copy_async(void* smem, const void* gmem) { shim::copy_async(smem, gmem, 16, 16); }
+inline void copy_async_or_zeros(void* smem, const void* gmem, bool copy) {
+  shim::copy_async(smem, gmem, 16, copy ? 16 : 0);
+}
 template <unsigned kBytes>
-void copy_async(void* smem, const void* gmem, unsigned valid = kBytes) {
-  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+void copy_async_part(void* smem, const void* gmem, unsigned valid) {
+  static_assert(kBytes == 4 || kBytes == 8);
   shim::copy_async(smem, gmem, kBytes, valid);
 }
-inline void copy_async_commit() { shim::copy_async_commit(); }
-template <unsigned kPending>
-void copy_async_wait() {
-  shim::copy_async_wait(kPending);
+inline void commit_copies() { shim::copy_async_commit(); }
+template <unsigned kGroups>
+void await_copies() {
+  shim::copy_async_wait(kGroups);
 }
 inline void mbarrier_init(unsigned long long* barrier, unsigned count) { shim::mbarrier_init(barrier, count); }
 inline void mbarrier_fence() {}
@@ -54,38 +58,41 @@ inline uint4 ldmatrix_x4(const void* row, SHIM_SITE) {
 // -----------------------------------------------------------------------------------------------------------
 
 namespace shim {
-inline float bf16(unsigned bits) { return __uint_as_float(bits << 16); }
-
-// A row of A times a column of B, and c. Products of BF16 are exact in FP32; how they are added is chosen by the
-// launch: in FP64 by ascending k, then c, rounded once; or c and one product after the other in FP32, rounded each
-// time.
+// A row of A times a column of B, added to c. Products of BF16 are exact in FP32. How the hardware sums is not
+// documented; here in FP64, first c, then the products in the order of k, rounded once; or, if the launch asks for it,
+// so in FP32.
 inline float dot16(const float (&row)[16], const float (&column)[16], float c) {
-  if (g_mma_rounds_each) {
-    for (unsigned k = 0; k < 16; ++k) c += row[k] * column[k];
-    return c;
+  double sum = c;
+  for (unsigned k = 0; k < 16; ++k) {
+    sum += double(row[k]) * column[k];
+    if (g_mma_rounds_each) sum = float(sum);
   }
-  double sum = 0;
-  for (unsigned k = 0; k < 16; ++k) sum += double(row[k]) * column[k];
-  return float(sum + c);
+  return float(sum);
 }
 }  // namespace shim
 
-inline void mma_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], SHIM_SITE) {
-  const uint64_t words[3] = {a[0] | uint64_t(a[1]) << 32, a[2] | uint64_t(a[3]) << 32, b[0] | uint64_t(b[1]) << 32};
+inline void mma_bf16(float (&c)[4], uint4 a, unsigned b0, unsigned b1, SHIM_SITE) {
+  const uint64_t words[3] = {a.x | uint64_t(a.y) << 32, a.z | uint64_t(a.w) << 32, b0 | uint64_t(b1) << 32};
   const shim::Collective& all = shim::meet({"mma_bf16", file, line}, 0xFFFFFFFFu, words, 3);
   if (all.arrived != 0xFFFFFFFFu) shim::fail("mma_bf16: a lane has exited");
-  const unsigned g = shim::g_context.lane / 4, t = shim::g_context.lane % 4;
-  // Half `half` of register `r` of a lane's A (at words 0 and 1) or B (at word 2).
-  auto element = [&](unsigned lane, unsigned word, unsigned r, unsigned half) {
-    return shim::bf16(unsigned(all.values[lane][word + r / 2] >> (32 * (r % 2) + 16 * half)) & 0xFFFF);
+  const unsigned q = shim::g_context.lane / 4, t = shim::g_context.lane % 4;
+  // 16 bits of a word that a lane gave, [15:0] first.
+  auto element = [&](unsigned lane, unsigned word, unsigned at) {
+    return __uint_as_float(unsigned(all.values[lane][word] >> (16 * at)) << 16);
   };
-  for (unsigned r = 0; r < 4; ++r) {
-    const unsigned row = g + 8 * (r / 2), col = 2 * t + r % 2;
+  for (unsigned e = 0; e < 4; ++e) {
+    const unsigned row = q + 8 * (e / 2), column = 2 * t + e % 2;
     float left[16], right[16];
     for (unsigned k = 0; k < 16; ++k) {
-      left[k] = element(4 * (row % 8) + k % 8 / 2, 0, row / 8 + 2 * (k / 8), k % 2);
-      right[k] = element(4 * col + k % 8 / 2, 2, k / 8, k % 2);
+      left[k] = element(4 * (row % 8) + k % 8 / 2, k / 8, 2 * (row / 8) + k % 2);
+      right[k] = element(4 * column + k % 8 / 2, 2, 2 * (k / 8) + k % 2);
     }
-    d[r] = shim::dot16(left, right, d[r]);
+    c[e] = shim::dot16(left, right, c[e]);
   }
+}
+
+// To the nearest, ties to even; NaNs become 0x7FFF.
+inline unsigned short to_bf16(float value) {
+  const unsigned bits = __float_as_uint(value);
+  return value != value ? 0x7FFF : static_cast<unsigned short>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }

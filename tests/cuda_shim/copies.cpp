@@ -1,7 +1,8 @@
 // Copies that go on while threads do other things, and the mbarriers that tell of their end: what async.cuh promises.
 //
 // A copy may take effect at any time until it is waited for. Seeds that are odd make it at once, which shows that what
-// it overwrites was still in use; others as late as can be, which shows that nobody waited.
+// it overwrites was still in use; others as late as can be, which shows that nobody waited: until then there is
+// garbage.
 #include <algorithm>
 #include <string>
 
@@ -42,6 +43,8 @@ void copy_async(void* smem, const void* gmem, unsigned bytes, unsigned valid) {
   if (at_once(*g_state)) {
     perform(*g_state, copy);
   } else {
+    touched(smem, bytes, true);
+    std::memset(smem, 0xC5, bytes);
     g_state->current->started.push_back(copy);
   }
 }

@@ -161,6 +161,7 @@ class CheckedQueue(EmulatedQueue):
         super().__init__(EmulatedLauncher(seed, 1, properties))
         self._buffers: weakref.WeakSet[HostBuffer] = weakref.WeakSet()
         self._lent: list[Memory] = []
+        self._tables: set[int] = set()
 
     def empty(self, nbytes: int) -> HostBuffer:
         """Memory filled with garbage."""
@@ -172,6 +173,10 @@ class CheckedQueue(EmulatedQueue):
         """Let kernels use a contiguous array, which the queue keeps alive; returns its address."""
         self._lent.append((array.ctypes.data, array.reshape(-1).view(np.uint8)))
         return array.ctypes.data
+
+    def relocate(self, address: int) -> None:
+        """The buffer there is a table: its u64 words that are addresses in other buffers follow their copies."""
+        self._tables.add(address)
 
     def launch(self, kernel: Kernel, config: LaunchConfig, *arguments: Argument) -> None:
         """Run a kernel to its end. Raises EmulationError, with the sanitizer's report."""
@@ -190,10 +195,16 @@ class CheckedQueue(EmulatedQueue):
                     f"{kernel.name}, argument {number}: address {int(argument):#x} lies in no buffer of this queue; "
                     "make it with the queue's empty, zeros or upload and keep it, or lend it"
                 )
-            index = next((i for i, other in enumerate(used) if other[1] is found[1]), len(used))
-            used += [found] if index == len(used) else []
-            places.append((index, int(argument) - found[0]))
-        _run_case(kernel, config, used, places, self.launcher.seed)
+            places.append((_index(used, found), int(argument) - found[0]))
+        words = [
+            (table, 8 * at, found, word)
+            for table, (begin, array) in enumerate(list(used))
+            if begin in self._tables
+            for at, word in enumerate(array.view(np.uint64).tolist())
+            if (found := _around(memory, word)) is not None
+        ]
+        links = [(table, at, _index(used, found), word - found[0]) for table, at, found, word in words]
+        _run_case(kernel, config, used, places, links, self.launcher.seed)
 
 
 def check_memory(
@@ -273,11 +284,19 @@ def _around(memory: Sequence[Memory], address: int) -> Memory | None:
     return next(iter(inside + ends), None)
 
 
+def _index(used: list[Memory], memory: Memory) -> int:
+    """Place of a buffer among those used, which it joins."""
+    index = next((i for i, other in enumerate(used) if other[1] is memory[1]), len(used))
+    used += [memory] if index == len(used) else []
+    return index
+
+
 def _run_case(
     kernel: Kernel,
     config: LaunchConfig,
     buffers: Sequence[Memory],
     places: Sequence[tuple[int, int]],
+    links: Sequence[tuple[int, int, int, int]],
     seed: int,
 ) -> None:
     check_parameters(library(kernel.source, kernel.defines), kernel)
@@ -290,6 +309,7 @@ def _run_case(
     for address, array in buffers:
         case += [u64(array.nbytes, address % 256), array.tobytes()]
     case += [u64(len(places)), *(u64(buffer, offset) for buffer, offset in places)]
+    case += [u64(len(links)), *(u64(*link) for link in links)]
     # Leaks are none of a kernel's business; wide zones around buffers catch accesses far outside of them.
     environment = os.environ | {
         "ASAN_OPTIONS": "detect_leaks=0:redzone=2048:detect_stack_use_after_return=0",

@@ -3,7 +3,8 @@
 //
 // Case: bytes of the kernel's name, name; grid x, y, z; block x, y, z; dynamic shared bytes; seed; number of buffers,
 // each: bytes, address modulo 256, content; number of arguments, each two: buffer and offset of a pointer, or ~0 and
-// bits. Result: bytes of the fault's message, message; contents of all buffers.
+// bits; number of links, each four: buffer and offset of a word that becomes a pointer, buffer and offset that it
+// points to. Result: bytes of the fault's message, message; contents of all buffers, links as they were.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -50,10 +51,19 @@ int run_case() {
     const uint64_t buffer = read_u64(), offset = read_u64();
     value = buffer == ~uint64_t{0} ? offset : reinterpret_cast<uint64_t>(buffers.at(buffer).begin) + offset;
   }
+  std::vector<uint64_t*> links(read_u64());
+  std::vector<uint64_t> before;
+  for (uint64_t*& link : links) {
+    const uint64_t at = read_u64(), place = read_u64(), buffer = read_u64(), offset = read_u64();
+    link = reinterpret_cast<uint64_t*>(buffers.at(at).begin + place);
+    before.push_back(*link);
+    *link = reinterpret_cast<uint64_t>(buffers.at(buffer).begin) + offset;
+  }
   std::vector<void*> arguments;
   for (uint64_t& value : values) arguments.push_back(&value);
   char message[4000];
   shim_launch(name.c_str(), sizes, sizes + 3, dynamic_bytes, arguments.data(), seed, 1, message, sizeof(message));
+  for (size_t i = 0; i < links.size(); ++i) *links[i] = before[i];
   const uint64_t length = std::strlen(message);
   std::fwrite(&length, sizeof(length), 1, stdout);
   std::fwrite(message, 1, length, stdout);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bitforbit.cuda import df11, sources
+from bitforbit.cuda.fused import plan as fused
 from bitforbit.cuda.kernel import Kernel
 from bitforbit.cuda.planes import decode as planes_decode
 from bitforbit.cuda.planes import encode as planes_encode
@@ -15,9 +16,14 @@ KERNELS: tuple[Kernel, ...] = (
     *tiles_pack.KERNELS,
     *tiles_decode.KERNELS,
     *df11.KERNELS,
+    *fused.KERNELS,
 )
 
-STACK: dict[str, str] = {}
+STACK: dict[Kernel, str] = {
+    variant.kernel: "sums of 64 tokens fill the registers: ptxas spills a few of them on sm_100a and sm_120a"
+    for variant in fused.VARIANTS
+    if (variant.tokens, variant.stripes) == (64, 1)
+}
 """Kernels that may have a stack frame in local memory, with the reason."""
 
 

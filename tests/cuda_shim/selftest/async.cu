@@ -19,12 +19,12 @@ extern "C" __global__ void __launch_bounds__(kTile) sum_staged(const u32* words,
   const auto load = [&](u32 tile) {
     const u32 at = tile * kTile + thread;
     if (tile < tiles)
-      copy_async<4>(smem_tiles + tile % kStages * kTile + thread, words + min(at, n - 1), at < n ? 4 : 0);
-    copy_async_commit();
+      copy_async_part<4>(smem_tiles + tile % kStages * kTile + thread, words + min(at, n - 1), at < n ? 4 : 0);
+    commit_copies();
   };
   for (u32 tile = 0; tile < kStages; ++tile) load(tile);
   for (u32 tile = 0; tile < tiles; ++tile) {
-    copy_async_wait<WAIT>();
+    await_copies<WAIT>();
     __syncthreads();
     if (thread < kWarp) {
       u32 sum = 0;

@@ -21,6 +21,6 @@ extern "C" __global__ void __launch_bounds__(32) multiply(const u16* a, const u1
   }
   for (u32 r = 0; r < 2; ++r) fragment_b[r] = b[(2 * t + 8 * r) * 8 + g] | u32(b[(2 * t + 8 * r + 1) * 8 + g]) << 16;
   for (u32 r = 0; r < 4; ++r) sums[r] = d[(g + 8 * (r / 2)) * 8 + 2 * t + r % 2];
-  mma_bf16(sums, fragment_a, fragment_b);
+  mma_bf16(sums, make_uint4(fragment_a[0], fragment_a[1], fragment_a[2], fragment_a[3]), fragment_b[0], fragment_b[1]);
   for (u32 r = 0; r < 4; ++r) d[(g + 8 * (r / 2)) * 8 + 2 * t + r % 2] = sums[r];
 }

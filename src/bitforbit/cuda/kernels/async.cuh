@@ -9,29 +9,39 @@ __device__ __forceinline__ u32 shared_address(const void* smem) {
   return static_cast<u32>(__cvta_generic_to_shared(smem));
 }
 
-// --- cp.async: a thread's own copies of 4, 8 or 16 bytes, in groups --------------------------------------------------
+// --- cp.async: a thread's copies since its last commit are a group; groups end in their order. Other threads see what
+// was copied after the thread has waited for its group and a barrier.
+// --------------------------------------------------------
 
-// Copies kBytes; both addresses are multiples of it. Of these the first `valid` are read, the others become zeros.
-template <u32 kBytes>
-__device__ __forceinline__ void copy_async(void* smem, const void* gmem, u32 valid = kBytes) {
-  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
-  if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(smem)), "l"(gmem), "r"(valid)
-                 : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(smem)), "l"(gmem), "n"(kBytes),
-                 "r"(valid)
-                 : "memory");
-  }
+// 16 bytes; both addresses are aligned to them. Data goes through L2 alone.
+__device__ __forceinline__ void copy_async(void* smem, const void* gmem) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(smem)),
+               "l"(__cvta_generic_to_global(gmem))
+               : "memory");
 }
 
-// Ends a group: all copies of this thread since the last one.
-__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// The same, or 16 zeros: then nothing is read.
+__device__ __forceinline__ void copy_async_or_zeros(void* smem, const void* gmem, bool copy) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(smem)),
+               "l"(__cvta_generic_to_global(gmem)), "r"(copy ? 16 : 0)
+               : "memory");
+}
 
-// Returns when all groups of this thread but the last kPending are complete. Other threads need a barrier besides.
-template <u32 kPending>
-__device__ __forceinline__ void copy_async_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+// 4 or 8 bytes, on their multiples, of which the first `valid` are read and the others become zeros.
+template <u32 kBytes>
+__device__ __forceinline__ void copy_async_part(void* smem, const void* gmem, u32 valid) {
+  static_assert(kBytes == 4 || kBytes == 8);
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(smem)),
+               "l"(__cvta_generic_to_global(gmem)), "n"(kBytes), "r"(valid)
+               : "memory");
+}
+
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most the last kGroups groups are on their way.
+template <u32 kGroups>
+__device__ __forceinline__ void await_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 }
 
 #if __CUDA_ARCH__ >= 900
@@ -74,7 +84,7 @@ __device__ __forceinline__ void mbarrier_wait(u64* smem_barrier, u32 parity) {
 __device__ __forceinline__ void copy_bulk(void* smem, const void* gmem, u32 bytes, u64* smem_barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    shared_address(smem)),
-               "l"(gmem), "r"(bytes), "r"(shared_address(smem_barrier))
+               "l"(__cvta_generic_to_global(gmem)), "r"(bytes), "r"(shared_address(smem_barrier))
                : "memory");
 }
 

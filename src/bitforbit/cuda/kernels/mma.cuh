@@ -1,21 +1,28 @@
-// Products of small matrices by the tensor cores: D = A B + D, BF16 times BF16, sums in FP32 (PTX ISA: mma.m16n8k16;
-// sm_80 and later). Called by all lanes of a warp.
+// Products of BF16 fragments (PTX ISA: mma.m16n8k16; sm_80 and later), and rounding to BF16.
 #pragma once
 #include "portable.cuh"
 
 #ifndef BITFORBIT_CUDA_SHIM
 
-// With g = lane / 4, t = lane % 4, the lower index in the low half of a register:
-//   a [16 x 16], row g + 8 * (r % 2), columns 2t + 8 * (r / 2) and the next, r = 0-3
-//   b [16 x 8], rows 2t + 8r and the next, column g, r = 0-1
-//   d [16 x 8], row g + 8 * (r / 2), column 2t + r % 2, r = 0-3
-// Products are exact; the order in which the 16 of them and d are added, and how sums are rounded, is not documented.
-__device__ __forceinline__ void mma_bf16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+// c += a * b, for A [16, 16], B [16, 8], C [16, 8]. Lane 4q + t holds
+//   a.x, y, z, w  rows q, q + 8, q, q + 8; columns 2t and 2t + 1, in z and w 8 more
+//   b0, b1        rows 2t and 2t + 1, in b1 8 more; column q
+//   c             rows q, q, q + 8, q + 8; columns 2t, 2t + 1, 2t, 2t + 1
+// Called by all lanes of a warp. A column of C depends on that column of B alone.
+__device__ __forceinline__ void mma_bf16(float (&c)[4], uint4 a, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+}
+
+// To the nearest, ties to even; NaNs become 0x7FFF.
+__device__ __forceinline__ u16 to_bf16(float value) {
+  u16 word;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(word) : "f"(value));
+  return word;
 }
 
 #endif
+
+__device__ __forceinline__ float from_bf16(u16 word) { return __uint_as_float(static_cast<u32>(word) << 16); }

@@ -1,0 +1,88 @@
+"""Products of one x with one or several matrices in tiles, in one launch that decodes them on its way."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bitforbit.cuda.fused import plan as plans
+from bitforbit.cuda.fused.order import Order, choose_order
+from bitforbit.cuda.fused.plan import MMA_TOKENS, PLAIN, Variant
+from bitforbit.cuda.kernel import DeviceProperties, LaunchConfig
+from bitforbit.cuda.queue import Buffer, Queue
+from bitforbit.cuda.tiles.decode import Parts, check_parts
+from bitforbit.cuda.tiles.layout import ALIGNMENT, TILE_ROWS, TileLayout
+from bitforbit.errors import UsageError
+
+KERNELS = plans.KERNELS
+
+
+@dataclass(frozen=True)
+class Group:
+    """Matrices [rows[i], order.cols] that are multiplied by the same x, made once with :func:`prepare`."""
+
+    rows: tuple[int, ...]
+    order: Order
+    table: Buffer
+    """In device memory: their addresses."""
+
+
+def prepare(queue: Queue, matrices: Sequence[tuple[Parts, TileLayout, int]], splits: int | None = None) -> Group:
+    """A group of matrices: parts (as for ``tiles.decode``), layout, address of the bias (BF16 [rows]; 0: none) of each.
+
+    Parts and biases must stay where they are. ``splits`` gives another order of summation than the device's own; it
+    changes the bits of the results. Raises CorruptTensorError for parts of wrong lengths, UsageError for
+    wrong alignments, sizes and different numbers of columns.
+    """
+    if not matrices or len({layout.cols for _, layout, _ in matrices}) != 1:
+        raise UsageError(
+            "expected matrices of one number of columns, got "
+            f"{[(layout.rows, layout.cols) for _, layout, _ in matrices]}: group those that share their input"
+        )
+    table, before = b"", 0
+    for parts, layout, bias in matrices:
+        layout.check_size()
+        check_parts(parts, layout, 0)
+        if bias % 2:
+            raise UsageError(f"expected an even address of the bias, got {bias:#x}")
+        (tiles, _), (escapes, escapes_bytes), (offsets, _), (header, _) = parts
+        table += struct.pack("<8Q", tiles, escapes, escapes_bytes, offsets, header, bias, layout.rows, before)
+        before += layout.rows
+    rows, cols = tuple(layout.rows for _, layout, _ in matrices), matrices[0][1].cols
+    order = choose_order(rows, cols, queue.properties) if splits is None else Order(cols, splits)
+    return Group(rows, order, queue.upload(table))
+
+
+def workspace_bytes(group: Group, properties: DeviceProperties) -> int:
+    """Size of a workspace for any number of tokens. All zeros at first; launches one after the other may share one."""
+    return plans.workspace_bytes(group.rows, group.order, properties)
+
+
+def linear(
+    queue: Queue, group: Group, x: int, tokens: int, out: int, workspace: int, variant: Variant | None = None
+) -> None:
+    """Multiply x, BF16 [tokens, cols], by the matrices of a group. Only enqueues.
+
+    ``out``: BF16, [tokens, rows[0]], then [tokens, rows[1]] and so on, one after the other. ``workspace``: address of
+    :func:`workspace_bytes` bytes, a multiple of 16; zeros before its first use. ``variant`` is for measurements: all
+    give the same bits. Raises UsageError for more than 64 tokens.
+    """
+    if tokens == 0:
+        return
+    if x % 2 or out % 2 or workspace % ALIGNMENT:
+        raise UsageError(
+            f"expected even addresses of x and output, and a workspace on {ALIGNMENT} bytes, "
+            f"got {x:#x}, {out:#x}, {workspace:#x}"
+        )
+    plan = plans.plan(group.rows, group.order, tokens, queue.properties, variant)
+    queue.launch(
+        plan.kernel, plan.config, group.table.address, len(group.rows), x, out, tokens, group.order.cols,
+        group.order.splits, workspace, workspace + plans.ARRIVED_BYTES,
+    )  # fmt: skip
+
+
+def plain(queue: Queue, weights: int, rows: int, order: Order, bias: int, x: int, tokens: int, out: int) -> None:
+    """The same sums from weights as they are, BF16 [rows, cols]: slow, for comparisons bit by bit. Only enqueues."""
+    config = LaunchConfig((-(-rows // TILE_ROWS), -(-tokens // MMA_TOKENS), 1), (32, 1, 1))
+    queue.launch(PLAIN, config, weights, bias, x, out, rows, order.cols, tokens, order.splits)

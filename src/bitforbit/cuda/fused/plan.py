@@ -1,0 +1,112 @@
+"""Which kernel, and which launch, for how many tokens on which device. Nothing here changes a result's bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import lru_cache
+
+from bitforbit.cuda.fused.order import Order
+from bitforbit.cuda.kernel import U32, DeviceProperties, Kernel, LaunchConfig, Pointer
+from bitforbit.cuda.tiles.layout import TILE_BYTES, TILE_COLS, TILE_ROWS, TILE_WEIGHTS
+from bitforbit.errors import UsageError
+
+MAX_TOKENS = 64
+MMA_TOKENS = 8
+LIST_BYTES = 512
+"""Of a chunk's escapes in shared memory; longer lists are read from device memory."""
+GRID_LIMIT = (1 << 31) - 1
+ARRIVED_BYTES = 1 << 16
+"""Of a workspace: numbers of blocks that have arrived, one per unit; all zero between launches."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A binary of the kernel."""
+
+    tokens: int
+    """As many as it has room for."""
+    stripes: int
+    """Of a warp: each part of x that is loaded from shared memory meets so many times 16 rows."""
+    warps: int
+    """Of a block."""
+    stages: int
+    """Tiles of each stripe in shared memory or on their way, and tiles' columns of x in one of its two chunks."""
+    blocks: int
+    """Of a multiprocessor, for which the compiler leaves registers."""
+
+    @property
+    def kernel(self) -> Kernel:
+        """Its entry point."""
+        defines = tuple((f"BITFORBIT_{field.name.upper()}", str(getattr(self, field.name))) for field in fields(self))
+        parameters = (Pointer, U32, Pointer, Pointer, U32, U32, U32, Pointer, Pointer)
+        return Kernel("fused_linear", "fused_linear.cu", parameters, defines)
+
+    @property
+    def unit_rows(self) -> int:
+        """Rows of a block."""
+        return self.warps * self.stripes * TILE_ROWS
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of a block."""
+        chunk = 2 * self.tokens * (self.stages * TILE_COLS + 8)
+        warp = self.stripes * (self.stages * TILE_BYTES + 2 * TILE_WEIGHTS + 2 * LIST_BYTES)
+        return 2 * chunk + self.warps * warp
+
+
+VARIANTS = (
+    Variant(8, 1, 8, 4, 2),
+    Variant(16, 1, 8, 4, 2),
+    Variant(32, 1, 8, 2, 2),
+    Variant(32, 2, 4, 4, 2),
+    Variant(64, 1, 8, 2, 2),
+    Variant(64, 2, 4, 2, 2),
+)
+"""For each number of tokens, first the one for GPUs with little shared memory."""
+PLAIN = Kernel("fused_plain", "fused_plain.cu", (Pointer, Pointer, Pointer, Pointer, U32, U32, U32, U32))
+KERNELS = (*(variant.kernel for variant in VARIANTS), PLAIN)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A launch."""
+
+    variant: Variant
+    kernel: Kernel
+    config: LaunchConfig
+    workspace_bytes: int
+    """ARRIVED_BYTES, and after them FP32 sums."""
+
+
+def choose_variant(tokens: int, properties: DeviceProperties) -> Variant:
+    """The variant for so many tokens: the last of those that fit into the device's shared memory."""
+    if not 1 <= tokens <= MAX_TOKENS:
+        raise UsageError(f"expected 1 to {MAX_TOKENS} tokens, got {tokens}; decode the matrix for more")
+    room = min(variant.tokens for variant in VARIANTS if variant.tokens >= tokens)
+    fits = [v for v in VARIANTS if v.tokens == room and v.shared_bytes <= properties.shared_bytes_per_block]
+    if not fits:
+        raise UsageError(f"expected a GPU with more than {properties.shared_bytes_per_block} bytes of shared memory")
+    return fits[-1]
+
+
+@lru_cache(maxsize=4096)
+def plan(
+    rows: tuple[int, ...], order: Order, tokens: int, properties: DeviceProperties, variant: Variant | None = None
+) -> Plan:
+    """The launch for matrices of so many rows each that share x [tokens, order.cols]. Raises UsageError."""
+    chosen = variant or choose_variant(tokens, properties)
+    if tokens > chosen.tokens:
+        raise UsageError(f"expected at most {chosen.tokens} tokens for {chosen}, got {tokens}")
+    units = sum(-(-count // chosen.unit_rows) for count in rows)
+    blocks = units * order.splits
+    if blocks > GRID_LIMIT or (order.splits > 1 and 4 * units > ARRIVED_BYTES):
+        raise UsageError(f"expected fewer rows in one launch, got {sum(rows)}: multiply by fewer matrices at once")
+    sums = 4 * blocks * chosen.unit_rows * chosen.tokens if order.splits > 1 else 0
+    config = LaunchConfig.linear(blocks, 32 * chosen.warps, chosen.shared_bytes)
+    return Plan(chosen, chosen.kernel, config, ARRIVED_BYTES + sums)
+
+
+@lru_cache(maxsize=4096)
+def workspace_bytes(rows: tuple[int, ...], order: Order, properties: DeviceProperties) -> int:
+    """Size of a workspace for up to MAX_TOKENS tokens."""
+    return max(plan(rows, order, variant.tokens, properties, variant).workspace_bytes for variant in VARIANTS)

@@ -1,0 +1,296 @@
+// y [tokens, rows] = x [tokens, cols] * W [rows, cols]^T + bias, for several W with the same x, straight from tiles.
+//
+// A block has kWarps * kStripes stripes of 16 rows (a unit) and a range of columns (a split). Its warps share x, which
+// comes in chunks of kStages tiles' columns; each streams its own tiles through a ring in shared memory that no other
+// warp touches. For a tile: decode it into registers; put them to shared memory, where its escapes are patched; take
+// them back as fragment A of the products, for kTokens tokens. Sums of the splits of a unit meet in device memory; the
+// block that comes last adds them up, in the order of splits whoever that is.
+//
+// Safe for any content of the parts: what comes from memory is clamped before it becomes an address or a count.
+//
+// BITFORBIT_TOKENS (8, 16, 32, 64), BITFORBIT_STRIPES, BITFORBIT_WARPS, BITFORBIT_STAGES: see cuda/fused/plan.py.
+#include "async.cuh"
+#include "fused.cuh"
+#include "ldmatrix.cuh"
+
+constexpr u32 kTokens = BITFORBIT_TOKENS, kStripes = BITFORBIT_STRIPES, kStages = BITFORBIT_STAGES;
+constexpr u32 kWarps = BITFORBIT_WARPS, kThreads = kWarps * kWarp, kTokenTiles = kTokens / kMmaTokens;
+
+// Shared memory, in bytes: two chunks of x; then for each warp the slots of its ring, kStripes decoded tiles, and two
+// chunks of lists of escapes.
+constexpr u32 kChunkCols = kStages * kTileCols;
+constexpr u32 kPitch = kChunkCols + 8;  // of x, in weights: the eight rows of an ldmatrix lie in different banks
+constexpr u32 kChunkBytes = 2 * kTokens * kPitch;
+constexpr u32 kSlotBytes = kTileBytes, kDecodedBytes = 2 * kTileWeights, kListBytes = 16 * kWarp;
+constexpr u32 kRingBytes = kStages * kStripes * kSlotBytes;
+constexpr u32 kWarpBytes = kRingBytes + kStripes * (kDecodedBytes + 2 * kListBytes);
+
+// Columns [col, end) of x, of a chunk at most, to shared memory; zeros outside of x.
+__device__ __forceinline__ void load_x(const u16* gmem_x, u16* smem_x, u32 tokens, u32 cols, u32 col, u32 end) {
+  constexpr u32 kPieces = kChunkCols / 8;  // of 16 bytes, of a token
+  static_assert(kThreads % kPieces == 0, "a thread has the same columns of all its tokens");
+  const u32 piece = 8 * (threadIdx.x % kPieces), at = col + piece;
+  if (at >= end) return;
+  u16* smem = smem_x + threadIdx.x / kPieces * kPitch + piece;
+  if (cols % 8 == 0 && reinterpret_cast<u64>(gmem_x) % 16 == 0) {
+    const u16* gmem = gmem_x + static_cast<u64>(threadIdx.x / kPieces) * cols + at;
+#pragma unroll
+    for (u32 token = threadIdx.x / kPieces; token < kTokens; token += kThreads / kPieces) {
+      const bool inside = token < tokens && at < cols;
+      copy_async_or_zeros(smem, inside ? gmem : gmem_x, inside);
+      smem += kThreads / kPieces * kPitch;
+      gmem += static_cast<u64>(kThreads / kPieces) * cols;
+    }
+  } else {
+#pragma unroll 1
+    for (u32 token = threadIdx.x / kPieces; token < kTokens; token += kThreads / kPieces) {
+#pragma unroll 1
+      for (u32 i = 0; i < 8; ++i) {
+        const bool inside = token < tokens && at + i < cols;
+        smem[i] = inside ? __ldg(gmem_x + static_cast<u64>(token) * cols + at + i) : u16{0};
+      }
+      smem += kThreads / kPieces * kPitch;
+    }
+  }
+}
+
+// A stripe's tiles, on their way from device memory to the ring.
+struct Tiles {
+  const u8* gmem;  // of the next one: this lane's first 16 bytes
+
+  __device__ __forceinline__ void copy(u8* smem_slot, u32 lane) {
+    copy_async(smem_slot + 16 * lane, gmem);
+    copy_async(smem_slot + 512 + 16 * lane, gmem + 512);
+    if (lane < kTileBytes / 16 - 2 * kWarp) copy_async(smem_slot + 1024 + 16 * lane, gmem + 1024);
+    gmem += kTileBytes;
+  }
+};
+
+// A stripe's lists of escapes, a chunk ahead: their beginnings come two chunks before they are used, the entries one.
+struct Lists {
+  const u32* gmem_offset;     // of the chunk after the next one: this lane's
+  RunEscapes now, next;       // lane j: of tile j of the chunk
+  u32 now_begin, next_begin;  // entry that is first in shared memory
+  u32 after;                  // lane j: entries before tile j of the chunk after the next one; not clamped yet
+
+  // Entries before tile `tile` + lane of the stripe; chunks overlap in one.
+  __device__ __forceinline__ u32 load(u32 tile, u32 end, u32 lane) const {
+    return __ldg(gmem_offset + min(tile + min(lane, kStages), end));
+  }
+
+  // On to the next chunk: its entries, from a multiple of 16 bytes on, as far as there is room. `tile` is the first one
+  // of the chunk after it.
+  __device__ __forceinline__ void advance(const u8* gmem_escapes, const Header& header, u32 capacity, u8* smem_list,
+                                          u32 tile, u32 end, u32 lane) {
+    now = next;
+    now_begin = next_begin;
+    const u32 first = min(after, capacity), following = __shfl_down_sync(kAllLanes, first, 1);
+    next = {first, lane < kStages && following > first ? min(following - first, kTileWeights) : 0};
+    next_begin = __shfl_sync(kAllLanes, first, 0) & ~(7u >> header.wide);
+    const u32 last = __shfl_sync(kAllLanes, first, kStages);
+    const u32 entry = next_begin + (8u >> header.wide) * lane;  // the first one of this lane's 16 bytes
+    if (entry < last) copy_async(smem_list + 16 * lane, gmem_escapes + (static_cast<u64>(entry) << (1 + header.wide)));
+    after = load(tile, end, lane);
+  }
+};
+
+// Entry first + lane of a chunk, where `first` is that of a tile, for lanes below its number of entries. `begin` is the
+// entry that is first in shared memory.
+__device__ __forceinline__ u32 list_entry(const u8* smem_list, const u8* gmem_escapes, u32 begin, u32 first,
+                                          u32 entries, u32 wide, u32 lane) {
+  const u32 at = (first - begin + lane) << (1 + wide);
+  const u32 word = *reinterpret_cast<const u32*>(smem_list + min(at & ~3u, kListBytes - 4));
+  if (at >= kListBytes && lane < entries) return load_entry(gmem_escapes, first + lane, wide);
+  return word >> (8 * (at & 2));  // narrow ones have garbage above [15:0]
+}
+
+__device__ __forceinline__ void load_slot(const u8* smem_slot, u32 lane, u32 (&word)[8], u32 (&code)[3]) {
+  const uint4 low = reinterpret_cast<const uint4*>(smem_slot)[lane];
+  const uint4 high = reinterpret_cast<const uint4*>(smem_slot)[32 + lane];
+  word[0] = low.x, word[1] = low.y, word[2] = low.z, word[3] = low.w;
+  word[4] = high.x, word[5] = high.y, word[6] = high.z, word[7] = high.w;
+#pragma unroll
+  for (u32 w = 0; w < 3; ++w) code[w] = reinterpret_cast<const u32*>(smem_slot + kTileCodes)[32 * w + lane];
+}
+
+using Sums = float[kStripes][kTokenTiles][4];  // of a lane, as mma has them
+
+// The products of kStripes decoded tiles with their 64 columns of x.
+__device__ __forceinline__ void multiply(const u16* smem_decoded, const u16* smem_x, u32 lane, Sums& sum) {
+  // Lane 8m + r has row (token) r of matrix m: columns 8m to 8m + 7, which are B of two steps.
+  const u16* smem_row = smem_x + lane % 8 * kPitch + lane / 8 * 8;
+#pragma unroll
+  for (u32 i = 0; i < 4; i += 2) {
+    uint4 a[kStripes][2];
+#pragma unroll
+    for (u32 s = 0; s < kStripes; ++s) {
+#pragma unroll
+      for (u32 j = 0; j < 2; ++j) {
+        a[s][j] =
+            *reinterpret_cast<const uint4*>(smem_decoded + s * kTileWeights + 256 * (i + j) + (8 * lane ^ 8 * (i + j)));
+      }
+    }
+#pragma unroll
+    for (u32 n = 0; n < kTokenTiles; ++n) {
+      const uint4 b = ldmatrix_x4(smem_row + n * kMmaTokens * kPitch + i * kMmaCols);
+#pragma unroll
+      for (u32 s = 0; s < kStripes; ++s) {
+        mma_bf16(sum[s][n], a[s][0], b.x, b.y);
+        mma_bf16(sum[s][n], a[s][1], b.z, b.w);
+      }
+    }
+  }
+}
+
+// Puts this block's sums to device memory. The block of the unit that comes last takes those of all splits back and
+// adds them in ascending order; for the others the answer is false.
+__device__ __forceinline__ bool add_splits(Sums& sum, float4* gmem_sums, u32* gmem_arrived, u32 unit, u32 split,
+                                           u32 splits, u8* smem) {
+  constexpr u32 kBlockSums = kStripes * kTokenTiles * kThreads;
+  float4* gmem_unit = gmem_sums + static_cast<u64>(unit) * splits * kBlockSums + threadIdx.x;
+  float4* gmem = gmem_unit + static_cast<u64>(split) * kBlockSums;
+#pragma unroll
+  for (u32 s = 0; s < kStripes; ++s) {
+#pragma unroll
+    for (u32 n = 0; n < kTokenTiles; ++n) {
+      const float* four = sum[s][n];
+      __stcg(gmem + (s * kTokenTiles + n) * kThreads, make_float4(four[0], four[1], four[2], four[3]));
+    }
+  }
+  __threadfence();
+  __syncthreads();
+  u32* smem_last = reinterpret_cast<u32*>(smem);
+  if (threadIdx.x == 0) *smem_last = atomicAdd(gmem_arrived, 1) == splits - 1 ? 1 : 0;
+  __syncthreads();
+  if (*smem_last == 0) return false;
+  if (threadIdx.x == 0) *gmem_arrived = 0;  // for the next launch
+  __threadfence();
+  for (u32 i = 0; i < splits; ++i) {
+#pragma unroll
+    for (u32 s = 0; s < kStripes; ++s) {
+#pragma unroll
+      for (u32 n = 0; n < kTokenTiles; ++n) {
+        const float4 part = __ldcg(gmem_unit + static_cast<u64>(i) * kBlockSums + (s * kTokenTiles + n) * kThreads);
+        float* four = sum[s][n];
+        four[0] = i == 0 ? part.x : four[0] + part.x;
+        four[1] = i == 0 ? part.y : four[1] + part.y;
+        four[2] = i == 0 ? part.z : four[2] + part.z;
+        four[3] = i == 0 ? part.w : four[3] + part.w;
+      }
+    }
+  }
+  return true;
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
+    fused_linear(const Matrix* gmem_matrices, u32 matrices, const u16* gmem_x, u16* gmem_out, u32 tokens, u32 cols,
+                 u32 splits, u32* gmem_arrived, float4* gmem_sums) {
+  DYNAMIC_SHARED(u8, smem);
+  const u32 warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const u32 unit = blockIdx.x / splits, split = blockIdx.x % splits;
+
+  // The matrix of this block's unit, and this warp's first stripe there.
+  u32 stripes = 0, first_stripe = unit * kWarps * kStripes;
+  const Matrix* gmem_matrix = gmem_matrices;
+  for (u32 m = 0;; ++m, ++gmem_matrix) {
+    stripes = static_cast<u32>((gmem_matrix->rows + kTileRows - 1) / kTileRows);
+    const u32 units = (stripes - 1) / (kWarps * kStripes) + 1;
+    if (first_stripe < units * kWarps * kStripes || m + 1 == matrices) break;
+    first_stripe -= units * kWarps * kStripes;
+  }
+  first_stripe += warp * kStripes;
+  const Matrix matrix = *gmem_matrix;
+
+  const u32 tiles_per_stripe = (cols - 1) / kTileCols + 1;
+  const u32 begin = split_begin(tiles_per_stripe, split, splits);
+  const u32 end = split_begin(tiles_per_stripe, split + 1, splits);
+  u8* smem_ring = smem + 2 * kChunkBytes + warp * kWarpBytes;
+  u16* smem_decoded = reinterpret_cast<u16*>(smem_ring + kRingBytes);
+  u8* smem_lists = smem_ring + kRingBytes + kStripes * kDecodedBytes;
+
+  // The first chunk of x and of lists, and as many tiles as the ring has room for: a group each, with the others in the
+  // first one's. Warps without a stripe of their own take the last one, for nothing.
+  const Header header = load_header(matrix.gmem_header, lane);
+  const u32 capacity = entry_capacity(matrix.escapes_bytes, header.wide);
+  Tiles tiles[kStripes];
+  Lists lists[kStripes];
+#pragma unroll
+  for (u32 s = 0; s < kStripes; ++s) {
+    const u64 stripe_tile = static_cast<u64>(min(first_stripe + s, stripes - 1)) * tiles_per_stripe;
+    tiles[s].gmem = matrix.gmem_tiles + (stripe_tile + begin) * kTileBytes + 16 * lane;
+    lists[s].gmem_offset = matrix.gmem_offsets + stripe_tile;
+    lists[s].after = lists[s].load(begin, end, lane);
+    lists[s].advance(matrix.gmem_escapes, header, capacity, smem_lists + s * kListBytes, begin + kStages, end, lane);
+  }
+  load_x(gmem_x, reinterpret_cast<u16*>(smem), tokens, cols, begin * kTileCols, end * kTileCols);
+#pragma unroll
+  for (u32 j = 0; j < kStages; ++j) {
+    if (begin + j < end) {
+#pragma unroll
+      for (u32 s = 0; s < kStripes; ++s) tiles[s].copy(smem_ring + (j * kStripes + s) * kSlotBytes, lane);
+    }
+    commit_copies();
+  }
+
+  Sums sum = {};
+  u32 chunk = 0;
+  for (u32 chunk_begin = begin; chunk_begin < end; chunk_begin += kStages, chunk ^= 1) {
+    await_copies<kStages - 1>();
+    __syncthreads();  // all threads' parts of this chunk of x are there; all have done with the one before
+    const u32 next_chunk = chunk_begin + kStages, chunk_end = min(next_chunk, end);
+    const u8* smem_list = smem_lists + chunk * kStripes * kListBytes;
+    const u16* smem_x = reinterpret_cast<const u16*>(smem + chunk * kChunkBytes);
+    if (next_chunk < end) {
+      load_x(gmem_x, reinterpret_cast<u16*>(smem + (chunk ^ 1) * kChunkBytes), tokens, cols, next_chunk * kTileCols,
+             end * kTileCols);
+    }
+#pragma unroll
+    for (u32 s = 0; s < kStripes; ++s) {
+      lists[s].advance(matrix.gmem_escapes, header, capacity, smem_lists + ((chunk ^ 1) * kStripes + s) * kListBytes,
+                       next_chunk + kStages, end, lane);
+    }
+
+    u8* smem_slot = smem_ring;
+    for (u32 tile = chunk_begin; tile < chunk_end; ++tile) {
+      await_copies<kStages - 1>();
+      __syncwarp();
+      u32 first[kStripes], entries[kStripes], entry[kStripes];
+#pragma unroll
+      for (u32 s = 0; s < kStripes; ++s) {
+        u32 word[8], code[3], pair[kPairs];
+        load_slot(smem_slot + s * kSlotBytes, lane, word, code);
+        const int j = static_cast<int>(tile - chunk_begin);
+        first[s] = __shfl_sync(kAllLanes, lists[s].now.first, j);
+        entries[s] = __shfl_sync(kAllLanes, lists[s].now.count, j);
+        entry[s] = list_entry(smem_list + s * kListBytes, matrix.gmem_escapes, lists[s].now_begin, first[s], entries[s],
+                              header.wide, lane);
+        decode_lane(word, code, header.base_pair, pair);
+        stage(pair, smem_decoded + s * kTileWeights, lane);
+      }
+      __syncwarp();  // the slots are read, the tiles written
+      if (tile + kStages < end) {
+#pragma unroll
+        for (u32 s = 0; s < kStripes; ++s) tiles[s].copy(smem_slot + s * kSlotBytes, lane);
+      }
+      commit_copies();
+#pragma unroll
+      for (u32 s = 0; s < kStripes; ++s) {
+        patch(smem_decoded + s * kTileWeights, lane, matrix.gmem_escapes, entry[s], first[s], entries[s], header);
+      }
+      __syncwarp();
+      multiply(smem_decoded, smem_x, lane, sum);
+      smem_slot += kStripes * kSlotBytes;
+      smem_x += kTileCols;
+    }
+  }
+
+  if (splits > 1 && !add_splits(sum, gmem_sums, gmem_arrived + unit, unit, split, splits, smem)) return;
+#pragma unroll
+  for (u32 s = 0; s < kStripes; ++s) {
+#pragma unroll
+    for (u32 n = 0; n < kTokenTiles; ++n) {
+      store_sums(sum[s][n], matrix.gmem_bias, gmem_out + matrix.rows_before * tokens, first_stripe + s,
+                 static_cast<u32>(matrix.rows), n * kMmaTokens, tokens, lane);
+    }
+  }
+}
