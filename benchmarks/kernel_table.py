@@ -104,8 +104,17 @@ REGIONS: dict[str, tuple[Region, ...]] = {
     "tiles_count": (Region("a tile", "tiles_pack.cu", "tiles_count(const u16* gmem_weights", 32),),
     "tiles_write": (Region("a tile", "tiles_pack.cu", "tiles_write(const u16* gmem_weights", 32),),
     "fused_linear": (
-        Region("a tile, all tokens, with up to 32 escapes", "fused_linear.cu", "for (u32 tile = chunk_begin", 32,
-            times="BITFORBIT_STRIPES",
+        Region(
+            "a tile, all tokens, with up to 32 escapes", "fused_linear.cu", "for (u32 tile = chunk_begin", 32,
+            "BITFORBIT_STRIPES",
+        ),
+        Region(
+            "besides, once per BITFORBIT_STAGES tiles: x, lists of escapes", "fused_linear.cu", "for (u32 chunk_begin",
+            32, "BITFORBIT_STRIPES",
+            (
+                ("fused_linear.cu", "for (u32 tile = chunk_begin"),
+                ("fused_linear.cu", "for (u32 i = 0; i < 8; ++i) {"),
+            ),
         ),
     ),
     "df11_decode": _DF11,

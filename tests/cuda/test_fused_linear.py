@@ -13,7 +13,7 @@ from fused_cases import DeviceGroup, activations, bf16, floats, plain
 
 from bitforbit.cuda.fused import linear, reference
 from bitforbit.cuda.fused.order import Order, choose_order
-from bitforbit.cuda.fused.plan import VARIANTS, Variant
+from bitforbit.cuda.fused.plan import BULK, VARIANTS, Variant
 from bitforbit.cuda.tiles import naive
 from bitforbit.cuda.tiles.layout import PARTS, TileLayout
 from bitforbit.errors import CorruptTensorError, UsageError
@@ -22,9 +22,9 @@ from cuda_shim.emulation import queue as emulated_queue
 from helpers.tile_cases import Words, cases, gaussian, with_exponents
 
 CASES = cases()
-SMALLEST, LARGEST = VARIANTS[0], VARIANTS[-1]
+ALL = VARIANTS + BULK
 TRAINED = [*range(118, 126)] * 12 + [3, 117, 130]
-ids = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v.tokens}-tokens-{v.stripes}-stripes")
+ids = pytest.mark.parametrize("variant", ALL, ids=lambda v: f"{v.tokens}-{v.stripes}{'-bulk' if v.bulk else ''}")
 
 
 def expected(queue: Any, x: Words, words: Words, order: Order, bias: Words | None = None) -> Words:
@@ -74,7 +74,7 @@ def test_a_token_has_the_same_bits_in_any_company(queue: Any) -> None:
     (whole,) = device.linear(x)
     for begin, end in [(0, 1), (63, 64), (5, 13), (20, 50)]:
         np.testing.assert_array_equal(device.linear(x[begin:end])[0], whole[begin:end])
-    for variant in VARIANTS:
+    for variant in ALL:
         np.testing.assert_array_equal(device.linear(x[: variant.tokens], variant)[0], whole[: variant.tokens])
 
 
@@ -117,7 +117,7 @@ def test_the_plain_kernel_is_the_reference() -> None:
     np.testing.assert_array_equal(got, reference.linear(x, words, order, bias))
 
 
-@pytest.mark.parametrize("variant", [SMALLEST, LARGEST], ids=["smallest", "largest"])
+@pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[-1], *BULK], ids=["8", "64", "8-bulk", "64-bulk"])
 @pytest.mark.parametrize("cols", [720, 331])
 def test_memory_and_races(variant: Variant, cols: int) -> None:
     words, x = with_exponents(145, cols, TRAINED, 6), activations(variant.tokens - 1, cols)

@@ -22,8 +22,10 @@ UNIT_STRIPES = 8
 BLOCKS_PER_MULTIPROCESSOR = 2
 FIXED_TILES = 6
 """Estimate: what a block's start and end cost, in tiles of each of its warps."""
+SUMS_TILES = 2
+"""Estimate: what it costs a block that its sums go through memory, in the same unit."""
 SPLIT_TILES = 0.5
-"""Estimate: what another split to be added costs, in the same unit."""
+"""Estimate: what another split to be added costs the last block, in the same unit."""
 LARGEST_SPLITS = 16
 
 
@@ -65,7 +67,7 @@ def choose_order(rows: tuple[int, ...], cols: int, properties: DeviceProperties)
     slots = properties.multiprocessors * BLOCKS_PER_MULTIPROCESSOR
 
     def cost(splits: int) -> float:
-        waves = -(-units * splits // slots)
-        return waves * (-(-tiles // splits) + FIXED_TILES) + SPLIT_TILES * (splits - 1)
+        block = -(-tiles // splits) + FIXED_TILES + (SUMS_TILES if splits > 1 else 0)
+        return -(-units * splits // slots) * block + SPLIT_TILES * (splits - 1)
 
     return Order(cols, min(range(1, min(LARGEST_SPLITS, tiles) + 1), key=cost))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
 from bitforbit.cuda.fused.order import Order
@@ -33,6 +33,8 @@ class Variant:
     """Tiles of each stripe in shared memory or on their way, and tiles' columns of x in one of its two chunks."""
     blocks: int
     """Of a multiprocessor, for which the compiler leaves registers."""
+    bulk: int = 0
+    """1: tiles come by bulk copies on architectures that have them (sm_90 and later), 0: by cp.async."""
 
     @property
     def kernel(self) -> Kernel:
@@ -50,7 +52,7 @@ class Variant:
     def shared_bytes(self) -> int:
         """Of a block."""
         chunk = 2 * self.tokens * (self.stages * TILE_COLS + 8)
-        warp = self.stripes * (self.stages * TILE_BYTES + 2 * TILE_WEIGHTS + 2 * LIST_BYTES)
+        warp = self.stripes * (self.stages * TILE_BYTES + 2 * TILE_WEIGHTS + 2 * LIST_BYTES) + 8 * self.stages
         return 2 * chunk + self.warps * warp
 
 
@@ -59,12 +61,13 @@ VARIANTS = (
     Variant(16, 1, 8, 4, 2),
     Variant(32, 1, 8, 2, 2),
     Variant(32, 2, 4, 4, 2),
-    Variant(64, 1, 8, 2, 2),
     Variant(64, 2, 4, 2, 2),
 )
 """For each number of tokens, first the one for GPUs with little shared memory."""
+BULK = tuple(replace(variant, bulk=1) for variant in VARIANTS if variant.tokens in (8, 64))
+"""To be compared with the others on a GPU; nothing chooses them yet."""
 PLAIN = Kernel("fused_plain", "fused_plain.cu", (Pointer, Pointer, Pointer, Pointer, U32, U32, U32, U32))
-KERNELS = (*(variant.kernel for variant in VARIANTS), PLAIN)
+KERNELS = (*(variant.kernel for variant in VARIANTS + BULK), PLAIN)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@
 //
 // Safe for any content of the parts: what comes from memory is clamped before it becomes an address or a count.
 //
-// BITFORBIT_TOKENS (8, 16, 32, 64), BITFORBIT_STRIPES, BITFORBIT_WARPS, BITFORBIT_STAGES: see cuda/fused/plan.py.
+// BITFORBIT_TOKENS (8, 16, 32, 64), BITFORBIT_STRIPES, BITFORBIT_WARPS, BITFORBIT_STAGES, BITFORBIT_BLOCKS and
+// BITFORBIT_BULK: see cuda/fused/plan.py.
 #include "async.cuh"
 #include "fused.cuh"
 #include "ldmatrix.cuh"
@@ -16,14 +17,22 @@
 constexpr u32 kTokens = BITFORBIT_TOKENS, kStripes = BITFORBIT_STRIPES, kStages = BITFORBIT_STAGES;
 constexpr u32 kWarps = BITFORBIT_WARPS, kThreads = kWarps * kWarp, kTokenTiles = kTokens / kMmaTokens;
 
-// Shared memory, in bytes: two chunks of x; then for each warp the slots of its ring, kStripes decoded tiles, and two
-// chunks of lists of escapes.
+// Tiles come by bulk copies of one lane, on architectures that have them, or by copies of 16 bytes.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#undef BITFORBIT_BULK
+#define BITFORBIT_BULK 0
+#endif
+constexpr bool kBulk = BITFORBIT_BULK != 0;
+
+// Shared memory, in bytes: two chunks of x; then for each warp the slots of its ring, kStripes decoded tiles, two
+// chunks of lists of escapes, and a barrier for each stage.
 constexpr u32 kChunkCols = kStages * kTileCols;
 constexpr u32 kPitch = kChunkCols + 8;  // of x, in weights: the eight rows of an ldmatrix lie in different banks
 constexpr u32 kChunkBytes = 2 * kTokens * kPitch;
 constexpr u32 kSlotBytes = kTileBytes, kDecodedBytes = 2 * kTileWeights, kListBytes = 16 * kWarp;
 constexpr u32 kRingBytes = kStages * kStripes * kSlotBytes;
-constexpr u32 kWarpBytes = kRingBytes + kStripes * (kDecodedBytes + 2 * kListBytes);
+constexpr u32 kWarpBytes = kRingBytes + kStripes * (kDecodedBytes + 2 * kListBytes) + 8 * kStages;
+static_assert(kStages % 2 == 0, "what a warp has is a multiple of 16 bytes");
 
 // Columns [col, end) of x, of a chunk at most, to shared memory; zeros outside of x.
 __device__ __forceinline__ void load_x(const u16* gmem_x, u16* smem_x, u32 tokens, u32 cols, u32 col, u32 end) {
@@ -54,16 +63,39 @@ __device__ __forceinline__ void load_x(const u16* gmem_x, u16* smem_x, u32 token
   }
 }
 
-// A stripe's tiles, on their way from device memory to the ring.
+// Tiles of a warp's stripes, on their way from device memory to a stage of the ring: a phase of its barrier, or a group
+// of copies, which the caller commits.
 struct Tiles {
-  const u8* gmem;  // of the next one: this lane's first 16 bytes
+  const u8* gmem[kStripes];  // of the next ones: without bulk copies this lane's first 16 bytes
 
-  __device__ __forceinline__ void copy(u8* smem_slot, u32 lane) {
-    copy_async(smem_slot + 16 * lane, gmem);
-    copy_async(smem_slot + 512 + 16 * lane, gmem + 512);
-    if (lane < kTileBytes / 16 - 2 * kWarp) copy_async(smem_slot + 1024 + 16 * lane, gmem + 1024);
-    gmem += kTileBytes;
+  // copy: the next tile of each stripe. await: waits for a stage, of which other lanes' part is there after a barrier
+  // of the warp.
+#if BITFORBIT_BULK
+  __device__ __forceinline__ void copy(u8* smem_stage, u64* smem_barrier, u32 lane) {
+    if (lane == 0) {
+      mbarrier_arrive_expect(smem_barrier, kStripes * kTileBytes);
+#pragma unroll
+      for (u32 s = 0; s < kStripes; ++s) copy_bulk(smem_stage + s * kSlotBytes, gmem[s], kTileBytes, smem_barrier);
+    }
+#pragma unroll
+    for (u32 s = 0; s < kStripes; ++s) gmem[s] += kTileBytes;
   }
+
+  static __device__ __forceinline__ void await(u64* smem_barrier, u32 phase) { mbarrier_wait(smem_barrier, phase); }
+#else
+  __device__ __forceinline__ void copy(u8* smem_stage, u64*, u32 lane) {
+#pragma unroll
+    for (u32 s = 0; s < kStripes; ++s) {
+      u8* smem = smem_stage + s * kSlotBytes + 16 * lane;
+      copy_async(smem, gmem[s]);
+      copy_async(smem + 512, gmem[s] + 512);
+      if (lane < kTileBytes / 16 - 2 * kWarp) copy_async(smem + 1024, gmem[s] + 1024);
+      gmem[s] += kTileBytes;
+    }
+  }
+
+  static __device__ __forceinline__ void await(u64*, u32) { await_copies<kStages - 1>(); }
+#endif
 };
 
 // A stripe's lists of escapes, a chunk ahead: their beginnings come two chunks before they are used, the entries one.
@@ -207,35 +239,39 @@ extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
   u8* smem_ring = smem + 2 * kChunkBytes + warp * kWarpBytes;
   u16* smem_decoded = reinterpret_cast<u16*>(smem_ring + kRingBytes);
   u8* smem_lists = smem_ring + kRingBytes + kStripes * kDecodedBytes;
+  u64* smem_barriers = reinterpret_cast<u64*>(smem_lists + 2 * kStripes * kListBytes);
 
-  // The first chunk of x and of lists, and as many tiles as the ring has room for: a group each, with the others in the
-  // first one's. Warps without a stripe of their own take the last one, for nothing.
+  // The first chunk of x and of lists, and as many tiles as the ring has room for. Without bulk copies each stage is a
+  // group of its own, the first one with all the rest, and so on for every tile: there is always the same number of
+  // groups behind the one that is waited for. Warps without a stripe of their own take the last one, for nothing.
   const Header header = load_header(matrix.gmem_header, lane);
   const u32 capacity = entry_capacity(matrix.escapes_bytes, header.wide);
-  Tiles tiles[kStripes];
+  Tiles tiles;
   Lists lists[kStripes];
 #pragma unroll
   for (u32 s = 0; s < kStripes; ++s) {
     const u64 stripe_tile = static_cast<u64>(min(first_stripe + s, stripes - 1)) * tiles_per_stripe;
-    tiles[s].gmem = matrix.gmem_tiles + (stripe_tile + begin) * kTileBytes + 16 * lane;
+    tiles.gmem[s] = matrix.gmem_tiles + (stripe_tile + begin) * kTileBytes + (kBulk ? 0 : 16 * lane);
     lists[s].gmem_offset = matrix.gmem_offsets + stripe_tile;
     lists[s].after = lists[s].load(begin, end, lane);
     lists[s].advance(matrix.gmem_escapes, header, capacity, smem_lists + s * kListBytes, begin + kStages, end, lane);
   }
   load_x(gmem_x, reinterpret_cast<u16*>(smem), tokens, cols, begin * kTileCols, end * kTileCols);
+#if BITFORBIT_BULK
+  if (lane < kStages) mbarrier_init(smem_barriers + lane, 1);
+  mbarrier_fence();
+  __syncwarp();
+#endif
 #pragma unroll
   for (u32 j = 0; j < kStages; ++j) {
-    if (begin + j < end) {
-#pragma unroll
-      for (u32 s = 0; s < kStripes; ++s) tiles[s].copy(smem_ring + (j * kStripes + s) * kSlotBytes, lane);
-    }
-    commit_copies();
+    if (begin + j < end) tiles.copy(smem_ring + j * kStripes * kSlotBytes, smem_barriers + j, lane);
+    if (!kBulk || j == 0) commit_copies();
   }
 
   Sums sum = {};
   u32 chunk = 0;
   for (u32 chunk_begin = begin; chunk_begin < end; chunk_begin += kStages, chunk ^= 1) {
-    await_copies<kStages - 1>();
+    await_copies<kBulk ? 0 : kStages - 1>();
     __syncthreads();  // all threads' parts of this chunk of x are there; all have done with the one before
     const u32 next_chunk = chunk_begin + kStages, chunk_end = min(next_chunk, end);
     const u8* smem_list = smem_lists + chunk * kStripes * kListBytes;
@@ -249,10 +285,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
       lists[s].advance(matrix.gmem_escapes, header, capacity, smem_lists + ((chunk ^ 1) * kStripes + s) * kListBytes,
                        next_chunk + kStages, end, lane);
     }
+    if (kBulk) commit_copies();
 
     u8* smem_slot = smem_ring;
     for (u32 tile = chunk_begin; tile < chunk_end; ++tile) {
-      await_copies<kStages - 1>();
+      u64* smem_barrier = smem_barriers + (tile - chunk_begin);
+      Tiles::await(smem_barrier, chunk);
       __syncwarp();
       u32 first[kStripes], entries[kStripes], entry[kStripes];
 #pragma unroll
@@ -268,11 +306,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
         stage(pair, smem_decoded + s * kTileWeights, lane);
       }
       __syncwarp();  // the slots are read, the tiles written
-      if (tile + kStages < end) {
-#pragma unroll
-        for (u32 s = 0; s < kStripes; ++s) tiles[s].copy(smem_slot + s * kSlotBytes, lane);
-      }
-      commit_copies();
+      if (tile + kStages < end) tiles.copy(smem_slot, smem_barrier, lane);
+      if (!kBulk) commit_copies();
 #pragma unroll
       for (u32 s = 0; s < kStripes; ++s) {
         patch(smem_decoded + s * kTileWeights, lane, matrix.gmem_escapes, entry[s], first[s], entries[s], header);
