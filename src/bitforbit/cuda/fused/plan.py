@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 
+from bitforbit.cuda.fused import tuned
 from bitforbit.cuda.fused.order import Order
 from bitforbit.cuda.kernel import U32, DeviceProperties, Kernel, LaunchConfig, Pointer
 from bitforbit.cuda.tiles.layout import TILE_BYTES, TILE_COLS, TILE_ROWS, TILE_WEIGHTS
@@ -65,9 +66,10 @@ VARIANTS = (
 )
 """For each number of tokens, first the one for GPUs with little shared memory."""
 BULK = tuple(replace(variant, bulk=1) for variant in VARIANTS if variant.tokens in (8, 64))
-"""To be compared with the others on a GPU; nothing chooses them yet."""
+"""To be compared with the others on a GPU; chosen only where a table of measurements says so."""
 PLAIN = Kernel("fused_plain", "fused_plain.cu", (Pointer, Pointer, Pointer, Pointer, U32, U32, U32, U32))
-KERNELS = (*(variant.kernel for variant in VARIANTS + BULK), PLAIN)
+ALL = VARIANTS + BULK
+KERNELS = (*(variant.kernel for variant in ALL), PLAIN)
 
 
 @dataclass(frozen=True)
@@ -83,13 +85,29 @@ class Plan:
 
 def choose_variant(tokens: int, properties: DeviceProperties) -> Variant:
     """The variant for so many tokens: the last of those that fit into the device's shared memory."""
-    if not 1 <= tokens <= MAX_TOKENS:
-        raise UsageError(f"expected 1 to {MAX_TOKENS} tokens, got {tokens}; decode the matrix for more")
-    room = min(variant.tokens for variant in VARIANTS if variant.tokens >= tokens)
-    fits = [v for v in VARIANTS if v.tokens == room and v.shared_bytes <= properties.shared_bytes_per_block]
+    fits = [variant for variant in variants(tokens, properties) if variant in VARIANTS]
     if not fits:
         raise UsageError(f"expected a GPU with more than {properties.shared_bytes_per_block} bytes of shared memory")
     return fits[-1]
+
+
+def variants(tokens: int, properties: DeviceProperties) -> tuple[Variant, ...]:
+    """All that are made for so many tokens and run on the device. Raises UsageError."""
+    room, bulk = _room(tokens), properties.compute_capability >= (9, 0)
+    fits = [variant for variant in ALL if variant.shared_bytes <= properties.shared_bytes_per_block]
+    return tuple(variant for variant in fits if variant.tokens == room and (bulk or not variant.bulk))
+
+
+def tuned_variant(rows: tuple[int, ...], cols: int, tokens: int, properties: DeviceProperties) -> Variant | None:
+    """The one that was measured to be the fastest for a shape; None if that was not measured in this version."""
+    fields = tuned.find(rows, cols, properties).variants.get(_room(tokens))
+    return next((variant for variant in variants(tokens, properties) if asdict(variant) == fields), None)
+
+
+def _room(tokens: int) -> int:
+    if not 1 <= tokens <= MAX_TOKENS:
+        raise UsageError(f"expected 1 to {MAX_TOKENS} tokens, got {tokens}; decode the matrix for more")
+    return min(variant.tokens for variant in VARIANTS if variant.tokens >= tokens)
 
 
 @lru_cache(maxsize=4096)
@@ -97,7 +115,7 @@ def plan(
     rows: tuple[int, ...], order: Order, tokens: int, properties: DeviceProperties, variant: Variant | None = None
 ) -> Plan:
     """The launch for matrices of so many rows each that share x [tokens, order.cols]. Raises UsageError."""
-    chosen = variant or choose_variant(tokens, properties)
+    chosen = variant or tuned_variant(rows, order.cols, tokens, properties) or choose_variant(tokens, properties)
     if tokens > chosen.tokens:
         raise UsageError(f"expected at most {chosen.tokens} tokens for {chosen}, got {tokens}")
     units = sum(-(-count // chosen.unit_rows) for count in rows)
@@ -112,4 +130,4 @@ def plan(
 @lru_cache(maxsize=4096)
 def workspace_bytes(rows: tuple[int, ...], order: Order, properties: DeviceProperties) -> int:
     """Size of a workspace for up to MAX_TOKENS tokens."""
-    return max(plan(rows, order, variant.tokens, properties, variant).workspace_bytes for variant in VARIANTS)
+    return max(plan(rows, order, variant.tokens, properties, variant).workspace_bytes for variant in ALL)
