@@ -63,6 +63,7 @@ class Operands:
             self.copies.append(Copy(other, other.split(shape.rows), clones))
         self.x = weights(2 * MAX_TOKENS, shape.cols, meter.device, 99) * 50  # as after a layer norm
         self._groups: dict[int | None, list[fused.Group]] = {}
+        self._sums: dict[tuple[int, Order], list[torch.Tensor]] = {}
         self._workspaces: list[torch.Tensor] = []
         """The last one is in use; graphs may hold the addresses of the others."""
 
@@ -114,28 +115,39 @@ class Operands:
         AssertionError.
         """
         most = max(count for count in tokens if count <= MAX_TOKENS)
-        whole, first = self.outputs(self.fused(most), most), self.copies[0]
-        order, x = self.order(), self.x[:most]
-        for number, (rows, matrix) in enumerate(zip(self.shape.rows, first.plain, strict=True)):
-            expected = torch.empty(most, rows, dtype=torch.bfloat16, device=self.device)
-            queue = gpu.queue_for(self.device)
-            fused.plain(queue, matrix.data_ptr(), rows, order, 0, x.data_ptr(), most, expected.data_ptr())
-            same_bits(whole[number], expected, f"{self.shape.name}, matrix {number}: fused and plain")
+        whole = self.check_bits(most)
         for count in sorted({count for count in tokens if count < most}):
             for number, got in enumerate(self.outputs(self.fused(count), count)):
                 same_bits(got, whole[number][:count], f"{self.shape.name}, matrix {number}: {count} and {most} tokens")
         errors = {
             "fused": self._error(torch.cat(whole, 1)),
-            "torch": self._error(torch.cat(_each(x, first.plain), 1)),
+            "torch": self._error(torch.cat(_each(self.x[:most], self.copies[0].plain), 1)),
         }
         if not errors["fused"] <= ERROR_MARGIN * errors["torch"]:
             raise AssertionError(f"{self.shape.name}: expected an error of at most torch's, got {errors}")
         return errors
 
+    def check_bits(self, tokens: int, splits: int | None = None, variant: Variant | None = None) -> list[torch.Tensor]:
+        """The fused products, which have the bits of the same sums from BF16 weights; raises AssertionError if not."""
+        got = self.outputs(self.fused(tokens, splits, variant), tokens)
+        for number, expected in enumerate(self._expected(tokens, self.order(splits))):
+            same_bits(got[number], expected, f"{self.shape.name}, matrix {number}: fused ({variant}) and plain")
+        return got
+
     def outputs(self, flat: torch.Tensor, tokens: int) -> list[torch.Tensor]:
         """What the kernel writes, as a matrix [tokens, rows] of each product."""
         parts = flat.split([tokens * rows for rows in self.shape.rows])
         return [part.view(tokens, rows) for part, rows in zip(parts, self.shape.rows, strict=True)]
+
+    def _expected(self, tokens: int, order: Order) -> list[torch.Tensor]:
+        """Sums from BF16 weights, a matrix [tokens, rows] of each product; slow, so they are kept."""
+        if (tokens, order) not in self._sums:
+            queue = gpu.queue_for(self.device)
+            sums = [torch.empty(tokens, rows, dtype=torch.bfloat16, device=self.device) for rows in self.shape.rows]
+            for matrix, out in zip(self.copies[0].plain, sums, strict=True):
+                fused.plain(queue, matrix.data_ptr(), len(matrix), order, 0, self.x.data_ptr(), tokens, out.data_ptr())
+            self._sums[tokens, order] = sums
+        return self._sums[tokens, order]
 
     def _product(self, group: fused.Group, tokens: int, variant: Variant | None) -> torch.Tensor:
         out = torch.empty(tokens * sum(self.shape.rows), dtype=torch.bfloat16, device=self.device)
