@@ -1,176 +1,204 @@
-"""What the benchmarks of fused products multiply: weights in BF16 and in tiles, in several copies, and a gate."""
+"""Claim: products straight from tiles, beside torch's own product with the same weights in BF16.
+
+The linears of Llama-3.1-8B, those with the same input in one launch, random weights. First the fused product must have
+the bits of the plain kernel with the same order of summation. Then all variants that have room for the tokens are
+measured in the device's own order, and the chosen one in other orders; calls take turns over more weights than the L2
+cache holds, in CUDA graphs. Besides: which orders give the bits of torch's product, where every product occurs twice
+with opposite signs, so that all that is left is how sums were rounded.
+
+    python -m benchmarks.gpu_fused [--dry-run] [--json FILE]
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.nn import functional
 
-from benchmarks.gpu_common import Meter, same_bits
-from benchmarks.gpu_decode import nbytes, weights
-from benchmarks.gpu_shapes import Shape
-from bitforbit.cuda.fused import linear as fused
+from benchmarks import gpu_common
+from benchmarks.common import table
+from benchmarks.gpu_common import Meter, Report, same_bits
+from benchmarks.gpu_decode import weights
+from bitforbit.cuda.fused import linear
 from bitforbit.cuda.fused.order import Order
-from bitforbit.cuda.fused.plan import MAX_TOKENS, Variant
-from bitforbit.cuda.tiles.layout import TileLayout
+from bitforbit.cuda.fused.plan import VARIANTS, Variant, choose_variant, plan
+from bitforbit.cuda.tiles.layout import PARTS, TileLayout
 from bitforbit.ops import gpu
-from bitforbit.ops.gpu.queues import addresses
 
-Call = Callable[[], object]
-Parts = tuple[torch.Tensor, ...]
-
-LEAST_COPIES = 3
-"""Fewer would let a weight meet itself when it is decoded ahead."""
-ERROR_MARGIN = 1.01
-"""Errors against FP64 are nearly all the last rounding to BF16, which both sides share: they are this close."""
-FP64_ROWS = 8192
-"""Of a matrix, in FP64 at a time."""
-
-
-@dataclass
-class Copy:
-    """The weights once more, elsewhere in memory."""
-
-    joined: torch.Tensor
-    """BF16 [all rows, cols]."""
-    plain: tuple[torch.Tensor, ...]
-    """The matrices, views of ``joined``."""
-    parts: tuple[Parts, ...]
-    """Of each matrix, in tiles."""
+CANDIDATES = (
+    *VARIANTS,
+    Variant(8, 1, 8, 2, 3),
+    Variant(8, 1, 16, 2, 1),
+    Variant(8, 2, 4, 4, 3),
+    Variant(16, 1, 8, 2, 3),
+    Variant(16, 2, 4, 4, 2),
+    Variant(32, 2, 8, 2, 1),
+    Variant(64, 2, 8, 2, 1),
+)
+SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 
 
-class Operands:
-    """Weights of a shape, as often as it takes for none of them to be in the L2 cache at its turn, and x."""
+@dataclass(frozen=True)
+class Size:
+    """What is multiplied."""
 
-    def __init__(self, meter: Meter, shape: Shape, seed: int = 0) -> None:
-        self.shape = shape
-        self.device = meter.device
-        joined = weights(sum(shape.rows), shape.cols, meter.device, seed)
-        parts = []
-        for matrix in joined.split(shape.rows):
-            packed = gpu.pack_tiles(matrix)
-            assert packed is not None, "Gaussian weights get smaller"
-            parts.append(tuple(packed.values()))
-        self.nbytes = sum(map(nbytes, parts))
-        """In tiles."""
-        self.copies = [Copy(joined, joined.split(shape.rows), tuple(parts))]
-        for _ in range(max(LEAST_COPIES, meter.rotations(self.nbytes)) - 1):
-            other = joined.clone()
-            clones = tuple(tuple(part.clone() for part in matrix) for matrix in parts)
-            self.copies.append(Copy(other, other.split(shape.rows), clones))
-        self.x = weights(2 * MAX_TOKENS, shape.cols, meter.device, 99) * 50  # as after a layer norm
-        self._groups: dict[int | None, list[fused.Group]] = {}
-        self._sums: dict[tuple[int, Order], list[torch.Tensor]] = {}
-        self._workspaces: list[torch.Tensor] = []
-        """The last one is in use; graphs may hold the addresses of the others."""
+    groups: tuple[tuple[str, tuple[int, ...], int], ...]
+    tokens: tuple[int, ...]
 
-    def groups(self, splits: int | None = None) -> list[fused.Group]:
-        """A group of each copy; splits as the device's heuristic has it, or so many."""
-        if splits not in self._groups:
-            queue = gpu.queue_for(self.device)
-            layouts = [TileLayout(rows, self.shape.cols) for rows in self.shape.rows]
-            self._groups[splits] = [
-                fused.prepare(
-                    queue, [(addresses(p), layout, 0) for p, layout in zip(copy.parts, layouts, strict=True)], splits
-                )
-                for copy in self.copies
-            ]
-            needed = fused.workspace_bytes(self._groups[splits][0], queue.properties)
-            if not self._workspaces or needed > self._workspaces[-1].numel():
-                self._workspaces.append(torch.zeros(needed, dtype=torch.uint8, device=self.device))
-        return self._groups[splits]
 
-    def order(self, splits: int | None = None) -> Order:
-        """Of summation."""
-        return self.groups(splits)[0].order
+FULL = Size(
+    (
+        ("q, k, v", (4096, 1024, 1024), 4096),
+        ("o", (4096,), 4096),
+        ("gate, up", (14336, 14336), 4096),
+        ("down", (4096,), 14336),
+        ("LM head", (128256,), 4096),
+    ),
+    (1, 16, 32, 64),
+)
+TINY = Size((("tiny", (48, 64), 192),), (3,))
 
-    def products(self, tokens: int, splits: int | None = None, variant: Variant | None = None) -> list[Call]:
-        """A fused product with each copy."""
-        return [partial(self._product, group, tokens, variant) for group in self.groups(splits)]
 
-    def fused(self, tokens: int, splits: int | None = None, variant: Variant | None = None) -> torch.Tensor:
-        """The product with the first copy: as many outputs in a row as the kernel writes."""
-        return self._product(self.groups(splits)[0], tokens, variant)
+class Weights:
+    """A group's matrices, plain and in tiles."""
 
-    def torch_products(self, tokens: int) -> list[Call]:
-        """Torch's products with the matrices one after the other, for each copy."""
-        x = self.x[:tokens]
-        return [partial(_each, x, copy.plain) for copy in self.copies]
+    def __init__(self, rows: tuple[int, ...], cols: int, device: torch.device, seed: int) -> None:
+        self.plain = [weights(count, cols, device, seed + i) for i, count in enumerate(rows)]
+        self.parts = []
+        for matrix in self.plain:
+            parts = gpu.pack_tiles(matrix)
+            assert parts is not None, "Gaussian weights get smaller"
+            self.parts.append([parts[name] for name in PARTS])
 
-    def torch_joined(self, tokens: int) -> list[Call]:
-        """Torch's products with all matrices as one, for each copy."""
-        return [partial(functional.linear, self.x[:tokens], copy.joined) for copy in self.copies]
-
-    def operator_products(self, tokens: int, mode: str) -> list[Call]:
-        """The operator's products with the matrices one after the other, for each copy."""
-        return [partial(self._operator, tokens, mode, copy) for copy in self.copies]
-
-    def check(self, tokens: tuple[int, ...]) -> dict[str, float]:
-        """The gate. Fused products have the bits of the same sums from BF16 weights, whatever the number of tokens.
-
-        And they are as close to FP64 as torch's: returns the root mean squares of the differences. Raises
-        AssertionError.
-        """
-        most = max(count for count in tokens if count <= MAX_TOKENS)
-        whole = self.check_bits(most)
-        for count in sorted({count for count in tokens if count < most}):
-            for number, got in enumerate(self.outputs(self.fused(count), count)):
-                same_bits(got, whole[number][:count], f"{self.shape.name}, matrix {number}: {count} and {most} tokens")
-        errors = {
-            "fused": self._error(torch.cat(whole, 1)),
-            "torch": self._error(torch.cat(_each(self.x[:most], self.copies[0].plain), 1)),
-        }
-        if not errors["fused"] <= ERROR_MARGIN * errors["torch"]:
-            raise AssertionError(f"{self.shape.name}: expected an error of at most torch's, got {errors}")
-        return errors
-
-    def check_bits(self, tokens: int, splits: int | None = None, variant: Variant | None = None) -> list[torch.Tensor]:
-        """The fused products, which have the bits of the same sums from BF16 weights; raises AssertionError if not."""
-        got = self.outputs(self.fused(tokens, splits, variant), tokens)
-        for number, expected in enumerate(self._expected(tokens, self.order(splits))):
-            same_bits(got[number], expected, f"{self.shape.name}, matrix {number}: fused ({variant}) and plain")
-        return got
-
-    def outputs(self, flat: torch.Tensor, tokens: int) -> list[torch.Tensor]:
-        """What the kernel writes, as a matrix [tokens, rows] of each product."""
-        parts = flat.split([tokens * rows for rows in self.shape.rows])
-        return [part.view(tokens, rows) for part, rows in zip(parts, self.shape.rows, strict=True)]
-
-    def _expected(self, tokens: int, order: Order) -> list[torch.Tensor]:
-        """Sums from BF16 weights, a matrix [tokens, rows] of each product; slow, so they are kept."""
-        if (tokens, order) not in self._sums:
-            queue = gpu.queue_for(self.device)
-            sums = [torch.empty(tokens, rows, dtype=torch.bfloat16, device=self.device) for rows in self.shape.rows]
-            for matrix, out in zip(self.copies[0].plain, sums, strict=True):
-                fused.plain(queue, matrix.data_ptr(), len(matrix), order, 0, self.x.data_ptr(), tokens, out.data_ptr())
-            self._sums[tokens, order] = sums
-        return self._sums[tokens, order]
-
-    def _product(self, group: fused.Group, tokens: int, variant: Variant | None) -> torch.Tensor:
-        out = torch.empty(tokens * sum(self.shape.rows), dtype=torch.bfloat16, device=self.device)
-        queue = gpu.queue_for(self.device)
-        fused.linear(queue, group, self.x.data_ptr(), tokens, out.data_ptr(), self._workspaces[-1].data_ptr(), variant)
-        return out
-
-    def _operator(self, tokens: int, mode: str, copy: Copy) -> list[torch.Tensor]:
-        linear = torch.ops.bitforbit.tiles_linear
-        return [
-            linear(self.x[:tokens], *parts, None, rows, self.shape.cols, mode)
-            for rows, parts in zip(self.shape.rows, copy.parts, strict=True)
+    def group(self, splits: int | None = None) -> linear.Group:
+        """As the kernel takes it."""
+        matrices = [
+            ([(part.data_ptr(), part.numel()) for part in parts], TileLayout(*matrix.shape), 0)
+            for matrix, parts in zip(self.plain, self.parts, strict=True)
         ]
-
-    def _error(self, got: torch.Tensor) -> float:
-        """Root mean square of the differences from FP64."""
-        x, total = self.x[: got.shape[0]].double(), 0.0
-        matrix = self.copies[0].joined
-        for begin in range(0, len(matrix), FP64_ROWS):
-            exact = x @ matrix[begin : begin + FP64_ROWS].double().T
-            total += float((got[:, begin : begin + FP64_ROWS].double() - exact).square().sum())
-        return (total / got.numel()) ** 0.5
+        return linear.prepare(gpu.queue_for(self.plain[0].device), matrices, splits)
 
 
-def _each(x: torch.Tensor, matrices: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
-    return [functional.linear(x, matrix) for matrix in matrices]
+def fused(group: linear.Group, x: torch.Tensor, workspace: torch.Tensor, variant: Variant | None) -> torch.Tensor:
+    """The product, all matrices' outputs one after the other."""
+    out = torch.empty(len(x) * sum(group.rows), dtype=x.dtype, device=x.device)
+    queue = gpu.queue_for(x.device)
+    linear.linear(queue, group, x.data_ptr(), len(x), out.data_ptr(), workspace.data_ptr(), variant)
+    return out
+
+
+def plain(group: linear.Group, matrices: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """The same by the kernel that reads BF16."""
+    outs = [torch.empty(len(x) * len(matrix), dtype=x.dtype, device=x.device) for matrix in matrices]
+    for matrix, out in zip(matrices, outs, strict=True):
+        queue = gpu.queue_for(x.device)
+        linear.plain(queue, matrix.data_ptr(), len(matrix), group.order, 0, x.data_ptr(), len(x), out.data_ptr())
+    return torch.cat(outs)
+
+
+def same_as_torch(rows: int, cols: int, x: torch.Tensor) -> dict[str, float]:
+    """By number of splits, the share of outputs with the bits of torch's product, on inputs that cancel out."""
+    half = weights(rows, cols // 2, x.device, 7)
+    places = torch.randperm(cols // 2 * 2, generator=torch.Generator().manual_seed(1)).to(x.device)
+    matrix, halves = torch.cat([half, half], 1)[:, places], x[:, : cols // 2]
+    inputs = torch.cat([halves, -halves], 1)[:, places].contiguous()
+    expected, queue = functional.linear(inputs, matrix), gpu.queue_for(x.device)
+    shares = {}
+    for splits in SPLITS:
+        if splits > -(-matrix.shape[1] // 64):
+            break
+        out, order = torch.empty_like(expected), Order(matrix.shape[1], splits)
+        linear.plain(queue, matrix.data_ptr(), rows, order, 0, inputs.data_ptr(), len(x), out.data_ptr())
+        shares[str(splits)] = float((out.view(torch.int16) == expected.view(torch.int16)).double().mean())
+    return shares
+
+
+def name_of(variant: Variant) -> str:
+    """Its numbers."""
+    return "-".join(
+        str(getattr(variant, field)) for field in ("tokens", "stripes", "warps", "stages", "blocks", "bulk")
+    )
+
+
+def products(meter: Meter, rows: tuple[int, ...], cols: int, tokens: int) -> dict[str, Any]:
+    """Microseconds of one product by way, and the first matrix's shares of outputs equal to torch's by order."""
+    nbytes = 11 * sum(rows) * cols // 8
+    sets = [Weights(rows, cols, meter.device, 10 * seed) for seed in range(meter.rotations(nbytes))]
+    x = weights(tokens, cols, meter.device, 99)
+    properties = gpu.queue_for(meter.device).properties
+    chosen = choose_variant(tokens, properties)
+    fitting = [
+        variant
+        for one in CANDIDATES
+        for variant in (one, replace(one, bulk=1))
+        if variant.tokens == chosen.tokens and variant.shared_bytes <= properties.shared_bytes_per_block
+    ]
+
+    def measured(splits: int | None, variant: Variant | None) -> float | None:
+        groups = [one.group(splits) for one in sets]
+        nbytes = plan(rows, groups[0].order, tokens, properties, variant).workspace_bytes
+        workspace = torch.zeros(nbytes, dtype=torch.uint8, device=meter.device)
+        got, expected = fused(groups[0], x, workspace, variant), plain(groups[0], sets[0].plain, x)
+        same_bits(got, expected, f"{variant}, {groups[0].order}")
+        return meter.microseconds([_bound(fused, group, x, workspace, variant) for group in groups])
+
+    def torch_linears(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [functional.linear(x, matrix) for matrix in matrices]
+
+    order = sets[0].group().order
+    result: dict[str, Any] = {"splits": order.splits, "chosen": name_of(chosen)}
+    result["bf16_us"] = meter.microseconds([_bound(torch_linears, one.plain) for one in sets])
+    result["fused_us"] = measured(None, None)
+    result["variants_us"] = {name_of(variant): measured(None, variant) for variant in fitting}
+    result["splits_us"] = {str(splits): measured(splits, None) for splits in SPLITS if splits <= -(-cols // 64)}
+    result["same_as_torch"] = same_as_torch(rows[0], cols, x)
+    return result
+
+
+def _bound(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+    return lambda: function(*arguments)
+
+
+def measure(meter: Meter, size: Size, report: Report) -> None:
+    """All of it."""
+    found: list[dict[str, Any]] = []
+    for name, rows, cols in size.groups:
+        for tokens in size.tokens:
+            result = report.attempt(
+                f"{name}, {tokens} tokens", lambda r=rows, c=cols, t=tokens: products(meter, r, c, t)
+            )
+            if result is not None:
+                found.append({"name": name, "rows": rows, "cols": cols, "tokens": tokens, **result})
+            report.put(products=found)
+
+
+def show(result: dict[str, Any]) -> str:
+    """A table of the result."""
+    rows = []
+    for p in result["products"]:
+        times = {**p["variants_us"], **{f"{splits} splits": time for splits, time in p["splits_us"].items()}}
+        best = min(times, key=lambda name: times[name] or 0.0)
+        figures = [gpu_common.cell(time) for time in (p["bf16_us"], p["fused_us"], times[best])]
+        closest = max(p["same_as_torch"], key=lambda splits: p["same_as_torch"][splits])
+        same = f"{p['same_as_torch'][closest]:.3f} ({closest})"
+        rows.append([p["name"], str(p["tokens"]), *figures, best, p["chosen"], str(p["splits"]), same])
+    heads = ["linears", "tokens", "bf16, us", "fused, us", "best, us", "which", "chosen", "splits", "same as torch"]
+    return table(heads, rows)
+
+
+def main(arguments: list[str]) -> int:
+    """Measure and print."""
+    chosen = gpu_common.parser(__doc__).parse_args(arguments)
+    report = Report(chosen.json)
+    with gpu_common.meter(chosen.dry_run) as meter:
+        measure(meter, TINY if chosen.dry_run else FULL, report)
+    print(show(report.result))
+    return report.end()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -28,7 +28,7 @@ from benchmarks.gpu_common import Graph, Meter, Report, same_bits
 from benchmarks.gpu_decode import FULL as DECODE_FULL
 from benchmarks.gpu_decode import TINY as DECODE_TINY
 from benchmarks.gpu_decode import copy as copy_within_memory
-from benchmarks.gpu_fused import Call, Operands
+from benchmarks.gpu_operands import Call, Operands
 from benchmarks.gpu_shapes import MODELS, TOKENS, Shape
 from bitforbit.cuda.fused import plan as plans
 from bitforbit.cuda.fused.plan import MAX_TOKENS

@@ -21,7 +21,7 @@ import torch
 from benchmarks import gpu_common
 from benchmarks.common import machine, table
 from benchmarks.gpu_common import Meter, Report
-from benchmarks.gpu_fused import Operands
+from benchmarks.gpu_operands import Operands
 from benchmarks.gpu_shapes import MODELS, Shape
 from bitforbit.cuda.fused import tune, tuned
 from bitforbit.cuda.fused.tune import Case, Measured

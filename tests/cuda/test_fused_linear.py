@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fused_cases import DeviceGroup, activations, bf16, floats, plain
+from fused_cases import DeviceGroup, activations, bf16, cancelling, floats, plain
 
 from bitforbit.cuda.fused import linear, reference
 from bitforbit.cuda.fused.order import Order, choose_order
@@ -17,7 +17,7 @@ from bitforbit.cuda.fused.plan import BULK, VARIANTS, Variant
 from bitforbit.cuda.tiles import naive
 from bitforbit.cuda.tiles.layout import PARTS, TileLayout
 from bitforbit.errors import CorruptTensorError, UsageError
-from cuda_shim.emulation import EmulatedQueue, run_everywhere
+from cuda_shim.emulation import EmulatedLauncher, EmulatedQueue, run_everywhere
 from cuda_shim.emulation import queue as emulated_queue
 from helpers.tile_cases import Words, cases, gaussian, with_exponents
 
@@ -117,6 +117,27 @@ def test_the_plain_kernel_is_the_reference() -> None:
     np.testing.assert_array_equal(got, reference.linear(x, words, order, bias))
 
 
+@ids
+def test_the_order_shows_in_nearly_all_bits(queue: Any, variant: Variant) -> None:
+    words, x = cancelling(150, 1200, variant.tokens)
+    device = DeviceGroup(queue, [words], splits=3)
+    (got,) = device.linear(x, variant)
+    np.testing.assert_array_equal(got, expected(queue, x, words, device.group.order))
+    (other,) = DeviceGroup(queue, [words], splits=4).linear(x, variant)
+    assert (got != other).mean() > 0.5
+
+
+@ids
+def test_the_order_is_that_of_the_plain_kernel_however_an_instruction_sums(variant: Variant) -> None:
+    """Here one that rounds after each product, so that the order within it shows, too."""
+    words, x = cancelling(40, 600, variant.tokens)
+    queue = EmulatedQueue(EmulatedLauncher(mma_rounds_each=True))
+    device = DeviceGroup(queue, [words], splits=3)
+    (got,) = device.linear(x, variant)
+    np.testing.assert_array_equal(got, plain(queue, words, x, device.group.order))
+    assert (got != reference.linear(x, words, device.group.order)).mean() > 0.5
+
+
 @pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[-1], *BULK], ids=["8", "64", "8-bulk", "64-bulk"])
 @pytest.mark.parametrize("cols", [720, 331])
 def test_memory_and_races(variant: Variant, cols: int) -> None:
@@ -194,3 +215,15 @@ def test_arguments_that_are_refused() -> None:
     with pytest.raises(UsageError, match="1 to 64 tokens, got 65"):
         linear.linear(queue, group, 0, 65, 0, 0)
     assert not queue.launcher.launches
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_any_shape(queue: Any, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    rows, cols = int(random.integers(1, 400)), int(random.integers(1, 900))
+    variant = ALL[int(random.integers(len(ALL)))]
+    tokens = int(random.integers(1, variant.tokens + 1))
+    splits = int(random.integers(1, min(6, -(-cols // 64)) + 1))
+    exponents = [*range(118, 126)] * int(random.integers(1, 40)) + random.integers(90, 140, 4).tolist()
+    words = with_exponents(rows, cols, exponents, seed)
+    check(queue, words, activations(tokens, cols, seed), variant, splits, 2 * int(random.integers(2)))

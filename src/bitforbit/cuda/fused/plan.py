@@ -8,14 +8,13 @@ from functools import lru_cache
 from bitforbit.cuda.fused import tuned
 from bitforbit.cuda.fused.order import Order
 from bitforbit.cuda.kernel import U32, DeviceProperties, Kernel, LaunchConfig, Pointer
-from bitforbit.cuda.tiles.layout import TILE_BYTES, TILE_COLS, TILE_ROWS, TILE_WEIGHTS
+from bitforbit.cuda.tiles.layout import SIZE_LIMIT, TILE_BYTES, TILE_COLS, TILE_ROWS, TILE_WEIGHTS
 from bitforbit.errors import UsageError
 
 MAX_TOKENS = 64
 MMA_TOKENS = 8
 LIST_BYTES = 512
 """Of a chunk's escapes in shared memory; longer lists are read from device memory."""
-GRID_LIMIT = (1 << 31) - 1
 ARRIVED_BYTES = 1 << 16
 """Of a workspace: numbers of blocks that have arrived, one per unit; all zero between launches."""
 
@@ -120,7 +119,7 @@ def plan(
         raise UsageError(f"expected at most {chosen.tokens} tokens for {chosen}, got {tokens}")
     units = sum(-(-count // chosen.unit_rows) for count in rows)
     blocks = units * order.splits
-    if blocks > GRID_LIMIT or (order.splits > 1 and 4 * units > ARRIVED_BYTES):
+    if max(blocks, sum(rows)) >= SIZE_LIMIT or (order.splits > 1 and 4 * units > ARRIVED_BYTES):
         raise UsageError(f"expected fewer rows in one launch, got {sum(rows)}: multiply by fewer matrices at once")
     sums = 4 * blocks * chosen.unit_rows * chosen.tokens if order.splits > 1 else 0
     config = LaunchConfig.linear(blocks, 32 * chosen.warps, chosen.shared_bytes)

@@ -241,11 +241,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
   u8* smem_lists = smem_ring + kRingBytes + kStripes * kDecodedBytes;
   u64* smem_barriers = reinterpret_cast<u64*>(smem_lists + 2 * kStripes * kListBytes);
 
-  // The first chunk of x and of lists, and as many tiles as the ring has room for. Without bulk copies each stage is a
-  // group of its own, the first one with all the rest, and so on for every tile: there is always the same number of
-  // groups behind the one that is waited for. Warps without a stripe of their own take the last one, for nothing.
-  const Header header = load_header(matrix.gmem_header, lane);
-  const u32 capacity = entry_capacity(matrix.escapes_bytes, header.wide);
+  // As many tiles as the ring has room for, then what takes longer: the first chunk of x and of lists. Without bulk
+  // copies each stage is a group of its own, the last one with all the rest, and so is each tile later: there is always
+  // the same number of groups behind the one that is waited for. Warps without a stripe of their own take the last one,
+  // for nothing.
   Tiles tiles;
   Lists lists[kStripes];
 #pragma unroll
@@ -253,10 +252,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
     const u64 stripe_tile = static_cast<u64>(min(first_stripe + s, stripes - 1)) * tiles_per_stripe;
     tiles.gmem[s] = matrix.gmem_tiles + (stripe_tile + begin) * kTileBytes + (kBulk ? 0 : 16 * lane);
     lists[s].gmem_offset = matrix.gmem_offsets + stripe_tile;
-    lists[s].after = lists[s].load(begin, end, lane);
-    lists[s].advance(matrix.gmem_escapes, header, capacity, smem_lists + s * kListBytes, begin + kStages, end, lane);
   }
-  load_x(gmem_x, reinterpret_cast<u16*>(smem), tokens, cols, begin * kTileCols, end * kTileCols);
 #if BITFORBIT_BULK
   if (lane < kStages) mbarrier_init(smem_barriers + lane, 1);
   mbarrier_fence();
@@ -265,8 +261,19 @@ extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
 #pragma unroll
   for (u32 j = 0; j < kStages; ++j) {
     if (begin + j < end) tiles.copy(smem_ring + j * kStripes * kSlotBytes, smem_barriers + j, lane);
-    if (!kBulk || j == 0) commit_copies();
+    if (!kBulk && j + 1 < kStages) commit_copies();
   }
+  const Header header = load_header(matrix.gmem_header, lane);
+  const u32 capacity = entry_capacity(matrix.escapes_bytes, header.wide);
+#pragma unroll
+  for (u32 s = 0; s < kStripes; ++s) lists[s].after = lists[s].load(begin, end, lane);
+  load_x(gmem_x, reinterpret_cast<u16*>(smem), tokens, cols, begin * kTileCols, end * kTileCols);
+#pragma unroll
+  for (u32 s = 0; s < kStripes; ++s) {
+    lists[s].advance(matrix.gmem_escapes, header, capacity, smem_lists + s * kListBytes, begin + kStages, end, lane);
+  }
+  commit_copies();
+  await_copies<0>();
 
   Sums sum = {};
   u32 chunk = 0;
