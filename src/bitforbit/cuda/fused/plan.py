@@ -35,12 +35,14 @@ class Variant:
     """Of a multiprocessor, for which the compiler leaves registers."""
     bulk: int = 0
     """1: tiles come by bulk copies on architectures that have them (sm_90 and later), 0: by cp.async."""
+    k_step: int = 16
+    """Columns of its matrix instruction: part of the order."""
 
     @property
     def kernel(self) -> Kernel:
         """Its entry point."""
         defines = tuple((f"BITFORBIT_{field.name.upper()}", str(getattr(self, field.name))) for field in fields(self))
-        parameters = (Pointer, U32, Pointer, Pointer, U32, U32, U32, Pointer, Pointer)
+        parameters = (Pointer, U32, Pointer, Pointer, U32, U32, U32, U32, U32, Pointer, Pointer)
         return Kernel("fused_linear", "fused_linear.cu", parameters, defines)
 
     @property
@@ -66,9 +68,11 @@ VARIANTS = (
 """For each number of tokens, first the one for GPUs with little shared memory."""
 BULK = tuple(replace(variant, bulk=1) for variant in VARIANTS if variant.tokens in (8, 64))
 """To be compared with the others on a GPU; chosen only where a table of measurements says so."""
-PLAIN = Kernel("fused_plain", "fused_plain.cu", (Pointer, Pointer, Pointer, Pointer, U32, U32, U32, U32))
 ALL = VARIANTS + BULK
-KERNELS = (*(variant.kernel for variant in ALL), PLAIN)
+HALF_STEPS = tuple(replace(variant, k_step=8) for variant in VARIANTS)
+"""Of mma.m16n8k8, for orders that have been found to be a library's (:mod:`bitforbit.ops.gpu.order`)."""
+PLAIN = Kernel("fused_plain", "fused_plain.cu", (Pointer,) * 4 + (U32,) * 6)
+KERNELS = (*(variant.kernel for variant in ALL + HALF_STEPS), PLAIN)
 
 
 @dataclass(frozen=True)
@@ -97,10 +101,11 @@ def variants(tokens: int, properties: DeviceProperties) -> tuple[Variant, ...]:
     return tuple(variant for variant in fits if variant.tokens == room and (bulk or not variant.bulk))
 
 
-def tuned_variant(rows: tuple[int, ...], cols: int, tokens: int, properties: DeviceProperties) -> Variant | None:
-    """The one that was measured to be the fastest for a shape; None if that was not measured in this version."""
-    fields = tuned.find(rows, cols, properties).variants.get(_room(tokens))
-    return next((variant for variant in variants(tokens, properties) if asdict(variant) == fields), None)
+def tuned_variant(rows: tuple[int, ...], order: Order, tokens: int, properties: DeviceProperties) -> Variant | None:
+    """The one that was measured to be the fastest for a shape; None if none of this version's was, for such orders."""
+    fields = tuned.find(rows, order.cols, properties).variants.get(_room(tokens))
+    fits = [variant for variant in variants(tokens, properties) if variant.k_step == order.k_step]
+    return next((variant for variant in fits if asdict(variant) == fields), None)
 
 
 def _room(tokens: int) -> int:
@@ -114,9 +119,12 @@ def plan(
     rows: tuple[int, ...], order: Order, tokens: int, properties: DeviceProperties, variant: Variant | None = None
 ) -> Plan:
     """The launch for matrices of so many rows each that share x [tokens, order.cols]. Raises UsageError."""
-    chosen = variant or tuned_variant(rows, order.cols, tokens, properties) or choose_variant(tokens, properties)
+    chosen = variant or tuned_variant(rows, order, tokens, properties)
+    chosen = chosen or replace(choose_variant(tokens, properties), k_step=order.k_step)
     if tokens > chosen.tokens:
         raise UsageError(f"expected at most {chosen.tokens} tokens for {chosen}, got {tokens}")
+    if order.k_step != chosen.k_step:
+        raise UsageError(f"expected a variant for {order}, got {chosen}: its instruction sums in another order")
     units = sum(-(-count // chosen.unit_rows) for count in rows)
     blocks = units * order.splits
     if max(blocks, sum(rows)) >= SIZE_LIMIT or (order.splits > 1 and 4 * units > ARRIVED_BYTES):
@@ -129,4 +137,5 @@ def plan(
 @lru_cache(maxsize=4096)
 def workspace_bytes(rows: tuple[int, ...], order: Order, properties: DeviceProperties) -> int:
     """Size of a workspace for up to MAX_TOKENS tokens."""
-    return max(plan(rows, order, variant.tokens, properties, variant).workspace_bytes for variant in ALL)
+    variants = [replace(variant, k_step=order.k_step) for variant in ALL]
+    return max(plan(rows, order, variant.tokens, properties, variant).workspace_bytes for variant in variants)
