@@ -57,6 +57,13 @@ WAYS = {
     "exact, 2 ahead": Way("exact", Policy(ahead=2)),
 }
 """Both modes, and other schedules of decoding to compare the default with."""
+
+
+def way_of(name: str, models: dict[str, nn.Module]) -> contextlib.AbstractContextManager[None]:
+    """The context of one of WAYS; none for BF16."""
+    return contextlib.nullcontext() if name == "bf16" else WAYS[name].of(models["exact"])
+
+
 FUSED_TOLERANCE = 0.1
 """Root mean square of the logits' differences from BF16's, relative to that of the logits: sums in another order."""
 LAYERS = 32
@@ -209,6 +216,8 @@ def decode(models: dict[str, nn.Module], batch: int, size: Size, meter: Meter) -
             replays[name] = Replay(Decoder(models["exact"], batch, size, meter.device), meter)
             ran = replays[name].ran
             result["weights_share"][name] = {key: count / sum(ran.values()) for key, count in ran.items() if count}
+            if way.mode == "fused" and not ran["fused"]:
+                raise AssertionError(f"{name}: expected fused products, got {ran}")
             if way.mode == "exact":
                 for i in range(size.steps):
                     plain.step()
@@ -267,12 +276,9 @@ def prefill(models: dict[str, nn.Module], size: Size, meter: Meter) -> dict[str,
     def logits(name: str) -> torch.Tensor:
         return models["bf16" if name == "bf16" else "exact"](prompt, use_cache=False, logits_to_keep=1).logits
 
-    def way(name: str) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if name == "bf16" else WAYS[name].of(models["exact"])
-
     names = ("bf16", *WAYS)
     for name in names:
-        with way(name):
+        with way_of(name, models):
             if name == "fused":
                 near(logits(name), logits("bf16"), "fused: logits of the prefill")
             else:
@@ -280,7 +286,7 @@ def prefill(models: dict[str, nn.Module], size: Size, meter: Meter) -> dict[str,
     milliseconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(size.rounds if meter.measures else 0):
         for name in names:
-            with way(name):
+            with way_of(name, models):
                 torch.cuda.synchronize()
                 begin = time.perf_counter()
                 logits(name)
@@ -292,23 +298,24 @@ def prefill(models: dict[str, nn.Module], size: Size, meter: Meter) -> dict[str,
 def memory(models: dict[str, nn.Module], size: Size, meter: Meter) -> dict[str, Any]:
     """Bytes of the weights, and the peak beyond them in a step of one token, without graph."""
     result = {}
-    for name, model in models.items():
-        weights = compressed_size(model).nbytes
-        beyond = None
-        if meter.measures:
-            gpu.clear()
-            gc.collect()
-            torch.cuda.empty_cache()
-            torch.cuda.synchronize()
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            decoder = Decoder(model, 1, replace(size, context=16, steps=2), meter.device)
-            decoder.start()
-            decoder.step()
-            decoder.step()
-            torch.cuda.synchronize()
-            beyond = torch.cuda.max_memory_allocated() - before
-            del decoder
+    for name in ("bf16", "exact", "fused"):
+        model = models["bf16" if name == "bf16" else "exact"]
+        with way_of(name, models):
+            weights, beyond = compressed_size(model).nbytes, None
+            if meter.measures:
+                gpu.clear()
+                gc.collect()
+                torch.cuda.empty_cache()
+                torch.cuda.synchronize()
+                before = torch.cuda.memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+                decoder = Decoder(model, 1, replace(size, context=16, steps=2), meter.device)
+                decoder.start()
+                decoder.step()
+                decoder.step()
+                torch.cuda.synchronize()
+                beyond = torch.cuda.max_memory_allocated() - before
+                del decoder
         result[name] = {"weight_bytes": weights, "peak_beyond_weights": beyond}
     return result
 
@@ -352,10 +359,16 @@ def show(result: dict[str, Any]) -> str:
         first = result["prefill"]
         rows.append([f"prefill {first['tokens']}, ms", *(gpu_common.cell(first["ms"][n], ".1f") for n in names)])
     for key, label in (("weight_bytes", "weights, GB"), ("peak_beyond_weights", "peak beyond, GB")):
-        values = [result.get("memory", {}).get(name, {}).get(key) for name in ("bf16", "exact")]
+        values = [result.get("memory", {}).get(name, {}).get(key) for name in ("bf16", "exact", "fused")]
         cells = [gpu_common.cell(None if value is None else value / 1e9, ".2f") for value in values]
-        rows.append([label, *cells, *[""] * (len(names) - 2)])
-    return table([f"{result['layers']} layers", *names], rows)
+        rows.append([label, *cells, *[""] * (len(names) - 3)])
+    shares = [
+        f"batch {d['batch']}, {name}: "
+        + ", ".join(f"{share:.0%} of the weights {way}" for way, share in d["weights_share"][name].items())
+        for d in result.get("decode", ())
+        for name in ("exact", "fused")
+    ]
+    return "\n".join([table([f"{result['layers']} layers", *names], rows), *shares])
 
 
 def _median(values: list[float]) -> float | None:

@@ -13,6 +13,7 @@ from benchmarks.gpu_common import Meter, same_bits
 from benchmarks.gpu_decode import nbytes, weights
 from benchmarks.gpu_shapes import Shape
 from bitforbit.cuda.fused import linear as fused
+from bitforbit.cuda.fused import plan as plans
 from bitforbit.cuda.fused.order import Order
 from bitforbit.cuda.fused.plan import MAX_TOKENS, Variant
 from bitforbit.cuda.tiles.layout import TileLayout
@@ -78,9 +79,6 @@ class Operands:
                 )
                 for copy in self.copies
             ]
-            needed = fused.workspace_bytes(self._groups[splits][0], queue.properties)
-            if not self._workspaces or needed > self._workspaces[-1].numel():
-                self._workspaces.append(torch.zeros(needed, dtype=torch.uint8, device=self.device))
         return self._groups[splits]
 
     def order(self, splits: int | None = None) -> Order:
@@ -152,8 +150,15 @@ class Operands:
     def _product(self, group: fused.Group, tokens: int, variant: Variant | None) -> torch.Tensor:
         out = torch.empty(tokens * sum(self.shape.rows), dtype=torch.bfloat16, device=self.device)
         queue = gpu.queue_for(self.device)
-        fused.linear(queue, group, self.x.data_ptr(), tokens, out.data_ptr(), self._workspaces[-1].data_ptr(), variant)
+        plan = plans.plan(group.rows, group.order, tokens, queue.properties, variant)
+        workspace = self._workspace(plan.workspace_bytes)
+        fused.linear(queue, group, self.x.data_ptr(), tokens, out.data_ptr(), workspace.data_ptr(), variant)
         return out
+
+    def _workspace(self, nbytes: int) -> torch.Tensor:
+        if not self._workspaces or nbytes > self._workspaces[-1].numel():
+            self._workspaces.append(torch.zeros(nbytes, dtype=torch.uint8, device=self.device))
+        return self._workspaces[-1]
 
     def _operator(self, tokens: int, mode: str, copy: Copy) -> list[torch.Tensor]:
         linear = torch.ops.bitforbit.tiles_linear

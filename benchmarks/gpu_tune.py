@@ -5,14 +5,14 @@ are measured anew, whatever table there is. With --write the choices go to the p
 ``cuda/fused/tuned/<device>.json``, which all later products there follow: other splits are another order of summation,
 so the bits of fused products change with them.
 
-    python -m benchmarks.gpu_tune [--model Llama-3.1-8B] [--write] [--dry-run] [--json FILE]
+    python -m benchmarks.gpu_tune [--model Llama-3.1-8B] [--extra] [--write] [--dry-run] [--json FILE]
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,22 @@ from benchmarks.gpu_common import Meter, Report
 from benchmarks.gpu_operands import Operands
 from benchmarks.gpu_shapes import MODELS, Shape
 from bitforbit.cuda.fused import tune, tuned
+from bitforbit.cuda.fused.order import Order
+from bitforbit.cuda.fused.plan import Variant
 from bitforbit.cuda.fused.tune import Case, Measured
 from bitforbit.cuda.kernel import DeviceProperties
 from bitforbit.ops import gpu
 
+EXTRA = (
+    Variant(8, 1, 8, 2, 3),
+    Variant(8, 1, 16, 2, 1),
+    Variant(8, 2, 4, 4, 3),
+    Variant(16, 1, 8, 2, 3),
+    Variant(16, 2, 4, 4, 2),
+    Variant(32, 2, 8, 2, 1),
+    Variant(64, 2, 8, 2, 1),
+)
+"""Variants that the package does not have: measured with --extra, to see whether it should."""
 Choices = dict[tuple[tuple[int, ...], int], tuned.Choice]
 
 ROUNDS = 9
@@ -41,14 +53,18 @@ class Size:
 
     shapes: tuple[Shape, ...]
     rooms: tuple[int, ...]
+    extra: tuple[Variant, ...] = ()
 
 
 FULL = Size(tuple(shape for model in MODELS for shape in model.shapes), tune.ROOMS)
-TINY = Size((Shape("tiny", "down", (49,), 192),), (8,))
+TINY = Size((Shape("tiny", "down", (49,), 192),), (8,), EXTRA[:1])
 
 
-def search(meter: Meter, shape: Shape, rooms: tuple[int, ...]) -> tuple[tuned.Choice, tuple[Measured, ...]]:
-    """The choice for a shape. In a dry run all take equally long. Raises AssertionError if a variant changes a bit."""
+def search(meter: Meter, shape: Shape, size: Size) -> tuple[tuned.Choice, tuple[Measured, ...]]:
+    """The choice for a shape, and all times. In a dry run all take equally long.
+
+    Raises AssertionError if a variant changes a bit.
+    """
     operands = Operands(meter, shape)
     queue = gpu.queue_for(meter.device)
 
@@ -59,7 +75,13 @@ def search(meter: Meter, shape: Shape, rooms: tuple[int, ...]) -> tuple[tuned.Ch
         times = [gpu_common.median(meter.in_turns(graphs, ROUNDS)["fused"]) for _ in range(SETS)]
         return min((time for time in times if time is not None), default=1.0)
 
-    return tune.tune(shape.rows, shape.cols, queue.properties, microseconds, rooms)
+    choice, measured = tune.tune(shape.rows, shape.cols, queue.properties, microseconds, size.rooms)
+    order = Order(shape.cols, choice.splits or measured[0].case.order.splits)
+    for variant in size.extra:
+        if variant.tokens in size.rooms and variant.shared_bytes <= queue.properties.shared_bytes_per_block:
+            case = Case(shape.rows, order, variant.tokens, variant)
+            measured += (Measured(case, microseconds(case)),)
+    return choice, measured
 
 
 def measure(meter: Meter, size: Size, report: Report) -> Choices:
@@ -70,7 +92,7 @@ def measure(meter: Meter, size: Size, report: Report) -> Choices:
     for shape in size.shapes:
         if (shape.rows, shape.cols) in found:
             continue
-        result = report.attempt(shape.name, lambda shape=shape: search(meter, shape, size.rooms))
+        result = report.attempt(shape.name, lambda shape=shape: search(meter, shape, size))
         if meter.measures:
             torch.cuda.empty_cache()
         if result is None:
@@ -108,15 +130,17 @@ def show(result: dict[str, Any]) -> str:
             times = [time for time in shape["times"] if time["tokens"] == tokens]
             first, variant = times[0], shape["variants"].get(tokens, times[0]["variant"])
             chosen = next(t for t in times if (t["splits"], t["variant"]) == (shape["splits"], variant))
+            best = min(times, key=lambda time: time["us"] or 0.0)
             lines.append(
                 [
                     shape["name"],
                     str(tokens),
-                    *(f"{time['splits']} splits, {_short(time['variant'])}" for time in (first, chosen)),
-                    *(gpu_common.cell(time["us"]) for time in (first, chosen)),
+                    *(f"{time['splits']} splits, {_short(time['variant'])}" for time in (first, chosen, best)),
+                    *(gpu_common.cell(time["us"]) for time in (first, chosen, best)),
                 ]
             )
-    return table(["shape", "tokens", "estimated", "chosen", "estimated, us", "chosen, us"], lines)
+    names = ("estimated", "chosen", "best")
+    return table(["shape", "tokens", *names, *(f"{name}, us" for name in names)], lines)
 
 
 def _short(variant: dict[str, int]) -> str:
@@ -139,6 +163,7 @@ def main(arguments: Sequence[str]) -> int:
     options.add_argument(
         "--model", choices=[model.name for model in MODELS], action="append", help="for its shapes only"
     )
+    options.add_argument("--extra", action="store_true", help="measure variants, too, that the package does not have")
     options.add_argument("--write", action="store_true", help="replace the package's table of this GPU")
     chosen = options.parse_args(arguments)
     if chosen.write and chosen.dry_run:
@@ -146,6 +171,8 @@ def main(arguments: Sequence[str]) -> int:
     size = TINY if chosen.dry_run else FULL
     if chosen.model and not chosen.dry_run:
         size = Size(tuple(shape for shape in size.shapes if shape.model in chosen.model), size.rooms)
+    if chosen.extra:
+        size = replace(size, extra=EXTRA)
     report = Report(chosen.json)
     with gpu_common.meter(chosen.dry_run) as meter:
         choices = measure(meter, size, report)
