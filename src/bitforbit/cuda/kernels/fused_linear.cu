@@ -37,28 +37,27 @@ static_assert(kStages % 2 == 0, "what a warp has is a multiple of 16 bytes");
 // Columns [col, end) of x, of a chunk at most, to shared memory; zeros outside of x.
 __device__ __forceinline__ void load_x(const u16* gmem_x, u16* smem_x, u32 tokens, u32 cols, u32 col, u32 end) {
   constexpr u32 kPieces = kChunkCols / 8;  // of 16 bytes, of a token
+  constexpr u32 kStep = kThreads / kPieces;
   static_assert(kThreads % kPieces == 0, "a thread has the same columns of all its tokens");
-  const u32 piece = 8 * (threadIdx.x % kPieces), at = col + piece;
-  if (at >= end) return;
-  u16* smem = smem_x + threadIdx.x / kPieces * kPitch + piece;
+  const u32 first = threadIdx.x / kPieces, piece = 8 * (threadIdx.x % kPieces), at = col + piece;
+  if (at >= end || (kStep > kTokens && first >= kTokens)) return;
+  static_assert(kStep > kTokens || kTokens % kStep == 0, "all threads that have any have as many tokens");
+  u16* smem = smem_x + first * kPitch + piece;
   if (cols % 8 == 0 && reinterpret_cast<u64>(gmem_x) % 16 == 0) {
-    const u16* gmem = gmem_x + static_cast<u64>(threadIdx.x / kPieces) * cols + at;
+    const u16* gmem = gmem_x + static_cast<u64>(first) * cols + at;
 #pragma unroll
-    for (u32 token = threadIdx.x / kPieces; token < kTokens; token += kThreads / kPieces) {
-      const bool inside = token < tokens && at < cols;
-      copy_async_or_zeros(smem, inside ? gmem : gmem_x, inside);
-      smem += kThreads / kPieces * kPitch;
-      gmem += static_cast<u64>(kThreads / kPieces) * cols;
+    for (u32 t = 0; t < kTokens; t += kStep) {
+      copy_async_or_zeros(smem + t * kPitch, gmem, first + t < tokens && at < cols);
+      gmem += static_cast<u64>(kStep) * cols;
     }
   } else {
 #pragma unroll 1
-    for (u32 token = threadIdx.x / kPieces; token < kTokens; token += kThreads / kPieces) {
+    for (u32 t = 0; t < kTokens; t += kStep) {
 #pragma unroll 1
       for (u32 i = 0; i < 8; ++i) {
-        const bool inside = token < tokens && at + i < cols;
-        smem[i] = inside ? __ldg(gmem_x + static_cast<u64>(token) * cols + at + i) : u16{0};
+        const bool inside = first + t < tokens && at + i < cols;
+        smem[t * kPitch + i] = inside ? __ldg(gmem_x + static_cast<u64>(first + t) * cols + at + i) : u16{0};
       }
-      smem += kThreads / kPieces * kPitch;
     }
   }
 }
