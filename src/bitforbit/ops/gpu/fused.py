@@ -48,7 +48,7 @@ def order_of(group: Sequence[int], cols: int, properties: DeviceProperties) -> O
 
 
 def linears(x: torch.Tensor, matrices: Sequence[Matrix], cols: int, group: tuple[int, ...]) -> list[torch.Tensor]:
-    """``x @ weight.T + bias`` of each matrix, ``[..., rows]``, for at most 64 tokens in all: views of one memory.
+    """``x @ weight.T + bias`` of each matrix, ``[..., rows]``, for at most 64 tokens in all, side by side in memory.
 
     ``group`` are the rows of the matrices whose common order of summation is used; empty: these. Raises UsageError,
     also within a graph capture if the same matrices were not multiplied before; CorruptTensorError.
@@ -68,16 +68,18 @@ def linears(x: torch.Tensor, matrices: Sequence[Matrix], cols: int, group: tuple
         )
     x = x.detach().contiguous()
     rows = [matrix.rows for matrix in matrices]
-    out = queues.empty_bytes(2 * tokens * sum(rows), device).view(torch.bfloat16)
+    shapes = [(*x.shape[:-1], count) for count in rows]
+    out = torch.empty(shapes[0] if len(rows) == 1 else tokens * sum(rows), dtype=torch.bfloat16, device=device)
     if tokens:
         workspace = _workspace(place, kernels.workspace_bytes(prepared.group, queue.properties))
         kernels.linear(queue, prepared.group, x.data_ptr(), tokens, out.data_ptr(), workspace.data_ptr())
     for count in rows:
         stats.count("fused", 2 * count * cols)
     if len(rows) == 1:
-        return [out.view(*x.shape[:-1], rows[0])]
+        return [out]
+    # As .data, they are no views to torch: each may be written to without the others' being said to have changed.
     pieces = out.split([tokens * count for count in rows])
-    return [piece.view(*x.shape[:-1], count) for piece, count in zip(pieces, rows, strict=True)]
+    return [piece.view(shape).data for piece, shape in zip(pieces, shapes, strict=True)]
 
 
 def prepare(matrices: Sequence[Matrix], cols: int, group: tuple[int, ...]) -> bool:

@@ -103,7 +103,7 @@ def linears(
             f"expected four parts, a number of rows and a bias or None for each of at least one matrix, got "
             f"{len(parts)}, {len(rows)} and {len(biases)}"
         )
-    quadruples: list[Parts] = [(*parts[i : i + 4],) for i in range(0, len(parts), 4)]  # type: ignore[misc]
+    quadruples: list[Parts] = [(*parts[i : i + 4],) for i in range(0, len(parts), 4)]
     matrices = tuple(fused.Matrix(*each) for each in zip(quadruples, rows, biases, strict=True))
     group = tuple(group) or tuple(rows)
     if mode == "fused" and x.numel() <= fused.MAX_TOKENS * cols:
