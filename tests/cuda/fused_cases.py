@@ -9,6 +9,8 @@ import numpy as np
 
 from bitforbit.codecs.base import Bytes
 from bitforbit.cuda.fused import linear, reference
+from bitforbit.cuda.fused import plan as plans
+from bitforbit.cuda.fused.order import Order
 from bitforbit.cuda.fused.plan import ARRIVED_BYTES, Variant
 from bitforbit.cuda.tiles import naive
 from bitforbit.cuda.tiles.layout import PARTS, TileLayout
@@ -55,6 +57,7 @@ class DeviceGroup:
     ) -> None:
         self.queue = queue
         self._buffers: list[Any] = []
+        self._order: Order | None = None
         described = []
         for i, words in enumerate(matrices):
             packed = naive.pack(words) if parts is None else parts[i]
@@ -66,14 +69,26 @@ class DeviceGroup:
             queue.relocate(self.group.table.address)
         self._workspace = queue.zeros(linear.workspace_bytes(self.group, queue.properties))
 
+    @property
+    def order(self) -> Order:
+        """Of the sums."""
+        return self._order or self.group.order
+
+    def use(self, order: Order) -> None:
+        """From now on, sum in this order."""
+        self._order = order
+        nbytes = plans.workspace_bytes(self.group.rows, order, self.queue.properties)
+        self._workspace = self.queue.zeros(nbytes)
+
     def linear(self, x: Words, variant: Variant | None = None, *, offset: int = 0) -> list[Words]:
         """The products with x [tokens, cols], which lies so many bytes after an aligned address."""
         rows, tokens = self.group.rows, len(x)
         memory = self.queue.upload(bytes(offset) + x.tobytes())
         out = self.queue.empty(2 * tokens * sum(rows))
         linear.linear(
-            self.queue, self.group, memory.address + offset, tokens, out.address, self._workspace.address, variant
-        )
+            self.queue, self.group, memory.address + offset, tokens, out.address, self._workspace.address, variant,
+            self._order,
+        )  # fmt: skip
         assert self.queue.download(self._workspace, ARRIVED_BYTES) == bytes(ARRIVED_BYTES)
         flat = np.frombuffer(self.queue.download(out), np.uint16)
         ends = np.cumsum([tokens * count for count in rows])

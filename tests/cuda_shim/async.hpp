@@ -77,6 +77,11 @@ inline void mma_bf16(float (&c)[4], uint4 a, unsigned b0, unsigned b1, SHIM_SITE
   }
 }
 
+// Zeros in the other half of the columns change nothing in these sums, but for the sign of a zero: c is never -0 here.
+inline void mma_bf16_half(float (&c)[4], unsigned a0, unsigned a1, unsigned b0, SHIM_SITE) {
+  mma_bf16(c, make_uint4(a0, a1, 0, 0), b0, 0, file, line);
+}
+
 // To the nearest, ties to even; NaNs become 0x7FFF.
 inline unsigned short to_bf16(float value) {
   const unsigned bits = __float_as_uint(value);

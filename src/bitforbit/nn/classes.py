@@ -21,6 +21,8 @@ from torch import nn
 
 from bitforbit.errors import CompressedParameterError
 from bitforbit.nn import layout, state
+from bitforbit.nn.gpu_specs import TilesSpec
+from bitforbit.nn.siblings import Sibling
 from bitforbit.nn.spec import CompressedSpec, part_name
 from bitforbit.nn.values import Values, decode
 from bitforbit.nn.weight import CompressedWeight
@@ -151,13 +153,20 @@ class Linear(Compressed, nn.Linear):
 
     _bitforbit_base = nn.Linear
     _bitforbit_names = ("weight",)
+    _bitforbit_siblings: Sibling | None = None
+    """Its place among the linears that it may be multiplied together with."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, from the compressed weight."""
         # Written for little overhead: self.bias takes as long as all of this.
         p = self._parameters
         bias = p["bias"] if "bias" in p else self.bias  # noqa: SIM401
-        return self._bitforbit_specs["weight"].linear(input, p, bias, self._bitforbit_mode)
+        spec, mode = self._bitforbit_specs["weight"], self._bitforbit_mode
+        if mode == "fused" and isinstance(spec, TilesSpec):
+            siblings = self._bitforbit_siblings
+            if siblings is not None:
+                return siblings.linear(input, spec, p, bias)
+        return spec.linear(input, p, bias, mode)
 
 
 class Embedding(Compressed, nn.Embedding):

@@ -50,11 +50,13 @@ class TilesSpec(CompressedSpec):
         rows: torch.Tensor = torch.ops.bitforbit.tiles_decode.default(*parts, self.rows, self.cols, begin, end)
         return rows
 
-    def linear(self, x: torch.Tensor, own: Parameters, bias: torch.Tensor | None, mode: str) -> torch.Tensor:
-        """``x @ weight.T + bias``."""
+    def linear(
+        self, x: torch.Tensor, own: Parameters, bias: torch.Tensor | None, mode: str, group: tuple[int, ...] = ()
+    ) -> torch.Tensor:
+        """``x @ weight.T + bias``; ``group``: rows of the matrices that it may be multiplied together with."""
         return direct.tiles_linear(
             x, own["tiles__weight"], own["escapes__weight"], own["offsets__weight"], own["header__weight"], bias,
-            self.rows, self.cols, mode,
+            self.rows, self.cols, mode, group,
         )  # fmt: skip
 
     def embedding(self, ids: torch.Tensor, parts: Parts) -> torch.Tensor:

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from bitforbit.errors import UsageError
 from bitforbit.nn import layout as layouts
+from bitforbit.nn import siblings
 from bitforbit.nn.classes import Compressed
 from bitforbit.nn.parameters import compress_parameter, install_parameter, remove_parameter
 from bitforbit.nn.spec import CompressedSpec
@@ -57,6 +58,7 @@ def compress_model(
     for first, *others in uses.values():
         _compress_tied(first, others, mode, threads)
     set_mode(module, mode)
+    siblings.find(module)
     return module
 
 

@@ -142,6 +142,6 @@ def remove_parameter(module: Compressed, name: str, plain: nn.Parameter) -> None
         module.__class__ = class_for(base, tuple(sorted(module._bitforbit_specs)))
     else:
         module.__class__ = base
-        for attribute in ("_bitforbit_specs", "_bitforbit_mode", "_bitforbit_layout"):
+        for attribute in ("_bitforbit_specs", "_bitforbit_mode", "_bitforbit_layout", "_bitforbit_siblings"):
             module.__dict__.pop(attribute, None)
     layout.replace_parameters(module, [part_name(part, name) for part in parts], {name: plain})

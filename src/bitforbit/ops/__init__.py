@@ -36,6 +36,7 @@ linear = torch.ops.bitforbit.linear.default
 tiles_decode = torch.ops.bitforbit.tiles_decode.default
 tiles_embedding = torch.ops.bitforbit.tiles_embedding.default
 tiles_linear = torch.ops.bitforbit.tiles_linear.default
+tiles_linears = torch.ops.bitforbit.tiles_linears.default
 df11_decode = torch.ops.bitforbit.df11_decode.default
 df11_embedding = torch.ops.bitforbit.df11_embedding.default
 df11_linear = torch.ops.bitforbit.df11_linear.default
@@ -54,4 +55,5 @@ __all__ = [
     "tiles_decode",
     "tiles_embedding",
     "tiles_linear",
+    "tiles_linears",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from bitforbit.ops.autograd import DECODERS, Decoder
+from bitforbit.ops.autograd import DECODERS, FIELDS, Decoder, one_by_one
 from bitforbit.ops.schema import LIBRARY
 
 _DEVICES = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
@@ -20,19 +20,21 @@ def register() -> None:
     for name, decode in DECODERS.items():
         op = getattr(torch.ops.bitforbit, name).default
         for device, key in _DEVICES.items():
-            LIBRARY.impl(name, functools.partial(_linear, op, decode, device), key)
+            LIBRARY.impl(name, functools.partial(_linear, op, decode, FIELDS[name], device), key)
+    for key in _DEVICES.values():
+        LIBRARY.impl("tiles_linears", one_by_one, key)
 
 
 def _linear(
-    op: Callable[..., torch.Tensor], decode: Decoder, device: str, x: torch.Tensor, *arguments: Any
+    op: Callable[..., torch.Tensor], decode: Decoder, count: int, device: str, x: torch.Tensor, *arguments: Any
 ) -> torch.Tensor:
     *parts, bias = arguments[:5]
-    fields, mode = arguments[5:-1], arguments[-1]
+    fields, rest = arguments[5 : 5 + count], arguments[5 + count :]
     target = torch.get_autocast_dtype(device)
     with torch.autocast(device, enabled=False):
         x, bias = _cast(x, target), None if bias is None else _cast(bias, target)
         if _dtype(fields) == x.dtype:
-            return op(x, *parts, bias, *fields, mode)
+            return op(x, *parts, bias, *fields, *rest)
         return functional.linear(x, _cast(decode(tuple(parts), fields), target), bias)
 
 

@@ -23,17 +23,48 @@ Decoder = Callable[[tuple[torch.Tensor, ...], tuple[Any, ...]], torch.Tensor]
 _PARTS = slice(1, 5)
 _BIAS = 5
 _FIRST_FIELD = 6
+FIELDS = {"linear": 5, "tiles_linear": 2, "df11_linear": 4}
+"""How many inputs describe the weight."""
 
 
 def register() -> None:
     """Register the gradients; once per process.
 
-    Inputs of every linear: x, four parts, bias, what describes the weight, mode.
+    Inputs of every linear: x, four parts, bias, what describes the weight, mode, what else there is.
     """
     for name, decode in DECODERS.items():
         torch.library.register_autograd(
-            f"bitforbit::{name}", functools.partial(_backward, decode), setup_context=_setup_context, lib=LIBRARY
+            f"bitforbit::{name}", functools.partial(_backward, decode),
+            setup_context=functools.partial(_setup_context, FIELDS[name]), lib=LIBRARY,
+        )  # fmt: skip
+    for key in ("AutogradCPU", "AutogradCUDA"):
+        LIBRARY.impl("tiles_linears", _tiles_linears, key)
+
+
+def _tiles_linears(
+    x: torch.Tensor, parts: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], rows: Sequence[int],
+    cols: int, mode: str, group: Sequence[int] = (),
+) -> list[torch.Tensor]:  # fmt: skip
+    """Several products of one x: where a gradient is needed, those that there is one for."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *biases)):
+        return one_by_one(x, parts, biases, rows, cols, mode, group)
+    with torch._C._AutoDispatchBelowAutograd():
+        together: list[torch.Tensor] = torch.ops.bitforbit.tiles_linears.default(
+            x, parts, biases, rows, cols, mode, group
         )
+        return together
+
+
+def one_by_one(
+    x: torch.Tensor, parts: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], rows: Sequence[int],
+    cols: int, mode: str, group: Sequence[int] = (),
+) -> list[torch.Tensor]:  # fmt: skip
+    """What ``tiles_linears`` computes, by operators for one product each, with the same bits."""
+    op, group = torch.ops.bitforbit.tiles_linear.default, list(group) or list(rows)
+    return [
+        op(x, *parts[4 * i : 4 * i + 4], bias, count, cols, mode, group)
+        for i, (count, bias) in enumerate(zip(rows, biases, strict=True))
+    ]
 
 
 def _planes(parts: tuple[torch.Tensor, ...], weight: tuple[Any, ...]) -> torch.Tensor:
@@ -54,10 +85,11 @@ DECODERS: dict[str, Decoder] = {"linear": _planes, "tiles_linear": _tiles, "df11
 """How each linear's weight is decoded."""
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _setup_context(fields: int, ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     x, bias = inputs[0], inputs[_BIAS]
     ctx.save_for_backward(*inputs[_PARTS])
-    ctx.weight = tuple(inputs[_FIRST_FIELD:-1])
+    ctx.weight = tuple(inputs[_FIRST_FIELD : _FIRST_FIELD + fields])
+    ctx.inputs = len(inputs)
     ctx.x_shape, ctx.x_stride, ctx.x_contiguous = x.shape, x.stride(), x.is_contiguous()
     ctx.has_bias = bias is not None
 
@@ -73,7 +105,7 @@ def _backward(decode: Decoder, ctx: Any, grad: torch.Tensor) -> tuple[torch.Tens
             grad = grad.reshape(-1, grad.shape[-1])
         leading = list(range(grad.dim() - 1))
         grad_bias = grad.sum(leading) if leading else grad
-    return grad_x, None, None, None, None, grad_bias, *(None for _ in ctx.weight), None
+    return grad_x, None, None, None, None, grad_bias, *(None for _ in range(ctx.inputs - _FIRST_FIELD))
 
 
 def _grad_x(

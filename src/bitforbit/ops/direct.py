@@ -6,6 +6,8 @@ kernel. Gradients, autocast, compilers, exporters, functorch, dispatch modes and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -44,11 +46,21 @@ def embedding(
 
 def tiles_linear(
     x: Tensor, tiles_: Tensor, escapes: Tensor, offsets: Tensor, header: Tensor, bias: Tensor | None,
-    rows: int, cols: int, mode: str,
+    rows: int, cols: int, mode: str, group: Sequence[int] = (),
 ) -> Tensor:  # fmt: skip
     """As ``torch.ops.bitforbit.tiles_linear``."""
     op = tiles.linear if _is_plain_call(x, bias) else torch.ops.bitforbit.tiles_linear.default
-    result: Tensor = op(x, tiles_, escapes, offsets, header, bias, rows, cols, mode)
+    result: Tensor = op(x, tiles_, escapes, offsets, header, bias, rows, cols, mode, group)
+    return result
+
+
+def tiles_linears(
+    x: Tensor, parts: Sequence[Tensor], biases: Sequence[Tensor | None], rows: Sequence[int], cols: int, mode: str,
+    group: Sequence[int] = (),
+) -> list[Tensor]:  # fmt: skip
+    """As ``torch.ops.bitforbit.tiles_linears``, for calls without gradients. The results may share their memory."""
+    op = tiles.linears if _is_plain_call(x, None) else torch.ops.bitforbit.tiles_linears.default
+    result: list[Tensor] = op(x, parts, biases, rows, cols, mode, group)
     return result
 
 
@@ -82,6 +94,11 @@ def df11_embedding(
 
 
 def _is_plain_call(x: Tensor, bias: Tensor | None) -> bool:
+    return is_ordinary_call(x, bias) and not torch._C._autograd._profiler_enabled()
+
+
+def is_ordinary_call(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether nothing but the device's kernel, and a profiler, would see the call of an operator."""
     if torch.compiler.is_compiling() or type(x) is not torch.Tensor or not (x.is_cpu or x.is_cuda):
         return False
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
@@ -90,5 +107,4 @@ def _is_plain_call(x: Tensor, bias: Tensor | None) -> bool:
         torch._C._dispatch_tls_local_include_set().raw_repr() in _ORDINARY
         and not torch.is_autocast_enabled("cpu" if x.is_cpu else "cuda")
         and not torch._C._is_torch_function_mode_enabled()
-        and not torch._C._autograd._profiler_enabled()
     )

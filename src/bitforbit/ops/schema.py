@@ -4,9 +4,14 @@ The four parts of a weight are one-dimensional uint8 tensors. Layout ``planes`` 
 section 3): ``kind`` is the float that is coded, ``dtype`` that of the weight: the same but for F32 coded as BF16;
 ``rows``, ``cols`` and ``rows_per_table`` are those of its matrix view. Layouts ``tiles`` and ``df11`` hold BF16 in the
 memory of GPUs; a weight in ``df11`` is elements ``begin`` to ``begin + rows * cols`` of a unit of ``elements``.
+
+``group``: the rows of all matrices that a product in mode ``"fused"`` may be computed together with, itself among
+them: the order of its sums follows from them, whether it is computed alone or not. Empty: it stands alone.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -27,7 +32,9 @@ _SCHEMAS = (
     f"linear(Tensor x, {_PLANES}, Tensor? bias, {_PLANES_WEIGHT}, str mode) -> Tensor",
     f"tiles_decode({_TILES}, int rows, int cols, int begin, int end) -> Tensor",
     f"tiles_embedding(Tensor ids, {_TILES}, int rows, int cols) -> Tensor",
-    f"tiles_linear(Tensor x, {_TILES}, Tensor? bias, int rows, int cols, str mode) -> Tensor",
+    f"tiles_linear(Tensor x, {_TILES}, Tensor? bias, int rows, int cols, str mode, int[] group=[]) -> Tensor",
+    "tiles_linears(Tensor x, Tensor[] parts, Tensor?[] biases, int[] rows, int cols, str mode, int[] group=[])"
+    " -> Tensor[]",
     f"df11_decode({_DF11}, int elements, int begin, int end) -> Tensor",
     f"df11_embedding(Tensor ids, {_DF11}, int elements, int begin, int rows, int cols) -> Tensor",
     f"df11_linear(Tensor x, {_DF11}, Tensor? bias, int elements, int begin, int rows, int cols, str mode) -> Tensor",
@@ -79,9 +86,16 @@ def _tiles_embedding(
 
 def _tiles_linear(
     x: Tensor, tiles: Tensor, escapes: Tensor, offsets: Tensor, header: Tensor, bias: Tensor | None,
-    rows: int, cols: int, mode: str,
+    rows: int, cols: int, mode: str, group: Sequence[int] = (),
 ) -> Tensor:  # fmt: skip
     return _product(x, rows, cols)
+
+
+def _tiles_linears(
+    x: Tensor, parts: Sequence[Tensor], biases: Sequence[Tensor | None], rows: Sequence[int], cols: int, mode: str,
+    group: Sequence[int] = (),
+) -> list[Tensor]:  # fmt: skip
+    return [_product(x, count, cols) for count in rows]
 
 
 def _df11_decode(
@@ -116,6 +130,7 @@ _FAKES = {
     "tiles_decode": _tiles_decode,
     "tiles_embedding": _tiles_embedding,
     "tiles_linear": _tiles_linear,
+    "tiles_linears": _tiles_linears,
     "df11_decode": _df11_decode,
     "df11_embedding": _df11_embedding,
     "df11_linear": _df11_linear,

@@ -41,7 +41,7 @@ def test_linear_has_the_bits_of_torch(layout, name, with_bias):
     bias = gaussian((ROWS,), seed=3) if with_bias else None
     x = inputs()[name]
     expected = functional.linear(x, case.weight, bias)
-    for mode in ops.MODES:
+    for mode in ops.MODES if layout != "tiles" else ("exact",):
         assert_same_bits(case.linear(x, bias, mode), expected)
 
 

@@ -60,14 +60,15 @@ def workspace_bytes(group: Group, properties: DeviceProperties) -> int:
 
 
 def linear(
-    queue: Queue, group: Group, x: int, tokens: int, out: int, workspace: int, variant: Variant | None = None
-) -> None:
+    queue: Queue, group: Group, x: int, tokens: int, out: int, workspace: int, variant: Variant | None = None,
+    order: Order | None = None,
+) -> None:  # fmt: skip
     """Multiply x, BF16 [tokens, cols], by the matrices of a group. Only enqueues.
 
     ``out``: BF16, [tokens, rows[0]], then [tokens, rows[1]] and so on, one after the other. ``workspace``: address of
     :func:`workspace_bytes` bytes, a multiple of 16; zeros before its first use. ``variant`` is for measurements: all
-    of one ``instruction`` give the same bits, and only those of the order's give the order's. Raises UsageError for
-    more than 64 tokens, and for a variant that the device cannot run.
+    of the order's instruction give the same bits. ``order`` is another than the group's (its bits and its workspace
+    are others, too). Raises UsageError for more than 64 tokens, and for what the device cannot run.
     """
     if tokens == 0:
         return
@@ -76,14 +77,19 @@ def linear(
             f"expected even addresses of x and output, and a workspace on {ALIGNMENT} bytes, "
             f"got {x:#x}, {out:#x}, {workspace:#x}"
         )
-    plan = plans.plan(group.rows, group.order, tokens, queue.properties, variant)
+    order = order or group.order
+    if order.cols != group.order.cols:
+        raise UsageError(f"expected an order of {group.order.cols} columns, got one of {order.cols}")
+    plan = plans.plan(group.rows, order, tokens, queue.properties, variant)
     queue.launch(
-        plan.kernel, plan.config, group.table.address, len(group.rows), x, out, tokens, group.order.cols,
-        group.order.splits, workspace, workspace + plans.ARRIVED_BYTES,
+        plan.kernel, plan.config, group.table.address, len(group.rows), x, out, tokens, order.cols, order.splits,
+        order.split_tiles, order.rules, workspace, workspace + plans.ARRIVED_BYTES,
     )  # fmt: skip
 
 
 def plain(queue: Queue, weights: int, rows: int, order: Order, bias: int, x: int, tokens: int, out: int) -> None:
     """The same sums from weights as they are, BF16 [rows, cols]: slow, for comparisons bit by bit. Only enqueues."""
     config = LaunchConfig((-(-rows // TILE_ROWS), -(-tokens // MMA_TOKENS), 1), (32, 1, 1))
-    queue.launch(PLAIN, config, weights, bias, x, out, rows, order.cols, tokens, order.splits)
+    queue.launch(
+        PLAIN, config, weights, bias, x, out, rows, order.cols, tokens, order.splits, order.split_tiles, order.rules
+    )

@@ -6,6 +6,8 @@ place, so results are bit-equal there; on a GPU they are close.
 
 from __future__ import annotations
 
+from functools import reduce
+
 import numpy as np
 import numpy.typing as npt
 
@@ -19,19 +21,40 @@ Floats = npt.NDArray[np.float32]
 def linear(x: Words, weights: Words, order: Order, bias: Words | None = None) -> Words:
     """BF16 words [tokens, rows] of x [tokens, cols] times weights [rows, cols] transposed, plus bias [rows]."""
     a, b = (_floats(_padded(words)) for words in (x, weights))
-    total = None
+    parts = []
     with np.errstate(all="ignore"):
         for begin, end in order.ranges:
             part = np.zeros((len(x), len(weights)), np.float32)
             for k in range(begin, end, order.k_step):
                 part = mma(part, a[:, k : k + order.k_step], b[:, k : k + order.k_step])
-            total = part if total is None else total + part
-        assert total is not None
-        return to_bf16(total if bias is None else total + _floats(bias))
+            parts.append(part)
+        total = add_splits(parts, order)
+        if bias is not None:
+            total = (_rounded(total) if order.bias_rounded else total) + _floats(bias)
+        return to_bf16(total)
+
+
+def add_splits(parts: list[Floats], order: Order) -> Floats:
+    """The sum over the splits."""
+    if order.partials != "F32" and len(parts) > 1:
+        parts = [_rounded(part) for part in parts]
+
+    def add(a: Floats, b: Floats) -> Floats:
+        return _rounded(a + b) if order.partials == "running BF16" else a + b
+
+    if order.reduction in ("ascending", "descending"):
+        return reduce(add, parts if order.reduction == "ascending" else parts[::-1])
+    while len(parts) > 1:
+        half = -(-len(parts) // 2)
+        if order.reduction == "neighbours":
+            parts = [reduce(add, parts[i : i + 2]) for i in range(0, len(parts), 2)]
+        else:
+            parts = [reduce(add, parts[i::half]) for i in range(half)]
+    return parts[0]
 
 
 def mma(sums: Floats, a: Floats, b: Floats) -> Floats:
-    """sums [m, n] + a [m, 16] times b [n, 16] transposed: in FP64, product after product, rounded to FP32 once."""
+    """sums [m, n] + a [m, k] times b [n, k] transposed: in FP64, product after product, rounded to FP32 once."""
     exact = sums.astype(np.float64)
     for k in range(a.shape[1]):
         exact = exact + a[:, k, None].astype(np.float64) * b[None, :, k].astype(np.float64)
@@ -43,6 +66,10 @@ def to_bf16(values: Floats) -> Words:
     bits = values.view(np.uint32).astype(np.uint64)
     rounded = (bits + 0x7FFF + (bits >> np.uint64(16) & np.uint64(1))) >> np.uint64(16)
     return np.where(np.isnan(values), 0x7FFF, rounded).astype(np.uint16)
+
+
+def _rounded(values: Floats) -> Floats:
+    return _floats(to_bf16(values))
 
 
 def _floats(words: Words) -> Floats:

@@ -18,19 +18,41 @@ struct Matrix {
 };
 static_assert(sizeof(Matrix) == 64, "entries of the table");
 
+// The order of summation beyond the splits' number and size (cuda/fused/order.py: Order.rules).
+struct Rules {
+  u32 bits;
+
+  // [1:0] how splits are added: ascending, descending, as a tree of neighbours, as one of halves
+  __device__ __forceinline__ bool descending() const { return (bits & 3) == 1; }
+  __device__ __forceinline__ bool tree() const { return (bits & 2) != 0; }
+  __device__ __forceinline__ bool halves() const { return (bits & 3) == 3; }
+  __device__ __forceinline__ bool rounds_partials() const { return (bits & 4) != 0; }  // [2] to BF16
+  __device__ __forceinline__ bool rounds_sums() const { return (bits & 8) != 0; }      // [3] after each addition, too
+  __device__ __forceinline__ bool rounds_before_bias() const { return (bits & 16) != 0; }  // [4]
+  __device__ __forceinline__ bool half_steps() const { return (bits & 32) != 0; }          // [5] 8 columns per mma
+  __device__ __forceinline__ u32 longer() const { return bits >> 8; }  // [31:8] splits that have one tile more
+};
+
 // First tile of a split; that of the split after the last is the number of tiles.
-__device__ __forceinline__ u32 split_begin(u32 tiles_per_stripe, u32 split, u32 splits) {
+__device__ __forceinline__ u32 split_begin(u32 tiles_per_stripe, u32 split, u32 splits, u32 split_tiles, Rules rules) {
+  const u64 whole = static_cast<u64>(split_tiles) * split + min(split, rules.longer());
+  if (split_tiles != 0) return whole < tiles_per_stripe ? static_cast<u32>(whole) : tiles_per_stripe;
   return static_cast<u32>(static_cast<u64>(tiles_per_stripe) * split / splits);
+}
+
+__device__ __forceinline__ float rounded(float value, bool round) {
+  return round ? from_bf16(to_bf16(value)) : value;
 }
 
 // Puts a stripe's sums for 8 tokens to gmem_out [tokens, rows], with the bias of their rows.
 __device__ __forceinline__ void store_sums(const float (&sum)[4], const u16* gmem_bias, u16* gmem_out, u32 stripe,
-                                           u32 rows, u32 token, u32 tokens, u32 lane) {
+                                           u32 rows, u32 token, u32 tokens, u32 lane, Rules rules) {
 #pragma unroll
   for (u32 e = 0; e < 4; ++e) {
     const u32 row = kTileRows * stripe + lane / 4 + 8 * (e / 2), at = token + 2 * (lane % 4) + e % 2;
     if (row >= rows || at >= tokens) continue;
-    const float total = gmem_bias == nullptr ? sum[e] : sum[e] + from_bf16(__ldg(gmem_bias + row));
+    float total = sum[e];
+    if (gmem_bias != nullptr) total = rounded(total, rules.rounds_before_bias()) + from_bf16(__ldg(gmem_bias + row));
     gmem_out[static_cast<u64>(at) * rows + row] = to_bf16(total);
   }
 }

@@ -6,13 +6,13 @@
 // chunks of kChunk tiles' columns; each streams its own tiles through a ring of kStages in shared memory by bulk
 // copies. For a tile: decode it into registers; put them to shared memory, where its escapes are patched; wait for the
 // products of the tile before; take the weights back as fragment a; issue the products. Sums of the splits of a unit
-// meet in device memory; the block that comes last adds them up, in the order of splits whoever that is.
+// meet in device memory; the block that comes last adds them up, in the order that the rules ask for whoever that is.
 //
 // Safe for any content of the parts: what comes from memory is clamped before it becomes an address or a count.
 //
 // BITFORBIT_TOKENS (8, 16, 32, 64), BITFORBIT_WARPS, BITFORBIT_STAGES, BITFORBIT_BLOCKS and BITFORBIT_CHUNK: see
 // cuda/fused/plan.py.
-#include "fused.cuh"
+#include "fused_splits.cuh"
 #include "wgmma.cuh"
 
 constexpr u32 kTokens = BITFORBIT_TOKENS, kTokenTiles = kTokens / kMmaTokens, kStages = BITFORBIT_STAGES;
@@ -170,43 +170,9 @@ __device__ __forceinline__ void patch_elsewhere(u16* smem_decoded, const u16* sm
   }
 }
 
-using Sums = float[kTokenTiles][4];  // of a lane, as the products have them
-
-// Puts this block's sums to device memory. The block of the unit that comes last takes those of all splits back and
-// adds them in ascending order; for the others the answer is false.
-__device__ __forceinline__ bool add_splits(Sums& sum, float4* gmem_sums, u32* gmem_arrived, u32 unit, u32 split,
-                                           u32 splits, u8* smem) {
-  constexpr u32 kBlockSums = kTokenTiles * kThreads;
-  float4* gmem_unit = gmem_sums + static_cast<u64>(unit) * splits * kBlockSums + threadIdx.x;
-#pragma unroll
-  for (u32 n = 0; n < kTokenTiles; ++n) {
-    __stcg(gmem_unit + static_cast<u64>(split) * kBlockSums + n * kThreads,
-           make_float4(sum[n][0], sum[n][1], sum[n][2], sum[n][3]));
-  }
-  __threadfence();
-  __syncthreads();
-  u32* smem_last = reinterpret_cast<u32*>(smem);
-  if (threadIdx.x == 0) *smem_last = atomicAdd(gmem_arrived, 1) == splits - 1 ? 1 : 0;
-  __syncthreads();
-  if (*smem_last == 0) return false;
-  if (threadIdx.x == 0) *gmem_arrived = 0;  // for the next launch
-  __threadfence();
-  for (u32 i = 0; i < splits; ++i) {
-#pragma unroll
-    for (u32 n = 0; n < kTokenTiles; ++n) {
-      const float4 part = __ldcg(gmem_unit + static_cast<u64>(i) * kBlockSums + n * kThreads);
-      sum[n][0] = i == 0 ? part.x : sum[n][0] + part.x;
-      sum[n][1] = i == 0 ? part.y : sum[n][1] + part.y;
-      sum[n][2] = i == 0 ? part.z : sum[n][2] + part.z;
-      sum[n][3] = i == 0 ? part.w : sum[n][3] + part.w;
-    }
-  }
-  return true;
-}
-
 extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
     fused_hopper(const Matrix* gmem_matrices, u32 matrices, const u16* gmem_x, u16* gmem_out, u32 tokens, u32 cols,
-                 u32 splits, u32* gmem_arrived, float4* gmem_sums) {
+                 u32 splits, u32 split_tiles, u32 order_rules, u32* gmem_arrived, float4* gmem_sums) {
   DYNAMIC_SHARED(u8, smem_all);
   u8* smem = smem_all + (0u - shared_address(smem_all)) % kSwizzleBytes;
   const u32 warp = __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0), lane = kept(threadIdx.x % kWarp);
@@ -224,9 +190,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
   stripe += warp;
   const Matrix matrix = *gmem_matrix;
 
+  const Rules rules{order_rules};
   const u32 tiles_per_stripe = (cols - 1) / kTileCols + 1;
-  const u32 begin = split_begin(tiles_per_stripe, split, splits);
-  const u32 end = split_begin(tiles_per_stripe, split + 1, splits);
+  const u32 begin = split_begin(tiles_per_stripe, split, splits, split_tiles, rules);
+  const u32 end = split_begin(tiles_per_stripe, split + 1, splits, split_tiles, rules);
   u16* smem_table = kept(reinterpret_cast<u16*>(smem + 2 * kChunkBytes));
   u8* smem_ring = smem + 2 * kChunkBytes + kTableBytes + warp * kWarpBytes;
   u16* smem_decoded = kept(reinterpret_cast<u16*>(smem_ring + kRingBytes));
@@ -265,7 +232,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
     if (begin + i * kStepTiles < end) copy_step(smem_ring + i * kStepBytes, begin + i * kStepTiles);
   }
 
-  Sums sum = {};
+  float sum[kTokenTiles][4] = {};
   uint4 a[4];
   const u64 descriptor = wgmma_descriptor(shared_address(smem));
   u32 chunk = 0, phase = 0;
@@ -324,18 +291,20 @@ extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
   wgmma_wait<0>();
   wgmma_settle(sum);
 
-  if (splits > 1 && !add_splits(sum, gmem_sums, gmem_arrived + unit, unit, split, splits, smem)) return;
+  if (splits > 1 && !add_splits<kThreads>(sum, gmem_sums, gmem_arrived + unit, unit, split, splits, rules, smem)) {
+    return;
+  }
 #pragma unroll
   for (u32 n = 0; n < kTokenTiles; ++n) {
     store_sums(sum[n], matrix.gmem_bias, gmem_out + matrix.rows_before * tokens, stripe, static_cast<u32>(matrix.rows),
-               n * kMmaTokens, tokens, lane);
+               n * kMmaTokens, tokens, lane, rules);
   }
 }
 
 #else
 
 extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
-    fused_hopper(const Matrix*, u32, const u16*, u16*, u32, u32, u32, u32*, float4*) {
+    fused_hopper(const Matrix*, u32, const u16*, u16*, u32, u32, u32, u32, u32, u32*, float4*) {
   __trap();  // no other architecture has these instructions
 }
 

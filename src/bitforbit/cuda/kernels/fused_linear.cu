@@ -8,8 +8,8 @@
 //
 // Safe for any content of the parts: what comes from memory is clamped before it becomes an address or a count.
 //
-// BITFORBIT_TOKENS (8, 16, 32, 64), BITFORBIT_STRIPES, BITFORBIT_WARPS, BITFORBIT_STAGES, BITFORBIT_BLOCKS and
-// BITFORBIT_BULK: see cuda/fused/plan.py.
+// BITFORBIT_TOKENS (8, 16, 32, 64), BITFORBIT_STRIPES, BITFORBIT_WARPS, BITFORBIT_STAGES, BITFORBIT_BLOCKS,
+// BITFORBIT_BULK and BITFORBIT_K_STEP (16, 8): see cuda/fused/plan.py.
 #include "async.cuh"
 #include "fused.cuh"
 #include "ldmatrix.cuh"
@@ -146,6 +146,15 @@ __device__ __forceinline__ void load_slot(const u8* smem_slot, u32 lane, u32 (&w
 
 using Sums = float[kStripes][kTokenTiles][4];  // of a lane, as mma has them
 
+__device__ __forceinline__ void multiply_step(float (&sum)[4], uint4 a, u32 b0, u32 b1) {
+  if constexpr (BITFORBIT_K_STEP == 16) {
+    mma_bf16(sum, a, b0, b1);
+  } else {
+    mma_bf16_half(sum, a.x, a.y, b0);
+    mma_bf16_half(sum, a.z, a.w, b1);
+  }
+}
+
 // The products of kStripes decoded tiles with their 64 columns of x.
 __device__ __forceinline__ void multiply(const u16* smem_decoded, const u16* smem_x, u32 lane, Sums& sum) {
   // Lane 8m + r has row (token) r of matrix m: columns 8m to 8m + 7, which are B of two steps.
@@ -166,17 +175,40 @@ __device__ __forceinline__ void multiply(const u16* smem_decoded, const u16* sme
       const uint4 b = ldmatrix_x4(smem_row + n * kMmaTokens * kPitch + i * kMmaCols);
 #pragma unroll
       for (u32 s = 0; s < kStripes; ++s) {
-        mma_bf16(sum[s][n], a[s][0], b.x, b.y);
-        mma_bf16(sum[s][n], a[s][1], b.z, b.w);
+        multiply_step(sum[s][n], a[s][0], b.x, b.y);
+        multiply_step(sum[s][n], a[s][1], b.z, b.w);
       }
     }
   }
 }
 
+// Where the rules ask for a tree: adds this thread's sums of the splits up in place, into those of the first one.
+// Returns how many splits' sums are left to be added.
+__device__ __forceinline__ u32 add_trees(float4* gmem_unit, u32 block_sums, u32 splits, Rules rules) {
+  if (!rules.tree()) return splits;
+  for (u32 left = splits, apart = 1; left > 1;) {
+    const u32 half = (left + 1) / 2;
+    for (u32 i = 0; i < left / 2; ++i) {
+      float4* gmem_to = gmem_unit + static_cast<u64>(rules.halves() ? i : 2 * apart * i) * block_sums;
+      const float4* gmem_from = gmem_to + static_cast<u64>(rules.halves() ? half : apart) * block_sums;
+#pragma unroll 1
+      for (u32 at = 0; at < block_sums; at += kThreads) {
+        const float4 a = __ldcg(gmem_to + at), b = __ldcg(gmem_from + at);
+        const bool round = rules.rounds_sums();
+        __stcg(gmem_to + at, make_float4(rounded(a.x + b.x, round), rounded(a.y + b.y, round),
+                                         rounded(a.z + b.z, round), rounded(a.w + b.w, round)));
+      }
+    }
+    left = half;
+    apart *= 2;
+  }
+  return 1;
+}
+
 // Puts this block's sums to device memory. The block of the unit that comes last takes those of all splits back and
-// adds them in ascending order; for the others the answer is false.
+// adds them as the rules have it; for the others the answer is false.
 __device__ __forceinline__ bool add_splits(Sums& sum, float4* gmem_sums, u32* gmem_arrived, u32 unit, u32 split,
-                                           u32 splits, u8* smem) {
+                                           u32 splits, Rules rules, u8* smem) {
   constexpr u32 kBlockSums = kStripes * kTokenTiles * kThreads;
   float4* gmem_unit = gmem_sums + static_cast<u64>(unit) * splits * kBlockSums + threadIdx.x;
   float4* gmem = gmem_unit + static_cast<u64>(split) * kBlockSums;
@@ -185,7 +217,9 @@ __device__ __forceinline__ bool add_splits(Sums& sum, float4* gmem_sums, u32* gm
 #pragma unroll
     for (u32 n = 0; n < kTokenTiles; ++n) {
       const float* four = sum[s][n];
-      __stcg(gmem + (s * kTokenTiles + n) * kThreads, make_float4(four[0], four[1], four[2], four[3]));
+      const bool round = rules.rounds_partials();
+      __stcg(gmem + (s * kTokenTiles + n) * kThreads, make_float4(rounded(four[0], round), rounded(four[1], round),
+                                                                  rounded(four[2], round), rounded(four[3], round)));
     }
   }
   __threadfence();
@@ -196,17 +230,20 @@ __device__ __forceinline__ bool add_splits(Sums& sum, float4* gmem_sums, u32* gm
   if (*smem_last == 0) return false;
   if (threadIdx.x == 0) *gmem_arrived = 0;  // for the next launch
   __threadfence();
-  for (u32 i = 0; i < splits; ++i) {
+  const u32 left = add_trees(gmem_unit, kBlockSums, splits, rules);
+  for (u32 i = 0; i < left; ++i) {
+    const float4* gmem_split = gmem_unit + static_cast<u64>(rules.descending() ? left - 1 - i : i) * kBlockSums;
 #pragma unroll
     for (u32 s = 0; s < kStripes; ++s) {
 #pragma unroll
       for (u32 n = 0; n < kTokenTiles; ++n) {
-        const float4 part = __ldcg(gmem_unit + static_cast<u64>(i) * kBlockSums + (s * kTokenTiles + n) * kThreads);
+        const float4 part = __ldcg(gmem_split + (s * kTokenTiles + n) * kThreads);
         float* four = sum[s][n];
-        four[0] = i == 0 ? part.x : four[0] + part.x;
-        four[1] = i == 0 ? part.y : four[1] + part.y;
-        four[2] = i == 0 ? part.z : four[2] + part.z;
-        four[3] = i == 0 ? part.w : four[3] + part.w;
+        const bool round = rules.rounds_sums();
+        four[0] = i == 0 ? part.x : rounded(four[0] + part.x, round);
+        four[1] = i == 0 ? part.y : rounded(four[1] + part.y, round);
+        four[2] = i == 0 ? part.z : rounded(four[2] + part.z, round);
+        four[3] = i == 0 ? part.w : rounded(four[3] + part.w, round);
       }
     }
   }
@@ -215,10 +252,11 @@ __device__ __forceinline__ bool add_splits(Sums& sum, float4* gmem_sums, u32* gm
 
 extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
     fused_linear(const Matrix* gmem_matrices, u32 matrices, const u16* gmem_x, u16* gmem_out, u32 tokens, u32 cols,
-                 u32 splits, u32* gmem_arrived, float4* gmem_sums) {
+                 u32 splits, u32 split_tiles, u32 order_rules, u32* gmem_arrived, float4* gmem_sums) {
   DYNAMIC_SHARED(u8, smem);
   const u32 warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const u32 unit = blockIdx.x / splits, split = blockIdx.x % splits;
+  const Rules rules = {order_rules};
 
   // The matrix of this block's unit, and this warp's first stripe there.
   u32 stripes = 0, first_stripe = unit * kWarps * kStripes;
@@ -233,8 +271,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
   const Matrix matrix = *gmem_matrix;
 
   const u32 tiles_per_stripe = (cols - 1) / kTileCols + 1;
-  const u32 begin = split_begin(tiles_per_stripe, split, splits);
-  const u32 end = split_begin(tiles_per_stripe, split + 1, splits);
+  const u32 begin = split_begin(tiles_per_stripe, split, splits, split_tiles, rules);
+  const u32 end = split_begin(tiles_per_stripe, split + 1, splits, split_tiles, rules);
   u8* smem_ring = smem + 2 * kChunkBytes + warp * kWarpBytes;
   u16* smem_decoded = reinterpret_cast<u16*>(smem_ring + kRingBytes);
   u8* smem_lists = smem_ring + kRingBytes + kStripes * kDecodedBytes;
@@ -325,13 +363,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
     }
   }
 
-  if (splits > 1 && !add_splits(sum, gmem_sums, gmem_arrived + unit, unit, split, splits, smem)) return;
+  if (splits > 1 && !add_splits(sum, gmem_sums, gmem_arrived + unit, unit, split, splits, rules, smem)) return;
 #pragma unroll
   for (u32 s = 0; s < kStripes; ++s) {
 #pragma unroll
     for (u32 n = 0; n < kTokenTiles; ++n) {
       store_sums(sum[s][n], matrix.gmem_bias, gmem_out + matrix.rows_before * tokens, first_stripe + s,
-                 static_cast<u32>(matrix.rows), n * kMmaTokens, tokens, lane);
+                 static_cast<u32>(matrix.rows), n * kMmaTokens, tokens, lane, rules);
     }
   }
 }

@@ -1,4 +1,4 @@
-// Products of BF16 fragments (PTX ISA: mma.m16n8k16; sm_80 and later), and rounding to BF16.
+// Products of BF16 fragments (PTX ISA: mma.m16n8k16, mma.m16n8k8; sm_80 and later), and rounding to BF16.
 #pragma once
 #include "portable.cuh"
 
@@ -14,6 +14,13 @@ __device__ __forceinline__ void mma_bf16(float (&c)[4], uint4 a, u32 b0, u32 b1)
       "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+}
+
+// c += a * b for half of the columns, A [16, 8] and B [8, 8]: fragments as above, without z, w and b1.
+__device__ __forceinline__ void mma_bf16_half(float (&c)[4], u32 a0, u32 a1, u32 b0) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(b0));
 }
 
 // To the nearest, ties to even; NaNs become 0x7FFF.

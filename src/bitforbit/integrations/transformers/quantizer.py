@@ -121,6 +121,7 @@ class BitforbitQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         from bitforbit.integrations.transformers.saving import attach
+        from bitforbit.nn import siblings
 
         load, self._load = self._load, None
         if load is None or (load.from_compressed and not self._planned):
@@ -128,6 +129,7 @@ class BitforbitQuantizer(HfQuantizer):
         load.close()
         self.pre_quantized = True
         attach(model)
+        siblings.find(model)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

@@ -25,6 +25,12 @@ class Policy:
     slice_bytes: int | None = None
     """Weights that decode to more are multiplied in slices of about so many bytes, where that has been proven to keep
     torch's bits (:mod:`bitforbit.ops.gpu.slices`). None: never."""
+    grouped: bool = True
+    """Whether linears that were seen to share their input, as q, k and v do, are multiplied in one launch in mode
+    ``"fused"``."""
+    grouped_in_inference_mode: bool = False
+    """Also under ``torch.inference_mode``, where torch does not count changes of tensors: right as long as nobody
+    changes a layer's input in place between the products that share it. ``torch.no_grad`` needs no such trust."""
 
 
 def scratch_bytes(sizes: Iterable[int], policy: Policy | None = None) -> int:

@@ -180,6 +180,13 @@ class Prefetcher:
         for key in list(self._ahead):
             self._drop(key)
 
+    def pass_by(self) -> None:
+        """A product was enqueued that decodes nothing, maybe in the stead of one that would: free what waits for it."""
+        if self._ahead:
+            self.discard()
+            if self._last is not None:
+                self._last.next = None
+
     def abandon(self) -> None:
         """Free what was decoded ahead in a graph capture that is over: nothing of it runs any more."""
         self._ahead.clear()

@@ -1,10 +1,11 @@
-"""Runs operators on weights in the layouts of GPUs: decoding, rows by number, products in exact mode."""
+"""Runs operators on weights in the layouts of GPUs: decoding, rows by number, products with decoded weights."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from bitforbit.ops.checks import Parts
 from bitforbit.ops.gpu import queues, slices, status
 from bitforbit.ops.gpu.policy import Policy
 from bitforbit.ops.gpu.prefetch import Prefetcher, Successors
-from bitforbit.ops.gpu.streams import CudaStreams, OneStream
+from bitforbit.ops.gpu.streams import CudaStreams, OneStream, Streams
 from bitforbit.ops.gpu.weights import Geometry, RowSlice, Weight
 from bitforbit.ops.schema import MODES
 
@@ -84,7 +85,7 @@ def decode(geometry: Geometry, parts: Parts, begin: int, end: int) -> torch.Tens
     workspace = queues.empty_bytes(geometry.workspace_bytes, device)
     if begin < end:
         geometry.decode(queue, parts, begin, end, out.data_ptr(), workspace.data_ptr(), word.address)
-        _after(device, word)
+        after(device, word)
     return out.view(geometry.dtype).view(end - begin, geometry.cols)
 
 
@@ -104,24 +105,20 @@ def embedding(geometry: Geometry, ids: torch.Tensor, parts: Parts) -> torch.Tens
     workspace = queues.empty_bytes(geometry.workspace_bytes, device)
     if ids.numel():
         geometry.look_up(queue, parts, ids, out.data_ptr(), workspace.data_ptr(), word.address)
-        _after(device, word)
+        after(device, word)
     return out.view(geometry.dtype).view(*ids.shape, geometry.cols)
 
 
 def linear(geometry: Geometry, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None, mode: str) -> torch.Tensor:
-    """``functional.linear(x, weight, bias)`` with its bits, ``[..., rows]``; both modes decode the weight.
+    """``functional.linear(x, weight, bias)`` with its bits, ``[..., rows]``, from the decoded weight in both modes.
 
     Raises UsageError, CorruptTensorError.
     """
     if mode not in MODES:
         raise UsageError(f"expected a mode among {', '.join(MODES)}, got {mode!r}")
     cols, device = geometry.cols, parts[0].device
-    if x.dtype != geometry.dtype or x.dim() == 0 or x.shape[-1] != cols or x.device != device:
-        raise UsageError(
-            f"expected x of dtype {geometry.dtype} and shape [..., {cols}] on {device}, got {x.dtype} and "
-            f"{tuple(x.shape)} on {x.device}; cast or move x, or decompress the model and cast that"
-        )
-    word = _status(device)
+    check_input(x, cols, geometry.dtype, device)
+    word = checked_status(device)
     prefetcher = _prefetcher(device, word)
     tokens, alone = x.numel() // cols, queues.in_graph_tree(device)
 
@@ -137,9 +134,18 @@ def linear(geometry: Geometry, x: torch.Tensor, parts: Parts, bias: torch.Tensor
             x, bias, geometry.rows, step,
             lambda begin, end, x, bias: multiply(RowSlice(end - begin, cols, geometry, begin), x, bias),
         )  # fmt: skip
-    _after(device, word)
+    after(device, word)
     stats.count("decoded", geometry.matrix_bytes)
     return out
+
+
+def check_input(x: torch.Tensor, cols: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise UsageError for an x that a matrix of ``cols`` columns cannot be multiplied by."""
+    if x.dtype != dtype or x.dim() == 0 or x.shape[-1] != cols or x.device != device:
+        raise UsageError(
+            f"expected x of dtype {dtype} and shape [..., {cols}] on {device}, got {x.dtype} and "
+            f"{tuple(x.shape)} on {x.device}; cast or move x, or decompress the model and cast that"
+        )
 
 
 def _rows_of_slice(geometry: Geometry, x: torch.Tensor, bias: torch.Tensor | None, prefetcher: Prefetcher) -> int:
@@ -154,11 +160,11 @@ def _rows_of_slice(geometry: Geometry, x: torch.Tensor, bias: torch.Tensor | Non
 
 
 def _checked(geometry: Geometry, parts: Parts) -> tuple[Parts, status.Status]:
-    word = _status(parts[0].device)
+    word = checked_status(parts[0].device)
     return geometry.checked(parts), word
 
 
-def _status(device: torch.device) -> status.Status:
+def checked_status(device: torch.device) -> status.Status:
     """The status of a device that has kernels; raises what has been found so far, UsageError."""
     if device.type != "cuda":
         queues.emulation(device)
@@ -167,33 +173,60 @@ def _status(device: torch.device) -> status.Status:
     return word
 
 
-def _after(device: torch.device, word: status.Status) -> None:
+def after(device: torch.device, word: status.Status) -> None:
+    """Raise what an emulated launch has found; on a GPU a later call does."""
     if device.type == "cpu":
         word.check(str(device))
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where work is enqueued: what may not be shared between two of them is kept apart for each."""
+
+    device: torch.device
+    stream: int
+    """Torch's current stream there."""
+    capture: int
+    """The number of the graph capture that it is in; 0: none."""
+
+
+def current_place(device: torch.device) -> Place:
+    """The place of this thread's work on a device. Raises UsageError for a CPU without emulation."""
+    if device.type == "cpu":
+        return Place(device, queues.emulation(device).identity, 0)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    return Place(device, stream, queues.capture_id(device, stream))
+
+
+def pass_by(place: Place) -> None:
+    """A product at this place decodes nothing: what was decoded ahead for its stead is freed, and not decoded again."""
+    found = (_local.captured if place.capture else _local.prefetchers).get((place.device, place.stream))
+    if found is not None and found[0] == place.capture:
+        found[1].pass_by()
+
+
 def _prefetcher(device: torch.device, word: status.Status) -> Prefetcher:
     """That of this thread, device and stream, or of the graph capture that the stream is in."""
-    stream: Any
-    if device.type == "cpu":
-        queue = queues.emulation(device)
-        place, capture, found_in = (device, queue.identity), 0, _local.prefetchers
-    else:
-        stream = torch.cuda.current_stream(device)
-        place, capture = (device, stream.cuda_stream), queues.capture_id(device, stream.cuda_stream)
-        # A capture must not wait for side work from before it, so what was decoded ahead by then stays where it is.
-        found_in = _local.captured if capture else _local.prefetchers
-    number, found = found_in.get(place, (0, None))
+    place = current_place(device)
+    key, capture = (device, place.stream), place.capture
+    # A capture must not wait for side work from before it, so what was decoded ahead by then stays where it is.
+    found_in = _local.captured if capture else _local.prefetchers
+    number, found = found_in.get(key, (0, None))
     if found is None or number != capture or found.policy is not _settings.policy:
         if found is not None and capture:
             found.abandon()
         elif found is not None:
             found.discard()
-        streams = OneStream(queue) if device.type == "cpu" else _cuda_streams(device, stream, capture != 0)
         order = _successors.setdefault(device, Successors())
-        found = Prefetcher(streams, order, _settings.policy, word.address)
-        found_in[place] = capture, found
+        found = Prefetcher(_streams(device, capture != 0), order, _settings.policy, word.address)
+        found_in[key] = capture, found
     return found
+
+
+def _streams(device: torch.device, capturing: bool) -> Streams:
+    if device.type == "cpu":
+        return OneStream(queues.emulation(device))
+    return _cuda_streams(device, torch.cuda.current_stream(device), capturing)
 
 
 def _cuda_streams(device: torch.device, stream: Any, capturing: bool) -> CudaStreams:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -10,9 +11,9 @@ import torch
 from bitforbit.cuda.queue import Queue
 from bitforbit.cuda.tiles import decode as kernels
 from bitforbit.cuda.tiles.layout import ALIGNMENT, PARTS, TileLayout
-from bitforbit.errors import CorruptTensorError
+from bitforbit.errors import CorruptTensorError, UsageError
 from bitforbit.ops.checks import Parts
-from bitforbit.ops.gpu import runtime
+from bitforbit.ops.gpu import fused, runtime
 from bitforbit.ops.gpu.queues import addresses
 from bitforbit.ops.gpu.weights import Geometry, checked_parts
 from bitforbit.ops.schema import LIBRARY
@@ -24,6 +25,7 @@ def register() -> None:
         LIBRARY.impl("tiles_decode", decode, key)
         LIBRARY.impl("tiles_embedding", embedding, key)
         LIBRARY.impl("tiles_linear", linear, key)
+        LIBRARY.impl("tiles_linears", separate_linears, key)
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,46 @@ def embedding(
 
 def linear(
     x: torch.Tensor, tiles: torch.Tensor, escapes: torch.Tensor, offsets: torch.Tensor, header: torch.Tensor,
-    bias: torch.Tensor | None, rows: int, cols: int, mode: str,
+    bias: torch.Tensor | None, rows: int, cols: int, mode: str, group: Sequence[int] = (),
 ) -> torch.Tensor:  # fmt: skip
-    """``x @ weight.T + bias``, ``[..., rows]``, with torch's own bits. Raises UsageError, CorruptTensorError."""
-    return runtime.linear(geometry(rows, cols), x, (tiles, escapes, offsets, header), bias, mode)
+    """``x @ weight.T + bias``, ``[..., rows]``.
+
+    With torch's own bits, but for mode ``"fused"`` and up to 64 tokens: those have the order of sums that belongs to
+    ``group``, the same bits in any company of tokens and matrices. Raises UsageError, CorruptTensorError.
+    """
+    parts = (tiles, escapes, offsets, header)
+    if mode == "fused" and x.numel() <= fused.MAX_TOKENS * cols:
+        return fused.linears(x, (fused.Matrix(parts, rows, bias),), cols, tuple(group))[0]
+    return runtime.linear(geometry(rows, cols), x, parts, bias, mode)
+
+
+def linears(
+    x: torch.Tensor, parts: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], rows: Sequence[int],
+    cols: int, mode: str, group: Sequence[int] = (),
+) -> list[torch.Tensor]:  # fmt: skip
+    """The products of one x with several matrices of four parts each: in mode ``"fused"`` one launch, up to 64 tokens.
+
+    Each has the bits that :func:`linear` gives for it, with ``group``, which by default is these matrices. The results
+    may be views of one memory. Raises UsageError, CorruptTensorError.
+    """
+    if not len(parts) == 4 * len(rows) == 4 * len(biases) > 0:
+        raise UsageError(
+            f"expected four parts, a number of rows and a bias or None for each of at least one matrix, got "
+            f"{len(parts)}, {len(rows)} and {len(biases)}"
+        )
+    quadruples: list[Parts] = [(*parts[i : i + 4],) for i in range(0, len(parts), 4)]
+    matrices = tuple(fused.Matrix(*each) for each in zip(quadruples, rows, biases, strict=True))
+    group = tuple(group) or tuple(rows)
+    if mode == "fused" and x.numel() <= fused.MAX_TOKENS * cols:
+        return fused.linears(x, matrices, cols, group)
+    return [runtime.linear(geometry(m.rows, cols), x, m.parts, m.bias, mode) for m in matrices]
+
+
+def separate_linears(
+    x: torch.Tensor, parts: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], rows: Sequence[int],
+    cols: int, mode: str, group: Sequence[int] = (),
+) -> list[torch.Tensor]:  # fmt: skip
+    """As :func:`linears`, each in memory of its own, as torch's dispatcher expects of an operator."""
+    products = linears(x, parts, biases, rows, cols, mode, group)
+    storages = {product.untyped_storage().data_ptr() for product in products}
+    return products if len(storages) == len(products) else [product.clone() for product in products]

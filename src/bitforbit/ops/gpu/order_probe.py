@@ -1,0 +1,230 @@
+"""In which order does torch's BF16 linear sum on a GPU? Finds out by comparing bits with the orders that kernels have.
+
+As on a CPU (:mod:`bitforbit.ops.probe`): where every product occurs twice with opposite signs, at random places, outputs
+are nothing but rounding residue, and another order gives other bits nearly everywhere. First all candidates are tried
+on a few rows of such inputs, by the kernel that reads plain weights. What agrees there has to agree in every output of
+the whole matrix, from tiles, by the kernel that is to be used: on these inputs and on others, ordinary, of all
+magnitudes, tiny, with NaN and infinity. NaNs are compared by their bits, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from bitforbit.cuda.fused import linear as kernels
+from bitforbit.cuda.fused.order import INSTRUCTIONS, MOST_TREE_SPLITS, PARTIALS, REDUCTIONS, Order
+from bitforbit.cuda.tiles import naive
+from bitforbit.cuda.tiles.layout import PARTS, TILE_COLS, TileLayout
+from bitforbit.ops import probe
+from bitforbit.ops.gpu import queues
+from bitforbit.ops.gpu.queues import TensorQueue, addresses
+from bitforbit.ops.probe import Inputs, Linear
+
+ALIGNMENT = 256
+"""Boundary, in bytes, beyond which alignment is not told apart; torch's memory on a GPU is on a wider one."""
+
+_CHUNK_BYTES = 1 << 18
+_LEAST_ROWS, _SIEVE_ROWS = 16, 16
+_TELLING = 0.2
+"""Share of outputs that an order known to be another must change, or the inputs prove nothing."""
+_LIKELY_SPLITS = (1, 2, 4, 8, 16, 3, 6, 5, 7, 12)
+_MOST_SPLITS = 32
+_UNITS = (1, 2, 4)
+"""Libraries cut the columns in multiples of so many tiles: 64, 128, 256."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """What torch's choice of a kernel may depend on, beside the device and its settings."""
+
+    rows: int
+    cols: int
+    tokens: int
+    dims: int
+    """Dimensions of x, 1 to 3."""
+    x_alignment: int
+    """Largest power of two, at most :data:`ALIGNMENT`, that divides the address of x."""
+    bias_alignment: int
+    """So for the bias; 0 if there is none."""
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether a bias is added."""
+        return self.bias_alignment > 0
+
+
+def find_order(linear: Linear, device: torch.device, product: Product) -> Order | None:
+    """The order in which ``linear`` sums on a device, or None if no kernel has it.
+
+    ``linear(x, weight, bias)`` is called with whole matrices: at a time, there is one of ``[rows, cols]``, and outputs.
+    On a CPU, kernels run in the emulation in force. Waits for the device. Raises UsageError without an emulation, and
+    torch.OutOfMemoryError.
+    """
+    bench = _Bench(linear, device, product)
+    rng = np.random.default_rng((product.rows, product.cols, product.tokens))
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        probe_ = bench.case(probe.cancelling(rng, bench.chunk_rows, product.cols, product.tokens, product.has_bias))
+        if not _equal(bench.run(probe_), probe_.expected) or not bench.tells(probe_):
+            return None
+        found = [order for order in candidates(product.cols) if bench.sieves(probe_, order)]
+        if not found:
+            return None
+        left = [
+            replace(order, bias_rounded=late) for order in found for late in ((False, True)[: 1 + product.has_bias])
+        ]
+        for make in (probe.cancelling, probe.cancelling, probe.ordinary, probe.wide, probe.tiny, special):
+            case = bench.case(make(rng, bench.chunk_rows, product.cols, product.tokens, product.has_bias))
+            left = [order for order in left if bench.agrees(case, order)]
+            if not left:
+                return None
+        return left[0] if bench.agrees(probe_, left[0]) else None
+
+
+def candidates(cols: int) -> Iterator[Order]:
+    """Orders to try, the likely ones first, none twice: a bias is not among what they differ in."""
+    tiles = -(-cols // TILE_COLS)
+    counts = dict.fromkeys((*_LIKELY_SPLITS, *range(1, _MOST_SPLITS + 1)))
+    seen: set[tuple[object, ...]] = set()
+    cuts: list[Order] = []
+    for splits in (count for count in counts if count <= tiles):
+        for order in _cuts(cols, tiles, splits):
+            if order.ranges not in seen:
+                seen.add(order.ranges)
+                cuts.append(order)
+    for instruction in INSTRUCTIONS:
+        for partials in PARTIALS:
+            for reduction in REDUCTIONS:
+                for cut in cuts:
+                    if _is_distinct(cut.splits, reduction, partials):
+                        yield replace(cut, instruction=instruction, partials=partials, reduction=reduction)
+
+
+def special(rng: np.random.Generator, rows: int, cols: int, tokens: int, has_bias: bool) -> Inputs:
+    """Ordinary inputs with NaNs of several payloads, infinities of both signs and zeros of both signs among them."""
+    inputs = probe.ordinary(rng, rows, cols, tokens, has_bias)
+    words = torch.tensor([0x7F81, -0x3F, 0x7F80, -0x80, 0x7FC0, 0, -0x8000], dtype=torch.int16).view(torch.bfloat16)
+
+    def sprinkle(tensor: torch.Tensor, every: int) -> torch.Tensor:
+        flat = tensor.clone().view(-1)
+        at = torch.from_numpy(rng.permutation(flat.numel())[: max(1, flat.numel() // every)])
+        flat[at] = words[torch.from_numpy(rng.integers(0, len(words), len(at)))]
+        return flat.view(tensor.shape)
+
+    bias = None if inputs.bias is None else sprinkle(inputs.bias, 4)
+    return Inputs(sprinkle(inputs.weight, 4 * cols), sprinkle(inputs.x, 2 * cols), bias)
+
+
+@dataclass(frozen=True)
+class _Case:
+    inputs: Inputs
+    """On the device, a chunk of rows."""
+    expected: torch.Tensor
+    """[tokens, rows]: what the linear under examination makes of the whole matrix, which repeats the chunk."""
+
+
+class _Bench:
+    """Runs the linear under examination and our kernels on the same inputs."""
+
+    def __init__(self, linear: Linear, device: torch.device, product: Product) -> None:
+        self.linear = linear
+        self.device = device
+        self.product = product
+        self.chunk_rows = min(product.rows, max(_LEAST_ROWS, _CHUNK_BYTES // (2 * product.cols)))
+        self.queue: TensorQueue = queues.queue_for(device)
+        self._places = torch.arange(product.rows, device=device) % self.chunk_rows
+        self._packed: tuple[Inputs, list[torch.Tensor]] | None = None
+
+    def case(self, inputs: Inputs) -> _Case:
+        x = _placed(inputs.x, self.product.x_alignment, self.device)
+        bias = None if inputs.bias is None else _placed(inputs.bias, ALIGNMENT, self.device)
+        inputs = Inputs(_placed(inputs.weight, ALIGNMENT, self.device), x, bias)
+        return _Case(inputs, self._run(inputs))
+
+    def run(self, case: _Case) -> torch.Tensor:
+        """Once more what the linear gives: sums that differ from run to run have no order."""
+        return self._run(case.inputs)
+
+    def _run(self, inputs: Inputs) -> torch.Tensor:
+        product, bias = self.product, None
+        x = inputs.x.view(*(1,) * (product.dims - 2), *inputs.x.shape) if product.dims > 1 else inputs.x.view(-1)
+        if inputs.bias is not None:
+            bias = _placed(inputs.bias[self._places], product.bias_alignment, self.device)
+        weight = inputs.weight[self._places]
+        return self.linear(x, weight, bias).reshape(product.tokens, product.rows).clone()
+
+    def tells(self, case: _Case) -> bool:
+        """Whether the inputs can tell orders apart: the products in the reverse order must differ in many outputs."""
+        inputs, order = case.inputs, Order(self.product.cols, 1)
+        back = Inputs(_placed(inputs.weight.flip(1)), _placed(inputs.x.flip(1)), None)
+        differing = self._plain(inputs, order) != self._plain(back, order)
+        return float(differing.float().mean()) >= _TELLING and bool(torch.isfinite(case.expected).all())
+
+    def sieves(self, case: _Case, order: Order) -> bool:
+        """Whether a few rows agree, without bias."""
+        got = self._plain(case.inputs, order)
+        return _equal(got, case.expected[:, : got.shape[1]])
+
+    def agrees(self, case: _Case, order: Order) -> bool:
+        """Whether every output agrees, from tiles."""
+        return _equal(self._fused(case.inputs, order)[:, self._places], case.expected)
+
+    def _plain(self, inputs: Inputs, order: Order) -> torch.Tensor:
+        tokens, rows = len(inputs.x), min(_SIEVE_ROWS, self.chunk_rows)
+        out = _empty((tokens, rows), self.device)
+        kernels.plain(self.queue, inputs.weight.data_ptr(), rows, order, 0, inputs.x.data_ptr(), tokens, out.data_ptr())
+        return out
+
+    def _fused(self, inputs: Inputs, order: Order) -> torch.Tensor:
+        layout = TileLayout(self.chunk_rows, self.product.cols)
+        if self._packed is None or self._packed[0] is not inputs:
+            words = inputs.weight.view(torch.int16).cpu().numpy().view(np.uint16)
+            packed = naive.pack(words)  # which packs what would not get smaller, too
+            self._packed = inputs, [_placed(torch.from_numpy(packed[name]), ALIGNMENT, self.device) for name in PARTS]
+        bias = 0 if inputs.bias is None else inputs.bias.data_ptr()
+        group = kernels.prepare(self.queue, [(addresses(self._packed[1]), layout, bias)], 1)
+        group = replace(group, order=order)
+        workspace = self.queue.zeros(kernels.workspace_bytes(group, self.queue.properties))
+        out = _empty((len(inputs.x), self.chunk_rows), self.device)
+        kernels.linear(self.queue, group, inputs.x.data_ptr(), len(inputs.x), out.data_ptr(), workspace.address)
+        return out
+
+
+def _cuts(cols: int, tiles: int, splits: int) -> Iterator[Order]:
+    yield Order(cols, splits)
+    for unit in _UNITS:  # equal ones, rounded up to a multiple, and a last one with what is left
+        each = -(-tiles // splits // unit) * unit
+        if splits > 1 and (splits - 1) * each < tiles:
+            yield Order(cols, splits, each)
+    if tiles % splits:
+        yield Order(cols, splits, tiles // splits, tiles % splits)
+
+
+def _is_distinct(splits: int, reduction: str, partials: str) -> bool:
+    """Whether it is not the same as one that comes before."""
+    if splits == 1:
+        return reduction == "ascending" and partials == "F32"
+    if splits == 2:
+        return reduction == "ascending" and partials != "running BF16"
+    return not (splits == 3 and reduction == "neighbours") and (
+        reduction not in REDUCTIONS[2:] or splits <= MOST_TREE_SPLITS
+    )
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return bool(torch.equal(a.view(torch.int16), b.view(torch.int16)))
+
+
+def _empty(shape: tuple[int, int], device: torch.device) -> torch.Tensor:
+    return queues.empty_bytes(2 * shape[0] * shape[1], device).view(torch.bfloat16).view(shape)
+
+
+def _placed(tensor: torch.Tensor, alignment: int = ALIGNMENT, device: torch.device | None = None) -> torch.Tensor:
+    """A contiguous copy on a device, at an address that ``alignment`` divides and no larger power of two does."""
+    offset = alignment % ALIGNMENT
+    nbytes = tensor.numel() * tensor.element_size()
+    memory = queues.empty_bytes(nbytes + offset, device or tensor.device)[offset:]
+    return memory.view(tensor.dtype).view(tensor.shape).copy_(tensor)
