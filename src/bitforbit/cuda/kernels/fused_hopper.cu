@@ -201,21 +201,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
   u8* smem_lists = smem_ring + kRingBytes + kDecodedBytes;
   uint2* smem_runs = reinterpret_cast<uint2*>(smem_lists + 2 * kListBytes);
 
-  // The first chunk of x and of lists, and as many tiles as the ring has room for. Warps without a stripe of their own
-  // take the last one, for nothing.
-  const Header header = load_header(matrix.gmem_header, lane);
-  const u32 capacity = entry_capacity(matrix.escapes_bytes, header.wide);
+  // As many tiles as the ring has room for, which start on their way before all else. Warps without a stripe of their
+  // own take the last one, for nothing.
   const u64 stripe_tile = static_cast<u64>(min(stripe, stripes - 1)) * tiles_per_stripe;
   const u8* gmem_tile = matrix.gmem_tiles + (stripe_tile + begin) * kTileBytes;  // the next one to be copied
-  Lists lists;
-  lists.gmem_offset = matrix.gmem_offsets + stripe_tile + begin + lane;
-  lists.load(begin, end, lane);
-  lists.advance(matrix.gmem_escapes, header.wide, capacity, smem_lists, smem_runs, begin + kChunk, end, lane);
-  const Activations x(gmem_x, smem, cols);
-  const bool aligned = cols % 8 == 0 && reinterpret_cast<u64>(gmem_x) % 16 == 0;
-  x.load(0, tokens, cols, begin * kTileCols, end * kTileCols, aligned);
-  commit_copies();
-  if (threadIdx.x < 64) smem_table[threadIdx.x] = static_cast<u16>(__ldg(matrix.gmem_header + threadIdx.x) << 7);
   if (lane < kSteps) mbarrier_init(barrier_of(smem_ring + lane * kStepBytes), 1);
   mbarrier_fence();
   __syncwarp();
@@ -231,6 +220,19 @@ extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
   for (u32 i = 0; i < kSteps; ++i) {
     if (begin + i * kStepTiles < end) copy_step(smem_ring + i * kStepBytes, begin + i * kStepTiles);
   }
+
+  // The first chunk of x and of lists.
+  Lists lists;
+  lists.gmem_offset = matrix.gmem_offsets + stripe_tile + begin + lane;
+  lists.load(begin, end, lane);
+  const Activations x(gmem_x, smem, cols);
+  const bool aligned = cols % 8 == 0 && reinterpret_cast<u64>(gmem_x) % 16 == 0;
+  x.load(0, tokens, cols, begin * kTileCols, end * kTileCols, aligned);
+  const Header header = load_header(matrix.gmem_header, lane);
+  const u32 capacity = entry_capacity(matrix.escapes_bytes, header.wide);
+  if (threadIdx.x < 64) smem_table[threadIdx.x] = static_cast<u16>(__ldg(matrix.gmem_header + threadIdx.x) << 7);
+  lists.advance(matrix.gmem_escapes, header.wide, capacity, smem_lists, smem_runs, begin + kChunk, end, lane);
+  commit_copies();
 
   float sum[kTokenTiles][4] = {};
   uint4 a[4];
