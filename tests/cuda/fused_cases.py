@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 
 from bitforbit.codecs.base import Bytes
 from bitforbit.cuda.fused import linear, reference
@@ -41,6 +42,13 @@ def cancelling(rows: int, cols: int, tokens: int, seed: int = 0) -> tuple[Words,
     x = activations(tokens, cols // 2, seed)
     places = np.random.default_rng(seed).permutation(cols)
     return np.hstack([half, half])[:, places], np.hstack([x, x ^ 0x8000])[:, places]
+
+
+def on_hopper(queue: Any) -> Any:
+    """The queue, if its device has the instructions of compute capability 9.0; else the test is skipped."""
+    if queue.properties.compute_capability != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    return queue
 
 
 class DeviceGroup:

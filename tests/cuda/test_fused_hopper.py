@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fused_cases import DeviceGroup, activations, bf16, cancelling, floats
+from fused_cases import DeviceGroup, activations, bf16, cancelling, floats, on_hopper
 
 from bitforbit.cuda import compiler, sources
 from bitforbit.cuda.fused import plan as plans
@@ -27,14 +27,6 @@ CASES = cases()
 TRAINED = [*range(118, 126)] * 12 + [3, 117, 130]
 FEW, MANY = HOPPER[0], HOPPER[-1]
 ids = pytest.mark.parametrize("variant", HOPPER, ids=lambda v: f"{v.tokens}-{v.warps}")
-
-
-@pytest.fixture(autouse=True)
-def _sm_90a(request: pytest.FixtureRequest) -> None:
-    """On a GPU of another architecture there is nothing to test."""
-    gpu = "queue" in request.fixturenames and "gpu" in request.node.callspec.id
-    if gpu and request.getfixturevalue("queue").properties.compute_capability != (9, 0):
-        pytest.skip("needs a GPU of compute capability 9.0")
 
 
 def close(got: Words, x: Words, words: Words, bias: Words | None = None) -> None:
@@ -62,6 +54,12 @@ def check(queue: Any, words: Words, x: Words, variant: Hopper, splits: int | Non
         close(got, x, words)
 
 
+@pytest.fixture
+def queue(queue: Any) -> Any:
+    """One that the kernel runs on."""
+    return on_hopper(queue)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_hostile_matrices(queue: Any, name: str) -> None:
     """Weights with huge exponents, infinities and NaNs: on a GPU, which values are NaN, and the others' zeros."""
@@ -82,6 +80,16 @@ def test_variants(queue: Any, variant: Hopper, rows: int, cols: int, splits: int
     words = with_exponents(rows, cols, TRAINED, rows)
     for tokens in (variant.tokens, variant.tokens - 3):
         check(queue, words, activations(tokens, cols), variant, splits)
+
+
+@ids
+@pytest.mark.parametrize("splits", [1, 3])
+def test_sums_that_are_exact_in_any_order(queue: Any, variant: Hopper, splits: int) -> None:
+    """Small whole numbers: a GPU gives the reference's bits, too, however it sums."""
+    random = np.random.default_rng(12)
+    words, x = bf16(random.integers(-120, 121, (141, 1160))), bf16(random.integers(-50, 51, (variant.tokens - 1, 1160)))
+    (got,) = group_of(queue, [words], splits).linear(x, variant)
+    np.testing.assert_array_equal(got, reference.linear(x, words, Order(1160, splits)))
 
 
 @pytest.mark.parametrize(("cols", "offset"), [(331, 0), (332, 0), (328, 2), (65, 14), (63, 0)])
