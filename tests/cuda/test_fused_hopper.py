@@ -12,7 +12,7 @@ from fused_cases import DeviceGroup, activations, bf16, cancelling, floats, on_h
 from bitforbit.cuda import compiler, sources
 from bitforbit.cuda.fused import plan as plans
 from bitforbit.cuda.fused import reference
-from bitforbit.cuda.fused.order import WARPGROUPS, Order, choose_order
+from bitforbit.cuda.fused.order import Order, choose_order
 from bitforbit.cuda.fused.plan import HOPPER, Hopper
 from bitforbit.cuda.kernel import DeviceProperties
 from bitforbit.cuda.tiles import naive
@@ -26,6 +26,7 @@ from helpers.tile_cases import Words, cases, gaussian, with_exponents
 CASES = cases()
 TRAINED = [*range(118, 126)] * 12 + [3, 117, 130]
 FEW, MANY = HOPPER[0], HOPPER[-1]
+WARPGROUPS = Hopper.instruction
 ids = pytest.mark.parametrize("variant", HOPPER, ids=lambda v: f"{v.tokens}-{v.warps}")
 
 
@@ -208,10 +209,8 @@ def test_only_its_architecture() -> None:
     order = replace(choose_order((256,), 512, ada), instruction=WARPGROUPS)
     with pytest.raises(UsageError, match=r"compute capability 9\.0 for Hopper"):
         plans.plan((256,), order, 8, ada, FEW)
-    with pytest.raises(UsageError, match="its instruction sums in another order"):
-        plans.plan((256,), choose_order((256,), 512, HOPPER_GPU), 8, HOPPER_GPU, FEW)
-    with pytest.raises(UsageError, match="its instruction sums in another order"):
-        plans.plan((256,), order, 8, HOPPER_GPU, plans.VARIANTS[0])
+    with pytest.raises(UsageError, match="expected an instruction of Ada, got wgmma"):
+        plans.plan((256,), order, 8, ada)
 
 
 @pytest.mark.parametrize(("tokens", "chosen"), [(1, 0), (8, 0), (9, 1), (32, 3), (33, 4), (64, 4)])

@@ -26,10 +26,8 @@ REDUCTIONS = ("ascending", "descending", "neighbours", "halves")
 and 3, then these sums), or of the first half and the second (0 and n/2, 1 and n/2 + 1, then these sums)."""
 PARTIALS = ("F32", "BF16", "running BF16")
 """What the sums of splits are rounded to before they are added; with the last one so is what each addition gives."""
-INSTRUCTIONS = {"mma.m16n8k16": 16, "mma.m16n8k8": 8}
+INSTRUCTIONS = {"mma.m16n8k16": 16, "mma.m16n8k8": 8, "wgmma.m64nNk16": 16}
 """Matrix instructions that kernels have, with the columns that each takes."""
-WARPGROUPS = "wgmma.m64nNk16"
-"""The instruction of the kernel for sm_90a alone, of 16 columns; whether it sums as mma.m16n8k16 is not documented."""
 MOST_TREE_SPLITS = 32
 UNIT_STRIPES = 8
 """Stripes that the number of splits is computed with: of a block, where there are few tokens."""
@@ -74,11 +72,7 @@ class Order:
                 f"expected {self.splits} splits to hold {self.tiles} tiles of columns, each at least one, got splits "
                 f"of {self.split_tiles} tiles, {self.longer} of them longer by one"
             )
-        known = (
-            self.reduction in REDUCTIONS
-            and self.partials in PARTIALS
-            and self.instruction in (*INSTRUCTIONS, WARPGROUPS)
-        )
+        known = self.reduction in REDUCTIONS and self.partials in PARTIALS and self.instruction in INSTRUCTIONS
         if not known or (self.reduction in REDUCTIONS[2:] and self.splits > MOST_TREE_SPLITS):
             raise UsageError(
                 f"expected a reduction among {REDUCTIONS} (the last two of at most {MOST_TREE_SPLITS} splits), partial "
@@ -93,7 +87,7 @@ class Order:
     @property
     def k_step(self) -> int:
         """Columns of an instruction."""
-        return INSTRUCTIONS.get(self.instruction, 16)
+        return INSTRUCTIONS[self.instruction]
 
     @property
     def ranges(self) -> tuple[tuple[int, int], ...]:

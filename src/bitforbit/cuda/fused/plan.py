@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import ClassVar
 
 from bitforbit.cuda.fused import tuned
-from bitforbit.cuda.fused.order import WARPGROUPS, Order
+from bitforbit.cuda.fused.order import Order
 from bitforbit.cuda.kernel import U32, DeviceProperties, Kernel, LaunchConfig, Pointer
 from bitforbit.cuda.tiles.layout import SIZE_LIMIT, TILE_BYTES, TILE_COLS, TILE_ROWS, TILE_WEIGHTS
 from bitforbit.errors import UsageError
@@ -41,16 +41,11 @@ class Variant:
     """Of a multiprocessor, for which the compiler leaves registers."""
     bulk: int = 0
     """1: tiles come by bulk copies on architectures that have them (sm_90 and later), 0: by cp.async."""
-    k_step: int = 16
-    """Columns of its matrix instruction: part of the order."""
 
+    instruction: ClassVar[str] = "mma.m16n8k16"
+    """Of the order of summation."""
     capability: ClassVar[tuple[int, int] | None] = None
     """The only compute capability that it runs on, if it does not run on all."""
-
-    @property
-    def instruction(self) -> str:
-        """Of the orders that it has."""
-        return "mma.m16n8k16" if self.k_step == 16 else "mma.m16n8k8"
 
     @property
     def kernel(self) -> Kernel:
@@ -72,21 +67,30 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Hopper(Variant):
-    """A binary for sm_90a alone, by its matrix instructions: for orders that name them, which have bits of their own.
+class HalfSteps(Variant):
+    """A binary of the same kernel whose matrix instruction takes half as many columns."""
 
-    ``warps`` is a multiple of 4, ``stages`` of 2, ``stripes`` and ``bulk`` are 1, ``k_step`` is 16.
+    instruction: ClassVar[str] = "mma.m16n8k8"
+
+    @property
+    def kernel(self) -> Kernel:
+        """Its entry point."""
+        whole = super().kernel
+        return replace(whole, defines=(*whole.defines, ("BITFORBIT_K_STEP", "8")))
+
+
+@dataclass(frozen=True)
+class Hopper(Variant):
+    """A binary for sm_90a alone, by its matrix instructions, which may sum in another way than those of the others.
+
+    ``warps`` is a multiple of 4, ``stages`` of 2, ``stripes`` and ``bulk`` are 1.
     """
 
     chunk: int = 4
     """Tiles' columns of x in one of its two chunks, a multiple of 4 and of ``stages``."""
 
+    instruction: ClassVar[str] = "wgmma.m64nNk16"
     capability: ClassVar[tuple[int, int] | None] = (9, 0)
-
-    @property
-    def instruction(self) -> str:
-        """Of the orders that it has."""
-        return WARPGROUPS
 
     @property
     def kernel(self) -> Kernel:
@@ -115,16 +119,16 @@ VARIANTS = (
 BULK = tuple(replace(variant, bulk=1) for variant in VARIANTS if variant.tokens in (8, 64))
 """To be compared with the others on a GPU; chosen only where a table of measurements says so."""
 ALL = VARIANTS + BULK
-HALF_STEPS = tuple(replace(variant, k_step=8) for variant in VARIANTS)
-"""Of mma.m16n8k8, for orders that have been found to be a library's (:mod:`bitforbit.ops.gpu.order`)."""
+HALF_STEPS = tuple(HalfSteps(**vars(variant)) for variant in VARIANTS)
+"""For orders that have been found to be a library's (:mod:`bitforbit.ops.gpu.order`)."""
 HOPPER = (
-    Hopper(8, 1, 8, 4, 2, 1, chunk=8),
-    Hopper(16, 1, 8, 4, 2, 1, chunk=8),
-    Hopper(32, 1, 8, 4, 2, 1, chunk=4),
-    Hopper(32, 1, 16, 4, 1, 1, chunk=8),
-    Hopper(64, 1, 16, 4, 1, 1, chunk=4),
+    Hopper(8, 1, 8, 4, 2, 1, 8),
+    Hopper(16, 1, 8, 4, 2, 1, 8),
+    Hopper(32, 1, 8, 4, 2, 1, 4),
+    Hopper(32, 1, 16, 4, 1, 1, 8),
+    Hopper(64, 1, 16, 4, 1, 1, 4),
 )
-"""Of wgmma.m64nNk16. Nothing asks for such an order before it is measured."""
+"""So are these, and to be compared with the others, on GPUs of compute capability 9.0."""
 PLAIN = Kernel("fused_plain", "fused_plain.cu", (Pointer,) * 4 + (U32,) * 6)
 KERNELS = (*(variant.kernel for variant in ALL + HALF_STEPS + HOPPER), PLAIN)
 
@@ -140,16 +144,20 @@ class Plan:
     """ARRIVED_BYTES, and after them FP32 sums."""
 
 
-def choose_variant(tokens: int, properties: DeviceProperties) -> Variant:
-    """The variant for so many tokens: the last of those that fit into the device's shared memory."""
-    fits = [variant for variant in variants(tokens, properties) if variant in VARIANTS]
+def choose_variant(tokens: int, properties: DeviceProperties, instruction: str = Variant.instruction) -> Variant:
+    """The variant for so many tokens: the last of those of an instruction that fit into the device's shared memory."""
+    if instruction not in instructions(properties):
+        raise UsageError(f"expected an instruction of {properties.name}, got {instruction}")
+    room = _room(tokens)
+    known = [v for v in VARIANTS + HALF_STEPS + HOPPER if v.instruction == instruction and v.tokens == room]
+    fits = [v for v in known if v.shared_bytes <= properties.shared_bytes_per_block]
     if not fits:
         raise UsageError(f"expected a GPU with more than {properties.shared_bytes_per_block} bytes of shared memory")
     return fits[-1]
 
 
 def variants(tokens: int, properties: DeviceProperties) -> tuple[Variant, ...]:
-    """All that are made for so many tokens and run on the device. Raises UsageError."""
+    """All of the usual instruction that are made for so many tokens and run on the device. Raises UsageError."""
     room, bulk = _room(tokens), properties.compute_capability >= (9, 0)
     fits = [variant for variant in ALL if variant.shared_bytes <= properties.shared_bytes_per_block]
     return tuple(variant for variant in fits if variant.tokens == room and (bulk or not variant.bulk))
@@ -168,11 +176,10 @@ def _room(tokens: int) -> int:
     return min(variant.tokens for variant in VARIANTS if variant.tokens >= tokens)
 
 
-def _of_order(order: Order, tokens: int, properties: DeviceProperties) -> Variant:
-    if order.instruction == WARPGROUPS:
-        room = _room(tokens)
-        return [variant for variant in HOPPER if variant.tokens == room][-1]
-    return replace(choose_variant(tokens, properties), k_step=order.k_step)
+def instructions(properties: DeviceProperties) -> tuple[str, ...]:
+    """The matrix instructions of a device that kernels have."""
+    every = VARIANTS + HALF_STEPS + HOPPER
+    return tuple(dict.fromkeys(v.instruction for v in every if v.capability in (None, properties.compute_capability)))
 
 
 @lru_cache(maxsize=4096)
@@ -181,13 +188,11 @@ def plan(
 ) -> Plan:
     """The launch for matrices of so many rows each that share x [tokens, order.cols]. Raises UsageError."""
     chosen = variant or tuned_variant(rows, order, tokens, properties)
-    chosen = chosen or _of_order(order, tokens, properties)
+    chosen = chosen or choose_variant(tokens, properties, order.instruction)
     if tokens > chosen.tokens:
         raise UsageError(f"expected at most {chosen.tokens} tokens for {chosen}, got {tokens}")
     if chosen.capability not in (None, properties.compute_capability):
         raise UsageError(f"expected a GPU of compute capability 9.0 for {chosen}, got {properties.compute_capability}")
-    if order.instruction != chosen.instruction:
-        raise UsageError(f"expected a variant for {order}, got {chosen}: its instruction sums in another order")
     units = sum(-(-count // chosen.unit_rows) for count in rows)
     blocks = units * order.splits
     if max(blocks, sum(rows)) >= SIZE_LIMIT or (order.splits > 1 and 4 * units > ARRIVED_BYTES):
@@ -200,8 +205,5 @@ def plan(
 @lru_cache(maxsize=4096)
 def workspace_bytes(rows: tuple[int, ...], order: Order, properties: DeviceProperties) -> int:
     """Size of a workspace for up to MAX_TOKENS tokens."""
-    if order.instruction == WARPGROUPS:
-        variants: tuple[Variant, ...] = HOPPER
-    else:
-        variants = tuple(replace(variant, k_step=order.k_step) for variant in ALL)
+    variants = [v for v in ALL + HOPPER if v.capability in (None, properties.compute_capability)]
     return max(plan(rows, order, variant.tokens, properties, variant).workspace_bytes for variant in variants)

@@ -2,30 +2,6 @@
 #pragma once
 #include "fused.cuh"
 
-// Where the rules ask for a tree: adds this thread's sums of the splits up in place, into those of the first one.
-// Returns how many splits' sums are left to be added.
-template <u32 kThreads, u32 kSums>
-__device__ __forceinline__ u32 add_trees(float4* gmem_unit, u32 splits, Rules rules) {
-  if (!rules.tree()) return splits;
-  for (u32 left = splits, apart = 1; left > 1;) {
-    const u32 half = (left + 1) / 2;
-    for (u32 i = 0; i < left / 2; ++i) {
-      float4* gmem_to = gmem_unit + static_cast<u64>(rules.halves() ? i : 2 * apart * i) * (kSums * kThreads);
-      const float4* gmem_from = gmem_to + static_cast<u64>(rules.halves() ? half : apart) * (kSums * kThreads);
-#pragma unroll 1
-      for (u32 at = 0; at < kSums * kThreads; at += kThreads) {
-        const float4 a = __ldcg(gmem_to + at), b = __ldcg(gmem_from + at);
-        const bool round = rules.rounds_sums();
-        __stcg(gmem_to + at, make_float4(rounded(a.x + b.x, round), rounded(a.y + b.y, round),
-                                         rounded(a.z + b.z, round), rounded(a.w + b.w, round)));
-      }
-    }
-    left = half;
-    apart *= 2;
-  }
-  return 1;
-}
-
 // Puts this block's sums to device memory. The block of the unit that comes last takes those of all splits back and
 // adds them as the rules have it; for the others the answer is false.
 template <u32 kThreads, u32 kSums>
@@ -48,7 +24,7 @@ __device__ __forceinline__ bool add_splits(float (&sum)[kSums][4], float4* gmem_
   if (*smem_last == 0) return false;
   if (threadIdx.x == 0) *gmem_arrived = 0;  // for the next launch
   __threadfence();
-  const u32 left = add_trees<kThreads, kSums>(gmem_unit, splits, rules);
+  const u32 left = add_trees(gmem_unit, kBlockSums, kThreads, splits, rules);
   for (u32 i = 0; i < left; ++i) {
     const float4* gmem_split = gmem_unit + static_cast<u64>(rules.descending() ? left - 1 - i : i) * kBlockSums;
 #pragma unroll
