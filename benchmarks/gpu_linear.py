@@ -8,7 +8,7 @@ BF16 is the faster of one product per matrix and one with all of them joined. Th
 moves as many bytes as the compressed weights have. Above 64 tokens fused mode decodes. Beside it, for the first model,
 exact mode by decoding: each weight right before its product, or the next one beside it.
 
-    python -m benchmarks.gpu_linear [--seconds 100 | --full] [--dry-run] [--json FILE]
+    python -m benchmarks.gpu_linear [--seconds 60 | --full] [--model NAME] [--dry-run] [--json FILE]
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from bitforbit.ops.gpu import Policy
 
 POLICIES = {"exact, at use": Policy(ahead=0), "exact, ahead": Policy()}
 PLAIN = ("bf16", "bf16 joined")
-SECONDS = 100
+SECONDS = 60
 """The first model always runs to its end, the others as far as this goes."""
 
 

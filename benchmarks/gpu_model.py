@@ -143,21 +143,21 @@ class Decoder:
         self.columns = torch.arange(self.length, device=device)
         self.logits: torch.Tensor = torch.empty(0)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def start(self) -> None:
         """Fill the cache with the prompt; the first token comes from it."""
         output = self.model(self.prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         self.tokens.copy_(output.logits[:, -1].argmax(-1, keepdim=True))
         self.rewind()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def rewind(self) -> None:
         """Back to the end of the prompt."""
         self.position.fill_(self.size.context)
         for layer in self.cache.layers:
             layer.cumulative_length.fill_(self.size.context)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def step(self) -> None:
         """One token more. Waits for nothing."""
         batch = self.tokens.shape[0]
@@ -184,7 +184,7 @@ class Replay:
         decoder.start()
         self.first = decoder.tokens.clone()
         stats.reset()
-        for _ in range(2):  # warm: libraries choose their kernels, the order of the weights is learned
+        for _ in range(3):  # warm: libraries choose kernels, orders of weights and launches of several are learned
             decoder.step()
         self.ran = {way: count.weight_bytes for way, count in stats.snapshot().items()}
         self.graph = None
@@ -195,7 +195,7 @@ class Replay:
                 decoder.step()
         self.restart()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def restart(self) -> None:
         """Back to the first token after the prompt."""
         self.decoder.rewind()
@@ -272,7 +272,7 @@ def prefill(models: dict[str, nn.Module], size: Size, meter: Meter) -> dict[str,
     generator = torch.Generator(meter.device).manual_seed(1)
     prompt = torch.randint(size.vocabulary, (1, size.prefill), device=meter.device, generator=generator)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def logits(name: str) -> torch.Tensor:
         return models["bf16" if name == "bf16" else "exact"](prompt, use_cache=False, logits_to_keep=1).logits
 
