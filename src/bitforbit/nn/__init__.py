@@ -3,6 +3,7 @@
 from bitforbit.nn.classes import Compressed, Embedding, Linear
 from bitforbit.nn.gpu_specs import Df11Spec, TilesSpec
 from bitforbit.nn.model import CompressedSize, compress_model, compressed_size, decompress_model, set_layout, set_mode
+from bitforbit.nn.orders import prove_orders
 from bitforbit.nn.parameters import (
     compress_parameter,
     compressed_parameters,
@@ -31,6 +32,7 @@ __all__ = [
     "decompress_parameter",
     "install_parameter",
     "part_name",
+    "prove_orders",
     "set_layout",
     "set_mode",
 ]

@@ -82,7 +82,7 @@ def recheck(
     proof, if they differ.
     """
     tokens = got.numel() // rows
-    if not _is_due(_key(rows, cols, tokens, threads, has_bias)):
+    if not is_due(_key(rows, cols, tokens, threads, has_bias)):
         return
     expected = decoded()
     differing = int((got.view(torch.int16) != expected.view(torch.int16)).sum())
@@ -131,7 +131,7 @@ def _probe(rows: int, cols: int, tokens: int, threads: int, has_bias: bool, fami
             torch.set_num_threads(before)
 
 
-def _is_due(key: Key) -> bool:
+def is_due(key: Key) -> bool:
     """Whether BITFORBIT_PARANOID wants this use checked: a share of all uses, or the first so many of every product."""
     text = os.environ.get("BITFORBIT_PARANOID", "")
     if not text:

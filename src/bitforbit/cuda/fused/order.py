@@ -22,10 +22,10 @@ from bitforbit.cuda.tiles.layout import TILE_COLS, TILE_ROWS
 from bitforbit.errors import UsageError
 
 REDUCTIONS = ("ascending", "descending", "neighbours", "halves")
-"""How splits are added: one after the other, from the first or the last; as a tree of pairs of neighbours (0 and 1, 2 and
-3, then these sums), or of the first half and the second (0 and n/2, 1 and n/2 + 1, then these sums)."""
+"""How splits are added: one after the other, from the first or the last; as a tree of pairs of neighbours (0 and 1, 2
+and 3, then these sums), or of the first half and the second (0 and n/2, 1 and n/2 + 1, then these sums)."""
 PARTIALS = ("F32", "BF16", "running BF16")
-"""What the sums of splits are rounded to before they are added; with "running BF16" so is the result of each addition."""
+"""What the sums of splits are rounded to before they are added; with the last one so is what each addition gives."""
 INSTRUCTIONS = {"mma.m16n8k16": 16, "mma.m16n8k8": 8}
 """Matrix instructions that kernels have, with the columns that each takes."""
 MOST_TREE_SPLITS = 32

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 from bitforbit.ops.gpu import df11, planes, tiles
 from bitforbit.ops.gpu.convert import df11_prepare, encode_planes, pack_tiles, planes_to_tiles, tiles_to_planes
+from bitforbit.ops.gpu.order_probe import ALIGNMENT, Product
 from bitforbit.ops.gpu.policy import Policy, scratch_bytes
+from bitforbit.ops.gpu.proofs import alignment_of, prove
 from bitforbit.ops.gpu.queues import emulate, queue_for
 from bitforbit.ops.gpu.runtime import check_status, clear, current_policy, use_policy
 
 __all__ = [
+    "ALIGNMENT",
     "Policy",
+    "Product",
+    "alignment_of",
     "check_status",
     "clear",
     "current_policy",
@@ -22,6 +27,7 @@ __all__ = [
     "encode_planes",
     "pack_tiles",
     "planes_to_tiles",
+    "prove",
     "queue_for",
     "register",
     "scratch_bytes",

@@ -17,6 +17,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from bitforbit.cuda.fused import linear as kernels
+from bitforbit.cuda.fused import plan as plans
 from bitforbit.cuda.fused.linear import Group
 from bitforbit.cuda.fused.order import Order, choose_order
 from bitforbit.cuda.fused.plan import ARRIVED_BYTES, MAX_TOKENS
@@ -47,17 +48,21 @@ def order_of(group: Sequence[int], cols: int, properties: DeviceProperties) -> O
     return choose_order(tuple(group), cols, properties)
 
 
-def linears(x: torch.Tensor, matrices: Sequence[Matrix], cols: int, group: tuple[int, ...]) -> list[torch.Tensor]:
+def linears(
+    x: torch.Tensor, matrices: Sequence[Matrix], cols: int, group: tuple[int, ...],
+    order: Order | None = None, way: str = "fused",
+) -> list[torch.Tensor]:  # fmt: skip
     """``x @ weight.T + bias`` of each matrix, ``[..., rows]``, for at most 64 tokens in all, side by side in memory.
 
-    ``group`` are the rows of the matrices whose common order of summation is used; empty: these. Raises UsageError,
-    also within a graph capture if the same matrices were not multiplied before; CorruptTensorError.
+    ``group`` are the rows of the matrices whose common order of summation is used; empty: these. ``order`` is another
+    one, in its place; ``way`` is what the products are counted as (:mod:`bitforbit.ops.stats`). Raises UsageError, also
+    within a graph capture if the same matrices were not multiplied before; CorruptTensorError.
     """
     device = matrices[0].parts[0].device
     runtime.check_input(x, cols, torch.bfloat16, device)
     runtime.checked_status(device)
     place, tokens = runtime.current_place(device), x.numel() // cols
-    runtime.pass_by(place)
+    runtime.pass_by(place, None if order is None else matrices[0].parts)
     queue = queues.queue_for(device)
     prepared = _prepared(queue, matrices, cols, group, place.capture == 0)
     if prepared is None:
@@ -71,10 +76,11 @@ def linears(x: torch.Tensor, matrices: Sequence[Matrix], cols: int, group: tuple
     shapes = [(*x.shape[:-1], count) for count in rows]
     out = torch.empty(shapes[0] if len(rows) == 1 else tokens * sum(rows), dtype=torch.bfloat16, device=device)
     if tokens:
-        workspace = _workspace(place, kernels.workspace_bytes(prepared.group, queue.properties))
-        kernels.linear(queue, prepared.group, x.data_ptr(), tokens, out.data_ptr(), workspace.data_ptr())
+        order = order or prepared.group.order
+        workspace = _workspace(place, plans.workspace_bytes(prepared.group.rows, order, queue.properties))
+        kernels.linear(queue, prepared.group, x.data_ptr(), tokens, out.data_ptr(), workspace.data_ptr(), None, order)
     for count in rows:
-        stats.count("fused", 2 * count * cols)
+        stats.count(way, 2 * count * cols)
     if len(rows) == 1:
         return [out]
     # As .data, they are no views to torch: each may be written to without the others' being said to have changed.

@@ -1,15 +1,15 @@
 """In which order does torch's BF16 linear sum on a GPU? Finds out by comparing bits with the orders that kernels have.
 
-As on a CPU (:mod:`bitforbit.ops.probe`): where every product occurs twice with opposite signs, at random places, outputs
-are nothing but rounding residue, and another order gives other bits nearly everywhere. First all candidates are tried
-on a few rows of such inputs, by the kernel that reads plain weights. What agrees there has to agree in every output of
-the whole matrix, from tiles, by the kernel that is to be used: on these inputs and on others, ordinary, of all
-magnitudes, tiny, with NaN and infinity. NaNs are compared by their bits, too.
+As on a CPU (:mod:`bitforbit.ops.probe`): where every product occurs twice with opposite signs, at random places,
+outputs are nothing but rounding residue, and another order gives other bits nearly everywhere. First all candidates are
+tried on a few rows of such inputs, by the kernel that reads plain weights. What agrees there has to agree in every
+output of the whole matrix, from tiles, by the kernel that is to be used: on these inputs and on others, ordinary, of
+all magnitudes, tiny, with NaN and infinity. NaNs are compared by their bits, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -67,21 +67,23 @@ def find_order(linear: Linear, device: torch.device, product: Product) -> Order 
     bench = _Bench(linear, device, product)
     rng = np.random.default_rng((product.rows, product.cols, product.tokens))
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        probe_ = bench.case(probe.cancelling(rng, bench.chunk_rows, product.cols, product.tokens, product.has_bias))
-        if not _equal(bench.run(probe_), probe_.expected) or not bench.tells(probe_):
+        case = bench.case(probe.cancelling, rng)
+        if not _equal(bench.run(case), case.expected) or not bench.tells(case):
             return None
-        found = [order for order in candidates(product.cols) if bench.sieves(probe_, order)]
-        if not found:
-            return None
-        left = [
-            replace(order, bias_rounded=late) for order in found for late in ((False, True)[: 1 + product.has_bias])
-        ]
-        for make in (probe.cancelling, probe.cancelling, probe.ordinary, probe.wide, probe.tiny, special):
-            case = bench.case(make(rng, bench.chunk_rows, product.cols, product.tokens, product.has_bias))
-            left = [order for order in left if bench.agrees(case, order)]
-            if not left:
-                return None
-        return left[0] if bench.agrees(probe_, left[0]) else None
+        left = [order for order in candidates(product.cols) if bench.sieves(case, order)]
+        if product.has_bias:
+            left = [replace(order, bias_rounded=rounded) for order in left for rounded in (False, True)]
+        left = [order for order in left if bench.agrees(case, order)]
+        for make in _KINDS:
+            if left:
+                case = bench.case(make, rng)
+                left = [order for order in left if bench.agrees(case, order)]
+        for _ in range(_MORE_ROUNDS):
+            if len(left) > 1:
+                case = bench.case(between_tiles, rng)
+                left = [order for order in left if bench.agrees(case, order)]
+    # Orders that are still alike may be the same to the device: two instructions of 8 columns, or one of 16.
+    return left[0] if left else None
 
 
 def candidates(cols: int) -> Iterator[Order]:
@@ -103,6 +105,37 @@ def candidates(cols: int) -> Iterator[Order]:
                         yield replace(cut, instruction=instruction, partials=partials, reduction=reduction)
 
 
+def within_tiles(rng: np.random.Generator, rows: int, cols: int, tokens: int, has_bias: bool) -> Inputs:
+    """Every tile of columns cancels by itself, so that the sum of a split is all residue, too.
+
+    What an instruction does shows even if the sums of splits are rounded to BF16.
+    """
+    pieces = [
+        probe.cancelling(rng, rows, min(TILE_COLS, cols - begin), tokens, has_bias)
+        for begin in range(0, cols, TILE_COLS)
+    ]
+    weight, x = (torch.cat([getattr(piece, name) for piece in pieces], 1) for name in ("weight", "x"))
+    return Inputs(weight, x, pieces[0].bias)
+
+
+def between_tiles(rng: np.random.Generator, rows: int, cols: int, tokens: int, has_bias: bool) -> Inputs:
+    """Tiles of columns cancel each other, in random pairs, each of them and each row of a magnitude of its own.
+
+    What is left over tells in which order the sums of splits were added, even if they were rounded to BF16: sums of so
+    few bits are added without any rounding where their magnitudes are alike.
+    """
+    weight, x = torch.zeros(rows, cols, dtype=torch.bfloat16), torch.zeros(tokens, cols, dtype=torch.bfloat16)
+    place = rng.permutation(-(-cols // TILE_COLS))
+    for one, other in place[: len(place) // 2 * 2].reshape(-1, 2):
+        width = min(TILE_COLS, cols - TILE_COLS * int(max(one, other)))
+        drawn = probe.ordinary(rng, rows, width, tokens, False)
+        scale = torch.from_numpy(np.exp2(rng.integers(-20, 21, (rows, 1)))).to(torch.bfloat16)
+        for tile, sign in ((one, 1), (other, -1)):
+            at = TILE_COLS * int(tile) + torch.from_numpy(rng.permutation(width))
+            weight[:, at], x[:, at] = sign * scale * drawn.weight, drawn.x
+    return Inputs(weight, x, torch.zeros(rows, dtype=torch.bfloat16) if has_bias else None)
+
+
 def special(rng: np.random.Generator, rows: int, cols: int, tokens: int, has_bias: bool) -> Inputs:
     """Ordinary inputs with NaNs of several payloads, infinities of both signs and zeros of both signs among them."""
     inputs = probe.ordinary(rng, rows, cols, tokens, has_bias)
@@ -116,6 +149,15 @@ def special(rng: np.random.Generator, rows: int, cols: int, tokens: int, has_bia
 
     bias = None if inputs.bias is None else sprinkle(inputs.bias, 4)
     return Inputs(sprinkle(inputs.weight, 4 * cols), sprinkle(inputs.x, 2 * cols), bias)
+
+
+Make = Callable[[np.random.Generator, int, int, int, bool], Inputs]
+"""Inputs from a generator, for numbers of rows, columns and tokens, with a bias or without."""
+
+_KINDS: tuple[Make, ...] = (
+    within_tiles, between_tiles, probe.cancelling, probe.ordinary, probe.wide, probe.tiny, special,
+)  # fmt: skip
+_MORE_ROUNDS = 4
 
 
 @dataclass(frozen=True)
@@ -138,7 +180,10 @@ class _Bench:
         self._places = torch.arange(product.rows, device=device) % self.chunk_rows
         self._packed: tuple[Inputs, list[torch.Tensor]] | None = None
 
-    def case(self, inputs: Inputs) -> _Case:
+    def case(self, make: Make, rng: np.random.Generator) -> _Case:
+        """Inputs of one kind."""
+        product = self.product
+        inputs = make(rng, self.chunk_rows, product.cols, product.tokens, product.has_bias)
         x = _placed(inputs.x, self.product.x_alignment, self.device)
         bias = None if inputs.bias is None else _placed(inputs.bias, ALIGNMENT, self.device)
         inputs = Inputs(_placed(inputs.weight, ALIGNMENT, self.device), x, bias)
@@ -183,7 +228,10 @@ class _Bench:
         if self._packed is None or self._packed[0] is not inputs:
             words = inputs.weight.view(torch.int16).cpu().numpy().view(np.uint16)
             packed = naive.pack(words)  # which packs what would not get smaller, too
-            self._packed = inputs, [_placed(torch.from_numpy(packed[name]), ALIGNMENT, self.device) for name in PARTS]
+            self._packed = (
+                inputs,
+                [_placed(torch.from_numpy(packed[name].copy()), ALIGNMENT, self.device) for name in PARTS],
+            )
         bias = 0 if inputs.bias is None else inputs.bias.data_ptr()
         group = kernels.prepare(self.queue, [(addresses(self._packed[1]), layout, bias)], 1)
         group = replace(group, order=order)

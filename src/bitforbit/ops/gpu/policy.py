@@ -31,6 +31,12 @@ class Policy:
     grouped_in_inference_mode: bool = False
     """Also under ``torch.inference_mode``, where torch does not count changes of tensors: right as long as nobody
     changes a layer's input in place between the products that share it. ``torch.no_grad`` needs no such trust."""
+    proven_orders: bool = True
+    """Whether products of up to 64 tokens in mode ``"exact"`` run straight from tiles where their order of sums was
+    proven to be torch's own (:mod:`bitforbit.ops.gpu.proofs`)."""
+    prove_after: int | None = 32
+    """A product (these sizes, this number of tokens) is probed when it is used for so many times, once, unless the
+    verdict is on disk. None: never; then ``ops.gpu.prove`` is the only way."""
 
 
 def scratch_bytes(sizes: Iterable[int], policy: Policy | None = None) -> int:

@@ -180,9 +180,13 @@ class Prefetcher:
         for key in list(self._ahead):
             self._drop(key)
 
-    def pass_by(self) -> None:
-        """A product was enqueued that decodes nothing, maybe in the stead of one that would: free what waits for it."""
-        if self._ahead:
+    def pass_by(self, parts: Parts | None = None) -> None:
+        """A product was enqueued that decodes nothing, maybe in the stead of one that would: free what waits for it.
+
+        With the product's ``parts``, nothing is freed that waits for another weight.
+        """
+        addresses = None if parts is None else tuple(part.data_ptr() for part in parts)
+        if self._ahead and (addresses is None or any(key[: len(addresses)] == addresses for key in self._ahead)):
             self.discard()
             if self._last is not None:
                 self._last.next = None

@@ -198,11 +198,14 @@ def current_place(device: torch.device) -> Place:
     return Place(device, stream, queues.capture_id(device, stream))
 
 
-def pass_by(place: Place) -> None:
-    """A product at this place decodes nothing: what was decoded ahead for its stead is freed, and not decoded again."""
+def pass_by(place: Place, parts: Parts | None = None) -> None:
+    """A product at this place decodes nothing: what was decoded ahead for its stead is freed, and not decoded again.
+
+    With its ``parts`` that is said of this weight alone, without them of all.
+    """
     found = (_local.captured if place.capture else _local.prefetchers).get((place.device, place.stream))
     if found is not None and found[0] == place.capture:
-        found[1].pass_by()
+        found[1].pass_by(parts)
 
 
 def _prefetcher(device: torch.device, word: status.Status) -> Prefetcher:

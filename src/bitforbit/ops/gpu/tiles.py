@@ -13,7 +13,7 @@ from bitforbit.cuda.tiles import decode as kernels
 from bitforbit.cuda.tiles.layout import ALIGNMENT, PARTS, TileLayout
 from bitforbit.errors import CorruptTensorError, UsageError
 from bitforbit.ops.checks import Parts
-from bitforbit.ops.gpu import fused, runtime
+from bitforbit.ops.gpu import fused, order, runtime
 from bitforbit.ops.gpu.queues import addresses
 from bitforbit.ops.gpu.weights import Geometry, checked_parts
 from bitforbit.ops.schema import LIBRARY
@@ -86,7 +86,7 @@ def linear(
     parts = (tiles, escapes, offsets, header)
     if mode == "fused" and x.numel() <= fused.MAX_TOKENS * cols:
         return fused.linears(x, (fused.Matrix(parts, rows, bias),), cols, tuple(group))[0]
-    return runtime.linear(geometry(rows, cols), x, parts, bias, mode)
+    return _exact(x, parts, rows, cols, bias, mode)
 
 
 def linears(
@@ -108,7 +108,12 @@ def linears(
     group = tuple(group) or tuple(rows)
     if mode == "fused" and x.numel() <= fused.MAX_TOKENS * cols:
         return fused.linears(x, matrices, cols, group)
-    return [runtime.linear(geometry(m.rows, cols), x, m.parts, m.bias, mode) for m in matrices]
+    return [_exact(x, m.parts, m.rows, cols, m.bias, mode) for m in matrices]
+
+
+def _exact(x: torch.Tensor, parts: Parts, rows: int, cols: int, bias: torch.Tensor | None, mode: str) -> torch.Tensor:
+    proven = order.linear(x, parts, rows, cols, bias) if mode == "exact" else None
+    return runtime.linear(geometry(rows, cols), x, parts, bias, mode) if proven is None else proven
 
 
 def separate_linears(
