@@ -27,7 +27,7 @@ from torch import nn
 from benchmarks import gpu_common
 from benchmarks.common import table
 from benchmarks.gpu_common import Meter, Report, same_bits
-from bitforbit.nn import compress_model, compressed_size, set_layout, set_mode
+from bitforbit.nn import compress_model, compressed_size, prove_orders, set_layout, set_mode
 from bitforbit.ops import gpu, stats
 from bitforbit.ops.gpu import Policy
 
@@ -50,13 +50,13 @@ class Way:
 
 
 WAYS = {
-    "exact": Way("exact", Policy()),
+    "exact": Way("exact", Policy(prove_after=None)),
     "fused": Way("fused", Policy()),
-    "exact, decoded at use": Way("exact", Policy(ahead=0)),
-    "exact, decoded first": Way("exact", Policy(product_first=False)),
-    "exact, 2 ahead": Way("exact", Policy(ahead=2)),
+    "exact, decoded": Way("exact", Policy(proven_orders=False)),
+    "exact, decoded at use": Way("exact", Policy(proven_orders=False, ahead=0)),
+    "exact, decoded first": Way("exact", Policy(proven_orders=False, product_first=False)),
 }
-"""Both modes, and other schedules of decoding to compare the default with."""
+"""Both modes, and exact mode by decoding alone, in several schedules."""
 
 
 def way_of(name: str, models: dict[str, nn.Module]) -> contextlib.AbstractContextManager[None]:
@@ -210,7 +210,10 @@ def decode(models: dict[str, nn.Module], batch: int, size: Size, meter: Meter) -
     """Steps of BF16 and of the compressed model in every way, in turns, after the gate."""
     plain = Replay(Decoder(models["bf16"], batch, size, meter.device), meter)
     replays = {"bf16": plain}
-    result: dict[str, Any] = {"batch": batch, "weights_share": {}}
+    begin = time.perf_counter()
+    prove_orders(models["exact"], (batch,), (3,))
+    seconds = time.perf_counter() - begin if meter.measures else None
+    result: dict[str, Any] = {"batch": batch, "prove_seconds": seconds, "weights_share": {}}
     for name, way in WAYS.items():
         with way.of(models["exact"]):
             replays[name] = Replay(Decoder(models["exact"], batch, size, meter.device), meter)

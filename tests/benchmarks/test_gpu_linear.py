@@ -136,10 +136,11 @@ class Clock(DryMeter):
 def test_tuning_finds_what_is_fastest_and_writes_it(
     meter: Meter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    choice, measured = gpu_tune.search(Clock(), SHAPE, gpu_tune.Size((SHAPE,), (8,), gpu_tune.EXTRA[:1]))
+    size = gpu_tune.Size((SHAPE,), (8,), gpu_tune.EXTRA[:1])
+    choice, measured, (extra,) = gpu_tune.search(Clock(), SHAPE, size, Report(None))
     assert choice == Choice(3)
     assert {one.microseconds for one in measured} == {2.0, 6.0}
-    assert measured[-1].case.variant == gpu_tune.EXTRA[0]
+    assert (extra.case.variant, extra.case.order.splits) == (gpu_tune.EXTRA[0], 3)
     monkeypatch.setattr(tuned, "FOLDER", tmp_path / "tuned")
     tuned.load.cache_clear()
     key, other = (SHAPE.rows, SHAPE.cols), ((7,), 64)
