@@ -33,7 +33,7 @@ from benchmarks.gpu_operands import Call, Operands
 from benchmarks.gpu_shapes import MODELS, TOKENS, Shape
 from bitforbit.cuda.fused import plan as plans
 from bitforbit.cuda.fused.plan import MAX_TOKENS
-from bitforbit.ops import gpu
+from bitforbit.ops import gpu, stats
 from bitforbit.ops.gpu import Policy
 
 POLICIES = {
@@ -110,8 +110,12 @@ def sides(meter: Meter, operands: Operands, tokens: int, with_exact: bool) -> di
     else:
         graphs["fused"] = exact(meter, operands, tokens, "fused", Policy())
     for name, policy in POLICIES.items() if with_exact else ():
-        if not policy.proven_orders or proven(meter, operands, tokens):
-            graphs[name] = exact(meter, operands, tokens, "exact", policy)
+        if policy.proven_orders and not proven(meter, operands, tokens):
+            continue
+        stats.reset()
+        graphs[name] = exact(meter, operands, tokens, "exact", policy)
+        if policy.proven_orders == (stats.snapshot()["fused_exact"].linears == 0):
+            raise AssertionError(f"{operands.shape.name}, {name}: expected another way, got {stats.snapshot()}")
     return graphs
 
 

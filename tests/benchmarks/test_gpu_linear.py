@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from benchmarks.gpu_shapes import Shape
 from benchmarks import gpu_common, gpu_linear, gpu_operands, gpu_shapes, gpu_tune
 from bitforbit.cuda.fused import linear as fused
 from bitforbit.cuda.fused import tuned
+from bitforbit.cuda.fused.order import Order
 from bitforbit.cuda.fused.tuned import Choice
 from bitforbit.cuda.kernel import DeviceProperties
+from bitforbit.ops.gpu import order_probe, proofs
+from helpers.order_cases import linear_in
 
 SHAPE = Shape("tiny", "k, v", (32,), 192)
 H200 = DeviceProperties("NVIDIA H200", (9, 0), 132, 50 << 20, 227 << 10)
@@ -89,6 +93,26 @@ def test_the_gate_sees_errors_that_both_kernels_make(meter: Meter, monkeypatch: 
     monkeypatch.setattr(operands, "_expected", lambda count, order: operands.outputs(operands.fused(count), count))
     with pytest.raises(AssertionError, match="expected an error of at most torch's"):
         operands.check((3,))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_exact_mode_has_a_figure_of_its_own_where_the_order_is_proven(
+    meter: Meter, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, known: bool
+) -> None:
+    order = Order(SHAPE.cols, 2)
+    monkeypatch.setenv("BITFORBIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(order_probe, "find_order", lambda *_: order if known else None)
+    monkeypatch.setattr(gpu_linear.Operands, "torch_products", lambda self, tokens: [
+        partial(lambda x, copy: [linear_in(order)(x, copy.plain[0], None)], self.x[:tokens], copy)
+        for copy in self.copies
+    ])  # fmt: skip
+    operands = gpu_operands.Operands(meter, SHAPE)
+    operands.x = order_probe._placed(operands.x, 256)
+    proofs.clear()
+    graphs = gpu_linear.sides(meter, operands, 3, with_exact=True)
+    proofs.clear()
+    assert ("exact, proven" in graphs) == known
+    assert {"bf16", "fused", "exact, at use", "exact, ahead"} <= set(graphs)
 
 
 def test_other_models_wait_for_the_first_one(meter: Meter) -> None:
