@@ -138,9 +138,9 @@ def products(
         **figures(rounds, operands.nbytes, copy_gb_per_s),
     }
     if tokens <= MAX_TOKENS:
-        queue, order = gpu.queue_for(meter.device), operands.order()
+        queue, order = gpu.queue_for(meter.device), operands.order
         plan = plans.plan(shape.rows, order, tokens, queue.properties)
-        line |= {"way": "fused", "splits": order.splits, "variant": vars(plan.variant)}
+        line |= {"way": "fused", "order": vars(order), "variant": vars(plan.variant)}
     return line
 
 

@@ -69,9 +69,9 @@ class Stopwatch:
         self._operands = Operands(meter, shape)
 
     def microseconds(self, case: Case) -> float:
-        """Of one launch. Raises AssertionError if its bits are not those of the same sums from BF16 weights."""
-        arguments = (case.tokens, case.order.splits, case.variant)
-        self._operands.check_bits(*arguments)
+        """Of one launch, after its gate. Raises AssertionError."""
+        arguments = (case.tokens, case.order, case.variant)
+        self._operands.check_product(*arguments)
         graphs = {"fused": self._meter.capture(self._operands.products(*arguments))}
         times = [gpu_common.median(self._meter.in_turns(graphs, ROUNDS)["fused"]) for _ in range(SETS)]
         return min((time for time in times if time is not None), default=1.0)
@@ -83,7 +83,7 @@ def search(
     """The choice for a shape, what was measured for it, and the package's variants-to-be with the chosen splits."""
     watch, extra = Stopwatch(meter, shape), []
     choice, measured = tune.tune(shape.rows, shape.cols, watch.properties, watch.microseconds, size.rooms)
-    order = Order(shape.cols, choice.splits or measured[0].case.order.splits)
+    order = Order(shape.cols, choice.splits or measured[0].case.order.splits)  # of the instruction that they have
     for variant in size.extra:
         if variant.tokens in size.rooms and variant.shared_bytes <= watch.properties.shared_bytes_per_block:
             case = Case(shape.rows, order, variant.tokens, variant)
@@ -113,10 +113,12 @@ def measure(meter: Meter, size: Size, report: Report) -> Choices:
                 "name": shape.name,
                 "estimated": estimated,
                 "splits": choice.splits or estimated,
+                "instruction": choice.instruction or Order.instruction,
                 "variants": dict(choice.variants),
                 "times": [
                     {
                         "splits": one.case.order.splits,
+                        "instruction": one.case.order.instruction,
                         "tokens": one.case.tokens,
                         "variant": asdict(one.case.variant),
                         "us": one.microseconds if meter.measures else None,
@@ -136,13 +138,16 @@ def show(result: dict[str, Any]) -> str:
         for tokens in sorted({time["tokens"] for time in shape["times"]}):
             times = [time for time in shape["times"] if time["tokens"] == tokens]
             first, variant = times[0], shape["variants"].get(tokens, times[0]["variant"])
-            chosen = next(t for t in times if (t["splits"], t["variant"]) == (shape["splits"], variant))
+            if shape["instruction"] != Order.instruction and tokens not in shape["variants"]:
+                variant = next(t["variant"] for t in times if t["instruction"] == shape["instruction"])
+            wanted = (shape["splits"], shape["instruction"], variant)
+            chosen = next(t for t in times if (t["splits"], t["instruction"], t["variant"]) == wanted)
             best = min(times, key=lambda time: time["us"] or 0.0)
             lines.append(
                 [
                     shape["name"],
                     str(tokens),
-                    *(f"{time['splits']} splits, {_short(time['variant'])}" for time in (first, chosen, best)),
+                    *(_short(time) for time in (first, chosen, best)),
                     *(gpu_common.cell(time["us"]) for time in (first, chosen, best)),
                 ]
             )
@@ -150,8 +155,8 @@ def show(result: dict[str, Any]) -> str:
     return table(["shape", "tokens", *names, *(f"{name}, us" for name in names)], lines)
 
 
-def _short(variant: dict[str, int]) -> str:
-    return "/".join(map(str, variant.values()))
+def _short(time: dict[str, Any]) -> str:
+    return f"{time['splits']} splits, {time['instruction']} {'/'.join(map(str, time['variant'].values()))}"
 
 
 def write(properties: DeviceProperties, choices: Choices) -> Path:

@@ -151,7 +151,7 @@ class Clock(DryMeter):
     measures = True
 
     def capture(self, calls: Any) -> Graph:
-        return Graph(3 if calls[0].args[0].order.splits == 3 else 1, None, [])
+        return Graph(3 if calls[0].args[2].splits == 3 else 1, None, [])
 
     def in_turns(self, graphs: Any, rounds: int = 15) -> dict[str, list[float]]:
         return {name: [6.0 / graph.calls] * rounds for name, graph in graphs.items()}

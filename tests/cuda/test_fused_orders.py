@@ -48,6 +48,11 @@ def test_kernels_follow_the_order(queue: Any, order: Order) -> None:
     device = DeviceGroup(queue, [weights], [bias])
     device.use(order)
     (got,) = device.linear(x)
+    if order.k_step == 16 and queue.properties.compute_capability == (9, 0):
+        device.use(replace(order, instruction="wgmma.m64nNk16"))
+        (by_warpgroups,) = device.linear(x)
+        if isinstance(queue, EmulatedQueue):  # where both instructions sum alike
+            np.testing.assert_array_equal(by_warpgroups, got)
     unfused = plain(queue, weights, x, order, bias)
     np.testing.assert_array_equal(got, unfused)
     if isinstance(queue, EmulatedQueue):
@@ -111,9 +116,14 @@ def test_a_launch_has_the_instruction_of_its_order() -> None:
     for tokens in (1, 9, 33, 64):
         launch = plans.plan((64,), half, tokens, h200)
         assert launch.variant in plans.HALF_STEPS
-        assert replace(launch.variant, k_step=16) == plans.choose_variant(tokens, h200)
-    with pytest.raises(UsageError, match="its instruction sums in another order"):
-        plans.plan((64,), half, 1, h200, plans.VARIANTS[0])
+        assert vars(launch.variant) == vars(plans.choose_variant(tokens, h200))
+        hopper = plans.plan((64,), replace(half, instruction="wgmma.m64nNk16"), tokens, h200)
+        assert hopper.variant in plans.HOPPER
+    a100 = DeviceProperties("A100", (8, 0), 108, 40 << 20, 163 << 10)
+    assert plans.instructions(a100) == ("mma.m16n8k16", "mma.m16n8k8")
+    assert plans.instructions(h200) == (*plans.instructions(a100), "wgmma.m64nNk16")
+    with pytest.raises(UsageError, match="expected an instruction of A100, got wgmma"):
+        plans.choose_variant(1, a100, "wgmma.m64nNk16")
 
 
 def test_an_order_of_other_columns_is_refused() -> None:

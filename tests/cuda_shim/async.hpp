@@ -32,7 +32,7 @@ inline void mbarrier_wait(unsigned long long* barrier, unsigned parity, SHIM_SIT
 inline void copy_bulk(void* smem, const void* gmem, unsigned bytes, unsigned long long* barrier) {
   shim::copy_bulk(smem, gmem, bytes, barrier);
 }
-inline void fence_async() {}
+inline void fence_async() { shim::fence_async(); }
 
 // --- ldmatrix.cuh
 // ------------------------------------------------------------------------------------------------------
@@ -56,20 +56,6 @@ inline uint4 ldmatrix_x4(const void* row, SHIM_SITE) {
 
 // --- mma.cuh
 // -----------------------------------------------------------------------------------------------------------
-
-namespace shim {
-// A row of A times a column of B, added to c. Products of BF16 are exact in FP32. How the hardware sums is not
-// documented; here in FP64, first c, then the products in the order of k, rounded once; or, if the launch asks for it,
-// so in FP32.
-inline float dot16(const float (&row)[16], const float (&column)[16], float c) {
-  double sum = c;
-  for (unsigned k = 0; k < 16; ++k) {
-    sum += double(row[k]) * column[k];
-    if (g_mma_rounds_each) sum = float(sum);
-  }
-  return float(sum);
-}
-}  // namespace shim
 
 inline void mma_bf16(float (&c)[4], uint4 a, unsigned b0, unsigned b1, SHIM_SITE) {
   const uint64_t words[3] = {a.x | uint64_t(a.y) << 32, a.z | uint64_t(a.w) << 32, b0 | uint64_t(b1) << 32};

@@ -34,7 +34,7 @@ class Flavour:
     link_flags: tuple[str, ...]
 
 
-_ENGINE = ("fibres.cpp", "copies.cpp", "launch.cpp")
+_ENGINE = ("fibres.cpp", "copies.cpp", "wgmma.cpp", "launch.cpp")
 _SANITIZERS = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 FLAVOURS = {

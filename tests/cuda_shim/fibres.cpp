@@ -145,6 +145,7 @@ static void fibre_main() {
 #endif
   s.entry(s.arguments);
   Fibre& me = *s.current;
+  if (!me.sums.empty()) fail("ends while products of its warpgroup are under way");
   Warp& warp = s.warps[me.warp];
   me.wait = Wait::kDone;
   --s.running;
@@ -236,7 +237,8 @@ void* dynamic_memory() {
 
 static bool runnable(const State& s, const Fibre& f) {
   return f.wait == Wait::kNone || (f.wait == Wait::kCollective && complete(*f.joined, s.warps[f.warp].exited)) ||
-         (f.wait == Wait::kPhase && phase_is_over(*f.phases, f.parity));
+         (f.wait == Wait::kPhase && phase_is_over(*f.phases, f.parity)) ||
+         (f.wait == Wait::kProducts && products_are_issued(s, f));
 }
 
 unsigned permuted(unsigned i, unsigned n, unsigned seed, unsigned round) {
@@ -269,6 +271,7 @@ static void start_block(State& s) {
   s.barriers = 1;
   s.ticks = 0;
   s.phases.clear();
+  s.warpgroups.clear();
   s.round = 0;
   if (s.dynamic_bytes != 0) make_shared_array(s, "dynamic shared memory", s.dynamic_bytes);
   for (Warp& warp : s.warps) {

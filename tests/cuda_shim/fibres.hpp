@@ -72,8 +72,27 @@ void mbarrier_arrive(void* barrier, unsigned bytes);
 void mbarrier_wait(const Site& site, void* barrier, unsigned parity);
 void copy_bulk(void* smem, const void* gmem, unsigned bytes, void* barrier);
 
-// How mma_bf16 adds: see async.hpp.
+void fence_async();
+
+// Products of warpgroups: wgmma.cpp. wgmma.cuh says what they do.
+unsigned shared_address(const void* smem);
+void wgmma(const Site& site, float* sum, unsigned tiles, const unsigned* a, uint64_t descriptor);
+void wgmma_fence(const Site& site);
+void wgmma_commit(const Site& site);
+void wgmma_wait(const Site& site, unsigned groups);
+
+// A row of A times a column of B, added to c. Products of BF16 are exact in FP32. How the hardware sums is not
+// documented; here in FP64, first c, then the products in the order of k, rounded once; or, if the launch asks for it,
+// so in FP32.
 extern bool g_mma_rounds_each;
+inline float dot16(const float (&row)[16], const float (&column)[16], float c) {
+  double sum = c;
+  for (unsigned k = 0; k < 16; ++k) {
+    sum += double(row[k]) * column[k];
+    if (g_mma_rounds_each) sum = float(sum);
+  }
+  return float(sum);
+}
 
 // --- entry points of a text ------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ namespace shim {
 struct Cell {
   unsigned write_barriers, write_time;
   unsigned write_tick, read_tick;
+  unsigned write_fences;  // calls of fence_async by its thread before
   unsigned short write_thread;
   unsigned short read_warp;  // plus one; kSeveral: more than one warp
   unsigned read_barriers, read_time, read_lanes;
@@ -89,6 +90,7 @@ void check(const Shared& array, size_t at, bool read, bool write, bool atomic) {
     cell.write_tick = s.ticks;
     cell.write_thread = static_cast<unsigned short>(me.index + 1);
     cell.write_atomic = atomic;
+    cell.write_fences = me.fences;
   }
   if (read) note_read(s, me, cell, time, atomic);
 }
@@ -105,9 +107,28 @@ void access(const void* address, size_t bytes, bool read, bool write, bool atomi
   }
 }
 
+// A tensor core, which sees what threads wrote once these have called fence_async.
+void access_by_proxy(const void* address, size_t bytes) {
+  const State& s = *g_state;
+  const char* at = static_cast<const char*>(address);
+  for (const Shared& array : s.shared) {
+    if (at < array.begin || at >= array.begin + array.bytes) continue;
+    for (size_t i = at - array.begin; i < at - array.begin + bytes; ++i) {
+      const Cell& cell = array.cells[i];
+      if (cell.write_thread != 0 && s.fibres[cell.write_thread - 1].fences == cell.write_fences) {
+        report(array, i,
+               "read by a tensor core, without fence_async after thread " + std::to_string(cell.write_thread - 1) +
+                   " wrote it");
+      }
+    }
+  }
+  access(address, bytes, true, false, false);
+}
+
 const bool installed = [] {
   g_races = {track, forget,
-             [](const void* address, size_t bytes, bool write) { access(address, bytes, !write, write, false); }};
+             [](const void* address, size_t bytes, bool write) { access(address, bytes, !write, write, false); },
+             access_by_proxy};
   return true;
 }();
 

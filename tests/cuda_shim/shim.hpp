@@ -272,3 +272,4 @@ using std::max;
 using std::min;
 
 #include "async.hpp"
+#include "wgmma.hpp"

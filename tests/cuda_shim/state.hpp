@@ -11,7 +11,7 @@ namespace shim {
 
 constexpr unsigned kMaxThreads = 1024;
 
-enum class Wait { kNone, kBarrier, kCollective, kPhase, kDone };
+enum class Wait { kNone, kBarrier, kCollective, kPhase, kProducts, kDone };
 
 // A copy from global to shared memory that may not have been made yet.
 struct Copy {
@@ -31,6 +31,30 @@ struct Phases {
   std::vector<Copy> copies;
 };
 
+// A product of a warpgroup that may not have been made yet: of one lane.
+struct Product {
+  Site site;
+  float* sum;
+  unsigned tiles;             // of 8 columns
+  const unsigned* registers;  // of a, which must stay
+  uint64_t b;                 // its descriptor
+  unsigned given[4]{};
+  float a[2][16]{};  // this lane's rows
+  bool made = false;
+};
+
+// Sums that products are under way to, which the kernel must not see.
+struct PendingSums {
+  float* at;
+  std::vector<float> values;
+  unsigned products;
+};
+
+struct Warpgroup {
+  std::vector<uint64_t> descriptors;  // of its products, in their order
+  unsigned issued[4]{};               // by its warps
+};
+
 struct Fibre {
   void* stack_top = nullptr;
   char* stack = nullptr;
@@ -41,7 +65,13 @@ struct Fibre {
   Collective* joined = nullptr;
   std::vector<Copy> started;              // since the last commit
   std::vector<std::vector<Copy>> groups;  // committed
-  Phases* phases = nullptr;               // waited for, until one of this parity is over
+  std::vector<Product> products_started;  // since the last commit
+  std::vector<std::vector<Product>> product_groups;
+  std::vector<PendingSums> sums;
+  unsigned products = 0;  // issued
+  bool products_fenced = false;
+  unsigned fences = 0;       // calls of fence_async
+  Phases* phases = nullptr;  // waited for, until one of this parity is over
   unsigned parity = 0;
   unsigned acquired = 0;    // for the race detector: ticks up to which this thread knows what all others did
   unsigned seen[kLanes]{};  // for the race detector: time of the warp up to which this lane is in step with another
@@ -76,6 +106,7 @@ struct State {
   size_t dynamic_bytes = 0;
   unsigned ticks = 0;  // counts the phases of mbarriers that ended
   std::map<const void*, Phases> phases;
+  std::vector<Warpgroup> warpgroups;
   std::vector<Shared> shared;
   std::string fault;
   void (*entry)(void**) = nullptr;
@@ -89,6 +120,7 @@ struct RaceHooks {
   struct Cell* (*track)(size_t bytes) = nullptr;
   void (*forget)(struct Cell*) = nullptr;
   void (*access)(const void* address, size_t bytes, bool write) = nullptr;
+  void (*access_by_proxy)(const void* address, size_t bytes) = nullptr;  // a read by a tensor core
 };
 extern RaceHooks g_races;
 
@@ -101,6 +133,9 @@ extern bool g_report_uninitialized;
 void run_block();
 
 bool phase_is_over(const Phases& phases, unsigned parity);
+
+// Whether all warps of a thread's warpgroup have issued the products that it has.
+bool products_are_issued(const State& s, const Fibre& f);
 
 // i-th of n in an order that depends on the seed and the round; seed 0: ascending, seed 1: descending.
 unsigned permuted(unsigned i, unsigned n, unsigned seed, unsigned round);

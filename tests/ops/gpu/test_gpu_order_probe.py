@@ -9,18 +9,28 @@ import numpy as np
 import pytest
 import torch
 
+from bitforbit import ops
 from bitforbit.cuda.fused import reference
 from bitforbit.cuda.fused.order import Order
 from bitforbit.errors import UsageError
 from bitforbit.ops import probe
 from bitforbit.ops.gpu import order_probe
 from bitforbit.ops.gpu.order_probe import Product
+from cuda_shim.emulation import HOPPER, EmulatedLauncher, EmulatedQueue
 from helpers.order_cases import linear_in, tensor, words
 
 CPU = torch.device("cpu")
 ROWS, COLS, TOKENS = 40, 440, 3  # columns: seven tiles, the last one not full
 
-pytestmark = pytest.mark.usefixtures("emulated")
+
+@pytest.fixture(autouse=True)
+def ampere() -> Iterator[None]:
+    """Kernels on CPU tensors run in the emulation of a GPU without instructions of warpgroups."""
+    with ops.gpu.emulate(
+        EmulatedQueue(EmulatedLauncher(seed=1, properties=replace(HOPPER, compute_capability=(8, 0))))
+    ):
+        yield
+
 
 Sums = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -51,6 +61,15 @@ def test_true_orders_are_found(order: Order) -> None:
     assert (found.ranges, replace(found, split_tiles=0, longer=0)) == (
         order.ranges, replace(order, split_tiles=0, longer=0),
     )  # fmt: skip
+
+
+def test_instructions_of_warpgroups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They sum like the others in the emulation, so the others are found first there."""
+    order = Order(COLS, 2, reduction="descending")
+    with ops.gpu.emulate(EmulatedQueue(EmulatedLauncher(seed=1))):
+        assert find(linear_in(order)) == Order(COLS, 2)
+        monkeypatch.setattr(order_probe, "instructions", lambda properties: ("wgmma.m64nNk16",))
+        assert find(linear_in(order), has_bias=True) == Order(COLS, 2, instruction="wgmma.m64nNk16")
 
 
 @pytest.mark.parametrize("bias_rounded", [False, True])
@@ -192,19 +211,26 @@ def test_inputs_that_tell_nothing_prove_nothing() -> None:
     assert find(linear_in(Order(16, 1)), cols=16) is None
 
 
+def every_candidate() -> list[Order]:
+    return [o for name in ("mma.m16n8k16", "mma.m16n8k8") for o in order_probe.candidates(COLS, name)]
+
+
 def test_candidates_are_distinct() -> None:
-    found = list(order_probe.candidates(COLS))
+    found = every_candidate()
     assert len(found) == len(set(found))
     assert found[0] == Order(COLS, 1)
     assert len({(o.ranges, o.reduction, o.partials, o.instruction) for o in found}) == len(found)
     assert {Order(COLS, 7, reduction="halves"), Order(COLS, 4, 2), Order(COLS, 2, partials="BF16")} <= set(found)
-    assert len(list(order_probe.candidates(14336))) < 2000
-    assert len(list(order_probe.candidates(64))) == 2
+    assert len(list(order_probe.candidates(14336, "mma.m16n8k16"))) < 1000
+    assert len(list(order_probe.candidates(64, "mma.m16n8k8"))) == 1
 
 
 def test_candidates_give_different_bits() -> None:
     """So what is found is the only one."""
-    rng, found = np.random.default_rng(0), list(order_probe.candidates(COLS))
+    rng, found = (
+        np.random.default_rng(0),
+        [o for name in ("mma.m16n8k16", "mma.m16n8k8") for o in order_probe.candidates(COLS, name)],
+    )
     bits = [b""] * len(found)
     for make in (probe.cancelling, order_probe.within_tiles, *[order_probe.between_tiles] * 4):
         inputs = make(rng, 40, COLS, 4, False)

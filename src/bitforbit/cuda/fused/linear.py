@@ -67,8 +67,9 @@ def linear(
 
     ``out``: BF16, [tokens, rows[0]], then [tokens, rows[1]] and so on, one after the other. ``workspace``: address of
     :func:`workspace_bytes` bytes, a multiple of 16; zeros before its first use. ``variant`` is for measurements: all
-    of one instruction give the same bits. ``order`` is another than the group's (its bits and its workspace are others,
-    too). Raises UsageError for more than 64 tokens.
+    of one ``instruction`` give the same bits, and only those of the order's give the order's. ``order`` is another than
+    the group's (its workspace is another, too). Raises UsageError for more than 64 tokens, and for a variant that the
+    device cannot run.
     """
     if tokens == 0:
         return

@@ -26,7 +26,7 @@ REDUCTIONS = ("ascending", "descending", "neighbours", "halves")
 and 3, then these sums), or of the first half and the second (0 and n/2, 1 and n/2 + 1, then these sums)."""
 PARTIALS = ("F32", "BF16", "running BF16")
 """What the sums of splits are rounded to before they are added; with the last one so is what each addition gives."""
-INSTRUCTIONS = {"mma.m16n8k16": 16, "mma.m16n8k8": 8}
+INSTRUCTIONS = {"mma.m16n8k16": 16, "mma.m16n8k8": 8, "wgmma.m64nNk16": 16}
 """Matrix instructions that kernels have, with the columns that each takes."""
 MOST_TREE_SPLITS = 32
 UNIT_STRIPES = 8
@@ -116,8 +116,8 @@ def choose_order(rows: tuple[int, ...], cols: int, properties: DeviceProperties)
     Splits keep all multiprocessors busy where there are few rows: as measured on this kind of GPU (:mod:`tuned`), else
     as estimated. Raises UsageError for no matrix, and for an empty one.
     """
-    splits = estimate_splits(rows, cols, properties)
-    return Order(cols, tuned.find(rows, cols, properties).splits or splits)
+    splits, found = estimate_splits(rows, cols, properties), tuned.find(rows, cols, properties)
+    return Order(cols, found.splits or splits, instruction=found.instruction or Order.instruction)
 
 
 def estimate_splits(rows: tuple[int, ...], cols: int, properties: DeviceProperties) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
+from typing import ClassVar
 
 from bitforbit.cuda.fused import tuned
 from bitforbit.cuda.fused.order import Order
@@ -15,6 +16,11 @@ MAX_TOKENS = 64
 MMA_TOKENS = 8
 LIST_BYTES = 512
 """Of a chunk's escapes in shared memory; longer lists are read from device memory."""
+SWIZZLE_BYTES = 1024
+"""Of shared memory, at most, before the address that is a multiple of it."""
+TABLE_BYTES = 128
+"""Of a block's table of escapes' exponents."""
+PARAMETERS = (Pointer, U32, Pointer, Pointer, U32, U32, U32, U32, U32, Pointer, Pointer)
 ARRIVED_BYTES = 1 << 16
 """Of a workspace: numbers of blocks that have arrived, one per unit; all zero between launches."""
 
@@ -35,15 +41,17 @@ class Variant:
     """Of a multiprocessor, for which the compiler leaves registers."""
     bulk: int = 0
     """1: tiles come by bulk copies on architectures that have them (sm_90 and later), 0: by cp.async."""
-    k_step: int = 16
-    """Columns of its matrix instruction: part of the order."""
+
+    instruction: ClassVar[str] = "mma.m16n8k16"
+    """Of the order of summation."""
+    capability: ClassVar[tuple[int, int] | None] = None
+    """The only compute capability that it runs on, if it does not run on all."""
 
     @property
     def kernel(self) -> Kernel:
         """Its entry point."""
         defines = tuple((f"BITFORBIT_{field.name.upper()}", str(getattr(self, field.name))) for field in fields(self))
-        parameters = (Pointer, U32, Pointer, Pointer, U32, U32, U32, U32, U32, Pointer, Pointer)
-        return Kernel("fused_linear", "fused_linear.cu", parameters, defines)
+        return Kernel("fused_linear", "fused_linear.cu", PARAMETERS, defines)
 
     @property
     def unit_rows(self) -> int:
@@ -58,6 +66,48 @@ class Variant:
         return 2 * chunk + self.warps * warp
 
 
+@dataclass(frozen=True)
+class HalfSteps(Variant):
+    """A binary of the same kernel whose matrix instruction takes half as many columns."""
+
+    instruction: ClassVar[str] = "mma.m16n8k8"
+
+    @property
+    def kernel(self) -> Kernel:
+        """Its entry point."""
+        whole = super().kernel
+        return replace(whole, defines=(*whole.defines, ("BITFORBIT_K_STEP", "8")))
+
+
+@dataclass(frozen=True)
+class Hopper(Variant):
+    """A binary for sm_90a alone, by its matrix instructions, which may sum in another way than those of the others.
+
+    ``warps`` is a multiple of 4, ``stages`` of 2, ``stripes`` and ``bulk`` are 1.
+    """
+
+    chunk: int = 4
+    """Tiles' columns of x in one of its two chunks, a multiple of 4 and of ``stages``."""
+
+    instruction: ClassVar[str] = "wgmma.m64nNk16"
+    capability: ClassVar[tuple[int, int] | None] = (9, 0)
+
+    @property
+    def kernel(self) -> Kernel:
+        """Its entry point."""
+        names = ("tokens", "warps", "stages", "blocks", "chunk")
+        defines = tuple((f"BITFORBIT_{name.upper()}", str(getattr(self, name))) for name in names)
+        return Kernel("fused_hopper", "fused_hopper.cu", PARAMETERS, defines)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of a block."""
+        chunk = 2 * self.tokens * self.chunk * TILE_COLS
+        ring = self.stages // 2 * (2 * TILE_BYTES + 16)  # two tiles and their barrier
+        warp = ring + 2 * TILE_WEIGHTS + 2 * self.chunk * (LIST_BYTES // 4 + 8)
+        return SWIZZLE_BYTES + 2 * chunk + TABLE_BYTES + self.warps * warp
+
+
 VARIANTS = (
     Variant(8, 1, 8, 4, 2),
     Variant(16, 1, 8, 4, 2),
@@ -68,11 +118,19 @@ VARIANTS = (
 """For each number of tokens, first the one for GPUs with little shared memory."""
 BULK = tuple(replace(variant, bulk=1) for variant in VARIANTS if variant.tokens in (8, 64))
 """To be compared with the others on a GPU; chosen only where a table of measurements says so."""
-ALL = VARIANTS + BULK
-HALF_STEPS = tuple(replace(variant, k_step=8) for variant in VARIANTS)
-"""Of mma.m16n8k8, for orders that have been found to be a library's (:mod:`bitforbit.ops.gpu.order`)."""
+HALF_STEPS = tuple(HalfSteps(**vars(variant)) for variant in VARIANTS)
+"""For orders that have been found to be a library's (:mod:`bitforbit.ops.gpu.order`)."""
+HOPPER = (
+    Hopper(8, 1, 8, 4, 2, 1, 8),
+    Hopper(16, 1, 8, 4, 2, 1, 8),
+    Hopper(32, 1, 8, 4, 2, 1, 4),
+    Hopper(32, 1, 16, 4, 1, 1, 8),
+    Hopper(64, 1, 16, 4, 1, 1, 4),
+)
+"""So are these, and to be compared with the others, on GPUs of compute capability 9.0."""
+ALL = VARIANTS + BULK + HALF_STEPS + HOPPER
 PLAIN = Kernel("fused_plain", "fused_plain.cu", (Pointer,) * 4 + (U32,) * 6)
-KERNELS = (*(variant.kernel for variant in ALL + HALF_STEPS), PLAIN)
+KERNELS = (*(variant.kernel for variant in ALL), PLAIN)
 
 
 @dataclass(frozen=True)
@@ -86,32 +144,41 @@ class Plan:
     """ARRIVED_BYTES, and after them FP32 sums."""
 
 
-def choose_variant(tokens: int, properties: DeviceProperties) -> Variant:
-    """The variant for so many tokens: the last of those that fit into the device's shared memory."""
-    fits = [variant for variant in variants(tokens, properties) if variant in VARIANTS]
+def choose_variant(tokens: int, properties: DeviceProperties, instruction: str = Variant.instruction) -> Variant:
+    """The variant for so many tokens: the last of those of an instruction that fit into the device's shared memory."""
+    return [variant for variant in variants(tokens, properties, instruction) if variant not in BULK][-1]
+
+
+def variants(tokens: int, properties: DeviceProperties, instruction: str = Variant.instruction) -> tuple[Variant, ...]:
+    """All of an instruction that are made for so many tokens and run on the device, at least one. Raises UsageError."""
+    if not 1 <= tokens <= MAX_TOKENS:
+        raise UsageError(f"expected 1 to {MAX_TOKENS} tokens, got {tokens}; decode the matrix for more")
+    known = [v for v in _of(properties) if v.instruction == instruction and v.tokens >= tokens]
+    if not known:
+        raise UsageError(f"expected an instruction of {properties.name}, got {instruction}")
+    room = min(variant.tokens for variant in known)
+    fits = [v for v in known if v.tokens == room and v.shared_bytes <= properties.shared_bytes_per_block]
     if not fits:
         raise UsageError(f"expected a GPU with more than {properties.shared_bytes_per_block} bytes of shared memory")
-    return fits[-1]
-
-
-def variants(tokens: int, properties: DeviceProperties) -> tuple[Variant, ...]:
-    """All that are made for so many tokens and run on the device. Raises UsageError."""
-    room, bulk = _room(tokens), properties.compute_capability >= (9, 0)
-    fits = [variant for variant in ALL if variant.shared_bytes <= properties.shared_bytes_per_block]
-    return tuple(variant for variant in fits if variant.tokens == room and (bulk or not variant.bulk))
+    return tuple(fits)
 
 
 def tuned_variant(rows: tuple[int, ...], order: Order, tokens: int, properties: DeviceProperties) -> Variant | None:
     """The one that was measured to be the fastest for a shape; None if none of this version's was, for such orders."""
-    fields = tuned.find(rows, order.cols, properties).variants.get(_room(tokens))
-    fits = [variant for variant in variants(tokens, properties) if variant.k_step == order.k_step]
+    fits = variants(tokens, properties, order.instruction)
+    fields = tuned.find(rows, order.cols, properties).variants.get(fits[0].tokens)
     return next((variant for variant in fits if asdict(variant) == fields), None)
 
 
-def _room(tokens: int) -> int:
-    if not 1 <= tokens <= MAX_TOKENS:
-        raise UsageError(f"expected 1 to {MAX_TOKENS} tokens, got {tokens}; decode the matrix for more")
-    return min(variant.tokens for variant in VARIANTS if variant.tokens >= tokens)
+def instructions(properties: DeviceProperties) -> tuple[str, ...]:
+    """The matrix instructions of a device that kernels have."""
+    return tuple(dict.fromkeys(variant.instruction for variant in _of(properties)))
+
+
+def _of(properties: DeviceProperties) -> list[Variant]:
+    """The variants that a device has the instructions for; copies in bulk come with compute capability 9.0."""
+    capability = properties.compute_capability
+    return [v for v in ALL if v.capability in (None, capability) and (not v.bulk or capability >= (9, 0))]
 
 
 @lru_cache(maxsize=4096)
@@ -120,11 +187,11 @@ def plan(
 ) -> Plan:
     """The launch for matrices of so many rows each that share x [tokens, order.cols]. Raises UsageError."""
     chosen = variant or tuned_variant(rows, order, tokens, properties)
-    chosen = chosen or replace(choose_variant(tokens, properties), k_step=order.k_step)
+    chosen = chosen or choose_variant(tokens, properties, order.instruction)
     if tokens > chosen.tokens:
         raise UsageError(f"expected at most {chosen.tokens} tokens for {chosen}, got {tokens}")
-    if order.k_step != chosen.k_step:
-        raise UsageError(f"expected a variant for {order}, got {chosen}: its instruction sums in another order")
+    if chosen.capability not in (None, properties.compute_capability):
+        raise UsageError(f"expected a GPU of compute capability 9.0 for {chosen}, got {properties.compute_capability}")
     units = sum(-(-count // chosen.unit_rows) for count in rows)
     blocks = units * order.splits
     if max(blocks, sum(rows)) >= SIZE_LIMIT or (order.splits > 1 and 4 * units > ARRIVED_BYTES):
@@ -137,5 +204,5 @@ def plan(
 @lru_cache(maxsize=4096)
 def workspace_bytes(rows: tuple[int, ...], order: Order, properties: DeviceProperties) -> int:
     """Size of a workspace for up to MAX_TOKENS tokens."""
-    variants = [replace(variant, k_step=order.k_step) for variant in ALL]
+    variants = [v for v in ALL if v.capability in (None, properties.compute_capability)]
     return max(plan(rows, order, variant.tokens, properties, variant).workspace_bytes for variant in variants)

@@ -44,6 +44,30 @@ __device__ __forceinline__ float rounded(float value, bool round) {
   return round ? from_bf16(to_bf16(value)) : value;
 }
 
+// Where the rules ask for a tree: adds this thread's sums of the splits up in place, into those of the first one.
+// Returns how many splits' sums are left to be added.
+__device__ __forceinline__ u32 add_trees(float4* gmem_unit, u32 block_sums, u32 threads, u32 splits,
+                                         Rules rules) {
+  if (!rules.tree()) return splits;
+  for (u32 left = splits, apart = 1; left > 1;) {
+    const u32 half = (left + 1) / 2;
+    for (u32 i = 0; i < left / 2; ++i) {
+      float4* gmem_to = gmem_unit + static_cast<u64>(rules.halves() ? i : 2 * apart * i) * block_sums;
+      const float4* gmem_from = gmem_to + static_cast<u64>(rules.halves() ? half : apart) * block_sums;
+#pragma unroll 1
+      for (u32 at = 0; at < block_sums; at += threads) {
+        const float4 a = __ldcg(gmem_to + at), b = __ldcg(gmem_from + at);
+        const bool round = rules.rounds_sums();
+        __stcg(gmem_to + at, make_float4(rounded(a.x + b.x, round), rounded(a.y + b.y, round),
+                                         rounded(a.z + b.z, round), rounded(a.w + b.w, round)));
+      }
+    }
+    left = half;
+    apart *= 2;
+  }
+  return 1;
+}
+
 // Puts a stripe's sums for 8 tokens to gmem_out [tokens, rows], with the bias of their rows.
 __device__ __forceinline__ void store_sums(const float (&sum)[4], const u16* gmem_bias, u16* gmem_out, u32 stripe,
                                            u32 rows, u32 token, u32 tokens, u32 lane, Rules rules) {

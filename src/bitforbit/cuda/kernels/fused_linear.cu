@@ -14,6 +14,10 @@
 #include "fused.cuh"
 #include "ldmatrix.cuh"
 
+#ifndef BITFORBIT_K_STEP
+#define BITFORBIT_K_STEP 16
+#endif
+
 constexpr u32 kTokens = BITFORBIT_TOKENS, kStripes = BITFORBIT_STRIPES, kStages = BITFORBIT_STAGES;
 constexpr u32 kWarps = BITFORBIT_WARPS, kThreads = kWarps * kWarp, kTokenTiles = kTokens / kMmaTokens;
 
@@ -182,29 +186,6 @@ __device__ __forceinline__ void multiply(const u16* smem_decoded, const u16* sme
   }
 }
 
-// Where the rules ask for a tree: adds this thread's sums of the splits up in place, into those of the first one.
-// Returns how many splits' sums are left to be added.
-__device__ __forceinline__ u32 add_trees(float4* gmem_unit, u32 block_sums, u32 splits, Rules rules) {
-  if (!rules.tree()) return splits;
-  for (u32 left = splits, apart = 1; left > 1;) {
-    const u32 half = (left + 1) / 2;
-    for (u32 i = 0; i < left / 2; ++i) {
-      float4* gmem_to = gmem_unit + static_cast<u64>(rules.halves() ? i : 2 * apart * i) * block_sums;
-      const float4* gmem_from = gmem_to + static_cast<u64>(rules.halves() ? half : apart) * block_sums;
-#pragma unroll 1
-      for (u32 at = 0; at < block_sums; at += kThreads) {
-        const float4 a = __ldcg(gmem_to + at), b = __ldcg(gmem_from + at);
-        const bool round = rules.rounds_sums();
-        __stcg(gmem_to + at, make_float4(rounded(a.x + b.x, round), rounded(a.y + b.y, round),
-                                         rounded(a.z + b.z, round), rounded(a.w + b.w, round)));
-      }
-    }
-    left = half;
-    apart *= 2;
-  }
-  return 1;
-}
-
 // Puts this block's sums to device memory. The block of the unit that comes last takes those of all splits back and
 // adds them as the rules have it; for the others the answer is false.
 __device__ __forceinline__ bool add_splits(Sums& sum, float4* gmem_sums, u32* gmem_arrived, u32 unit, u32 split,
@@ -230,7 +211,7 @@ __device__ __forceinline__ bool add_splits(Sums& sum, float4* gmem_sums, u32* gm
   if (*smem_last == 0) return false;
   if (threadIdx.x == 0) *gmem_arrived = 0;  // for the next launch
   __threadfence();
-  const u32 left = add_trees(gmem_unit, kBlockSums, splits, rules);
+  const u32 left = add_trees(gmem_unit, kBlockSums, kThreads, splits, rules);
   for (u32 i = 0; i < left; ++i) {
     const float4* gmem_split = gmem_unit + static_cast<u64>(rules.descending() ? left - 1 - i : i) * kBlockSums;
 #pragma unroll

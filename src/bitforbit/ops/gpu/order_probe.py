@@ -9,14 +9,15 @@ all magnitudes, tiny, with NaN and infinity. NaNs are compared by their bits, to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from bitforbit.cuda.fused import linear as kernels
-from bitforbit.cuda.fused.order import INSTRUCTIONS, MOST_TREE_SPLITS, PARTIALS, REDUCTIONS, Order
+from bitforbit.cuda.fused.order import MOST_TREE_SPLITS, PARTIALS, REDUCTIONS, Order
+from bitforbit.cuda.fused.plan import instructions
 from bitforbit.cuda.tiles import naive
 from bitforbit.cuda.tiles.layout import PARTS, TILE_COLS, TileLayout
 from bitforbit.ops import probe
@@ -70,23 +71,31 @@ def find_order(linear: Linear, device: torch.device, product: Product) -> Order 
         case = bench.case(probe.cancelling, rng)
         if not _equal(bench.run(case), case.expected) or not bench.tells(case):
             return None
-        left = [order for order in candidates(product.cols) if bench.sieves(case, order)]
-        if product.has_bias:
-            left = [replace(order, bias_rounded=rounded) for order in left for rounded in (False, True)]
-        left = [order for order in left if bench.agrees(case, order)]
-        for make in _KINDS:
-            if left:
-                case = bench.case(make, rng)
-                left = [order for order in left if bench.agrees(case, order)]
-        for _ in range(_MORE_ROUNDS):
-            if len(left) > 1:
-                case = bench.case(between_tiles, rng)
-                left = [order for order in left if bench.agrees(case, order)]
-    # Orders that are still alike may be the same to the device: two instructions of 8 columns, or one of 16.
+        for instruction in instructions(bench.queue.properties):
+            found = _search(bench, rng, case, candidates(product.cols, instruction))
+            if found is not None:
+                return found
+    return None
+
+
+def _search(bench: _Bench, rng: np.random.Generator, case: _Case, orders: Iterable[Order]) -> Order | None:
+    """The one of some orders that agrees with all inputs, which begin with a case."""
+    left = [order for order in orders if bench.sieves(case, order)]
+    if bench.product.has_bias:
+        left = [replace(order, bias_rounded=rounded) for order in left for rounded in (False, True)]
+    left = [order for order in left if bench.agrees(case, order)]
+    for make in _KINDS:
+        if left:
+            case = bench.case(make, rng)
+            left = [order for order in left if bench.agrees(case, order)]
+    for _ in range(_MORE_ROUNDS):
+        if len(left) > 1:
+            case = bench.case(between_tiles, rng)
+            left = [order for order in left if bench.agrees(case, order)]
     return left[0] if left else None
 
 
-def candidates(cols: int) -> Iterator[Order]:
+def candidates(cols: int, instruction: str) -> Iterator[Order]:
     """Orders to try, the likely ones first, none twice: a bias is not among what they differ in."""
     tiles = -(-cols // TILE_COLS)
     counts = dict.fromkeys((*_LIKELY_SPLITS, *range(1, _MOST_SPLITS + 1)))
@@ -97,12 +106,11 @@ def candidates(cols: int) -> Iterator[Order]:
             if order.ranges not in seen:
                 seen.add(order.ranges)
                 cuts.append(order)
-    for instruction in INSTRUCTIONS:
-        for partials in PARTIALS:
-            for reduction in REDUCTIONS:
-                for cut in cuts:
-                    if _is_distinct(cut.splits, reduction, partials):
-                        yield replace(cut, instruction=instruction, partials=partials, reduction=reduction)
+    for partials in PARTIALS:
+        for reduction in REDUCTIONS:
+            for cut in cuts:
+                if _is_distinct(cut.splits, reduction, partials):
+                    yield replace(cut, instruction=instruction, partials=partials, reduction=reduction)
 
 
 def within_tiles(rng: np.random.Generator, rows: int, cols: int, tokens: int, has_bias: bool) -> Inputs:
@@ -158,6 +166,8 @@ _KINDS: tuple[Make, ...] = (
     within_tiles, between_tiles, probe.cancelling, probe.ordinary, probe.wide, probe.tiny, special,
 )  # fmt: skip
 _MORE_ROUNDS = 4
+_PLAIN = ("mma.m16n8k16", "mma.m16n8k8")
+"""Instructions of the kernel that reads plain weights."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +219,9 @@ class _Bench:
         return float(differing.float().mean()) >= _TELLING and bool(torch.isfinite(case.expected).all())
 
     def sieves(self, case: _Case, order: Order) -> bool:
-        """Whether a few rows agree, without bias."""
+        """Whether a few rows agree, without bias; or all, for an instruction that the plain kernel does not have."""
+        if order.instruction not in _PLAIN:
+            return self.agrees(case, order)
         got = self._plain(case.inputs, order)
         return _equal(got, case.expected[:, : got.shape[1]])
 
