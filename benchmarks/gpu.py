@@ -91,10 +91,10 @@ def steps(dry_run: bool, work: Path, only: Sequence[str] = ()) -> list[Step]:
         found = [
             *build,
             tests["kernels"],
-            benchmarks["decode"],
             benchmarks["linear"],
             tests["operators"],
             benchmarks["model"],
+            benchmarks["decode"],
             tests["models"],
             *(step for name, step in sanitizers.items() if "fused" in name),
             benchmarks["load"],

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch.nn import functional
 
 from benchmarks.common import ROOT, machine
 
@@ -154,9 +155,10 @@ def meter(dry_run: bool) -> Iterator[Meter]:
         return
     sys.path.insert(0, str(ROOT / "tests"))
     from bitforbit.ops import gpu
+    from bitforbit.ops.gpu import proofs
     from cuda_shim.emulation import EmulatedQueue
 
-    with gpu.emulate(EmulatedQueue()):
+    with gpu.emulate(EmulatedQueue()), proofs.examine(functional.linear):
         yield DryMeter()
 
 

@@ -6,9 +6,10 @@ any number of tokens, and are as close to FP64 as cuBLAS's. Then all sides take 
 than the L2 cache holds. The ratio is the median over the rounds of BF16's time by fused's in the same round; for groups
 BF16 is the faster of one product per matrix and one with all of them joined. The bound is the time in which a copy
 moves as many bytes as the compressed weights have. Above 64 tokens fused mode decodes. Beside it, for the first model,
-exact mode by decoding: each weight right before its product, or the next one beside it.
+exact mode: by decoding (each weight right before its product, or the next one beside it), and straight from compressed
+weights where a probe finds an order of sums that is cuBLAS's own.
 
-    python -m benchmarks.gpu_linear [--seconds 100 | --full] [--dry-run] [--json FILE]
+    python -m benchmarks.gpu_linear [--seconds 60 | --full] [--model NAME] [--dry-run] [--json FILE]
 """
 
 from __future__ import annotations
@@ -32,12 +33,16 @@ from benchmarks.gpu_operands import Call, Operands
 from benchmarks.gpu_shapes import MODELS, TOKENS, Shape
 from bitforbit.cuda.fused import plan as plans
 from bitforbit.cuda.fused.plan import MAX_TOKENS
-from bitforbit.ops import gpu
+from bitforbit.ops import gpu, stats
 from bitforbit.ops.gpu import Policy
 
-POLICIES = {"exact, at use": Policy(ahead=0), "exact, ahead": Policy()}
+POLICIES = {
+    "exact, at use": Policy(ahead=0, proven_orders=False),
+    "exact, ahead": Policy(proven_orders=False),
+    "exact, proven": Policy(prove_after=None),
+}
 PLAIN = ("bf16", "bf16 joined")
-SECONDS = 100
+SECONDS = 60
 """The first model always runs to its end, the others as far as this goes."""
 
 
@@ -71,8 +76,8 @@ def decoding(policy: Policy) -> Iterator[None]:
         yield
 
 
-def decoded(meter: Meter, operands: Operands, tokens: int, mode: str, policy: Policy) -> Graph:
-    """A graph of products that decode, after the comparison with torch's."""
+def exact(meter: Meter, operands: Operands, tokens: int, mode: str, policy: Policy) -> Graph:
+    """A graph of the operator's products, after the comparison with torch's."""
     calls = operands.operator_products(tokens, mode)
     with decoding(policy):
         for got, expected in zip(calls, operands.torch_products(tokens), strict=True):
@@ -88,7 +93,14 @@ def results(call: Call) -> list[torch.Tensor]:
     return found
 
 
-def sides(meter: Meter, operands: Operands, tokens: int, exact: bool) -> dict[str, Graph]:
+def proven(meter: Meter, operands: Operands, tokens: int) -> bool:
+    """Whether a fused product with the bits of torch's own is known for the (only) matrix."""
+    (rows,), cols = operands.shape.rows, operands.shape.cols
+    product = gpu.Product(rows, cols, tokens, operands.x.dim(), gpu.ALIGNMENT, 0)
+    return tokens <= MAX_TOKENS and gpu.prove([product], meter.device)[product] is not None
+
+
+def sides(meter: Meter, operands: Operands, tokens: int, with_exact: bool) -> dict[str, Graph]:
     """What is compared, each as a graph."""
     graphs = {"bf16": meter.capture(operands.torch_products(tokens))}
     if len(operands.shape.rows) > 1:
@@ -96,16 +108,23 @@ def sides(meter: Meter, operands: Operands, tokens: int, exact: bool) -> dict[st
     if tokens <= MAX_TOKENS:
         graphs["fused"] = meter.capture(operands.products(tokens))
     else:
-        graphs["fused"] = decoded(meter, operands, tokens, "fused", Policy())
-    for name, policy in POLICIES.items() if exact else ():
-        graphs[name] = decoded(meter, operands, tokens, "exact", policy)
+        graphs["fused"] = exact(meter, operands, tokens, "fused", Policy())
+    for name, policy in POLICIES.items() if with_exact else ():
+        if policy.proven_orders and not proven(meter, operands, tokens):
+            continue
+        stats.reset()
+        graphs[name] = exact(meter, operands, tokens, "exact", policy)
+        if policy.proven_orders == (stats.snapshot()["fused_exact"].linears == 0):
+            raise AssertionError(f"{operands.shape.name}, {name}: expected another way, got {stats.snapshot()}")
     return graphs
 
 
-def products(meter: Meter, operands: Operands, tokens: int, exact: bool, copy_gb_per_s: float | None) -> dict[str, Any]:
+def products(
+    meter: Meter, operands: Operands, tokens: int, with_exact: bool, copy_gb_per_s: float | None
+) -> dict[str, Any]:
     """One line of the result."""
     shape = operands.shape
-    rounds = meter.in_turns(sides(meter, operands, tokens, exact))
+    rounds = meter.in_turns(sides(meter, operands, tokens, with_exact))
     line: dict[str, Any] = {
         "model": shape.model,
         "kind": shape.kind,
@@ -119,9 +138,9 @@ def products(meter: Meter, operands: Operands, tokens: int, exact: bool, copy_gb
         **figures(rounds, operands.nbytes, copy_gb_per_s),
     }
     if tokens <= MAX_TOKENS:
-        queue, order = gpu.queue_for(meter.device), operands.order()
+        queue, order = gpu.queue_for(meter.device), operands.order
         plan = plans.plan(shape.rows, order, tokens, queue.properties)
-        line |= {"way": "fused", "splits": order.splits, "variant": vars(plan.variant)}
+        line |= {"way": "fused", "order": vars(order), "variant": vars(plan.variant)}
     return line
 
 
@@ -157,10 +176,10 @@ def measure(meter: Meter, size: Size, report: Report, seconds: float | None) -> 
             continue
         operands = report.attempt(shape.name, lambda shape=shape: checked(meter, shape, size.tokens, errors))
         for tokens in size.tokens if operands is not None else ():
-            exact = first and len(shape.rows) == 1 and tokens in size.exact_tokens
+            with_exact = first and len(shape.rows) == 1 and tokens in size.exact_tokens
             line = report.attempt(
                 f"{shape.name}, {tokens} tokens",
-                lambda o=operands, t=tokens, e=exact: products(meter, o, t, e, speed),
+                lambda o=operands, t=tokens, e=with_exact: products(meter, o, t, e, speed),
             )
             lines.extend([line] if line else [])
             report.put()

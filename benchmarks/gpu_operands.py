@@ -63,35 +63,24 @@ class Operands:
             clones = tuple(tuple(part.clone() for part in matrix) for matrix in parts)
             self.copies.append(Copy(other, other.split(shape.rows), clones))
         self.x = weights(2 * MAX_TOKENS, shape.cols, meter.device, 99) * 50  # as after a layer norm
-        self._groups: dict[int | None, list[fused.Group]] = {}
+        queue, layouts = gpu.queue_for(self.device), [TileLayout(rows, shape.cols) for rows in shape.rows]
+        self._groups = [
+            fused.prepare(queue, [(addresses(p), layout, 0) for p, layout in zip(copy.parts, layouts, strict=True)])
+            for copy in self.copies
+        ]
+        self.order = self._groups[0].order
+        """Of summation, as the device's heuristic has it."""
         self._sums: dict[tuple[int, Order], list[torch.Tensor]] = {}
         self._workspaces: list[torch.Tensor] = []
         """The last one is in use; graphs may hold the addresses of the others."""
 
-    def groups(self, splits: int | None = None) -> list[fused.Group]:
-        """A group of each copy; splits as the device's heuristic has it, or so many."""
-        if splits not in self._groups:
-            queue = gpu.queue_for(self.device)
-            layouts = [TileLayout(rows, self.shape.cols) for rows in self.shape.rows]
-            self._groups[splits] = [
-                fused.prepare(
-                    queue, [(addresses(p), layout, 0) for p, layout in zip(copy.parts, layouts, strict=True)], splits
-                )
-                for copy in self.copies
-            ]
-        return self._groups[splits]
-
-    def order(self, splits: int | None = None) -> Order:
-        """Of summation."""
-        return self.groups(splits)[0].order
-
-    def products(self, tokens: int, splits: int | None = None, variant: Variant | None = None) -> list[Call]:
+    def products(self, tokens: int, order: Order | None = None, variant: Variant | None = None) -> list[Call]:
         """A fused product with each copy."""
-        return [partial(self._product, group, tokens, variant) for group in self.groups(splits)]
+        return [partial(self._product, group, tokens, order or self.order, variant) for group in self._groups]
 
-    def fused(self, tokens: int, splits: int | None = None, variant: Variant | None = None) -> torch.Tensor:
+    def fused(self, tokens: int, order: Order | None = None, variant: Variant | None = None) -> torch.Tensor:
         """The product with the first copy: as many outputs in a row as the kernel writes."""
-        return self._product(self.groups(splits)[0], tokens, variant)
+        return self._product(self._groups[0], tokens, order or self.order, variant)
 
     def torch_products(self, tokens: int) -> list[Call]:
         """Torch's products with the matrices one after the other, for each copy."""
@@ -107,30 +96,34 @@ class Operands:
         return [partial(self._operator, tokens, mode, copy) for copy in self.copies]
 
     def check(self, tokens: tuple[int, ...]) -> dict[str, float]:
-        """The gate. Fused products have the bits of the same sums from BF16 weights, whatever the number of tokens.
+        """The gate. Fused products are right, whatever the number of tokens; returns the errors of check_product.
 
-        And they are as close to FP64 as torch's: returns the root mean squares of the differences. Raises
-        AssertionError.
+        Raises AssertionError.
         """
         most = max(count for count in tokens if count <= MAX_TOKENS)
-        whole = self.check_bits(most)
+        errors, whole = self.check_product(most), self.outputs(self.fused(most), most)
         for count in sorted({count for count in tokens if count < most}):
             for number, got in enumerate(self.outputs(self.fused(count), count)):
                 same_bits(got, whole[number][:count], f"{self.shape.name}, matrix {number}: {count} and {most} tokens")
-        errors = {
-            "fused": self._error(torch.cat(whole, 1)),
-            "torch": self._error(torch.cat(_each(self.x[:most], self.copies[0].plain), 1)),
-        }
+        return errors
+
+    def check_product(
+        self, tokens: int, order: Order | None = None, variant: Variant | None = None
+    ) -> dict[str, float]:
+        """One fused product is as close to FP64 as torch's, and has the bits of the same sums from BF16 weights.
+
+        The latter for the instruction that the kernel for BF16 weights has. Returns both root mean squares of the
+        differences from FP64. Raises AssertionError.
+        """
+        order = order or self.order
+        got = self.outputs(self.fused(tokens, order, variant), tokens)
+        for number, expected in enumerate(self._expected(tokens, order)):
+            same_bits(got[number], expected, f"{self.shape.name}, matrix {number}: fused ({variant}) and plain")
+        theirs = _each(self.x[:tokens], self.copies[0].plain)
+        errors = {"fused": self._error(torch.cat(got, 1)), "torch": self._error(torch.cat(theirs, 1))}
         if not errors["fused"] <= ERROR_MARGIN * errors["torch"]:
             raise AssertionError(f"{self.shape.name}: expected an error of at most torch's, got {errors}")
         return errors
-
-    def check_bits(self, tokens: int, splits: int | None = None, variant: Variant | None = None) -> list[torch.Tensor]:
-        """The fused products, which have the bits of the same sums from BF16 weights; raises AssertionError if not."""
-        got = self.outputs(self.fused(tokens, splits, variant), tokens)
-        for number, expected in enumerate(self._expected(tokens, self.order(splits))):
-            same_bits(got[number], expected, f"{self.shape.name}, matrix {number}: fused ({variant}) and plain")
-        return got
 
     def outputs(self, flat: torch.Tensor, tokens: int) -> list[torch.Tensor]:
         """What the kernel writes, as a matrix [tokens, rows] of each product."""
@@ -138,7 +131,12 @@ class Operands:
         return [part.view(tokens, rows) for part, rows in zip(parts, self.shape.rows, strict=True)]
 
     def _expected(self, tokens: int, order: Order) -> list[torch.Tensor]:
-        """Sums from BF16 weights, a matrix [tokens, rows] of each product; slow, so they are kept."""
+        """Sums from BF16 weights, a matrix [tokens, rows] of each product; slow, so they are kept.
+
+        None for another instruction than mma's: how it sums is the hardware's business.
+        """
+        if not order.instruction.startswith("mma."):
+            return []
         if (tokens, order) not in self._sums:
             queue = gpu.queue_for(self.device)
             sums = [torch.empty(tokens, rows, dtype=torch.bfloat16, device=self.device) for rows in self.shape.rows]
@@ -147,12 +145,12 @@ class Operands:
             self._sums[tokens, order] = sums
         return self._sums[tokens, order]
 
-    def _product(self, group: fused.Group, tokens: int, variant: Variant | None) -> torch.Tensor:
+    def _product(self, group: fused.Group, tokens: int, order: Order, variant: Variant | None) -> torch.Tensor:
         out = torch.empty(tokens * sum(self.shape.rows), dtype=torch.bfloat16, device=self.device)
         queue = gpu.queue_for(self.device)
-        plan = plans.plan(group.rows, group.order, tokens, queue.properties, variant)
+        plan = plans.plan(group.rows, order, tokens, queue.properties, variant)
         workspace = self._workspace(plan.workspace_bytes)
-        fused.linear(queue, group, self.x.data_ptr(), tokens, out.data_ptr(), workspace.data_ptr(), variant)
+        fused.linear(queue, group, self.x.data_ptr(), tokens, out.data_ptr(), workspace.data_ptr(), variant, order)
         return out
 
     def _workspace(self, nbytes: int) -> torch.Tensor:

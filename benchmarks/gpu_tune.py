@@ -60,28 +60,36 @@ FULL = Size(tuple(shape for model in MODELS for shape in model.shapes), tune.ROO
 TINY = Size((Shape("tiny", "down", (49,), 192),), (8,), EXTRA[:1])
 
 
-def search(meter: Meter, shape: Shape, size: Size) -> tuple[tuned.Choice, tuple[Measured, ...]]:
-    """The choice for a shape, and all times. In a dry run all take equally long.
+class Stopwatch:
+    """Times launches of a shape. In a dry run all take equally long."""
 
-    Raises AssertionError if a variant changes a bit.
-    """
-    operands = Operands(meter, shape)
-    queue = gpu.queue_for(meter.device)
+    def __init__(self, meter: Meter, shape: Shape) -> None:
+        self.properties = gpu.queue_for(meter.device).properties
+        self._meter = meter
+        self._operands = Operands(meter, shape)
 
-    def microseconds(case: Case) -> float:
-        splits = case.order.splits
-        operands.check_bits(case.tokens, splits, case.variant)
-        graphs = {"fused": meter.capture(operands.products(case.tokens, splits, case.variant))}
-        times = [gpu_common.median(meter.in_turns(graphs, ROUNDS)["fused"]) for _ in range(SETS)]
+    def microseconds(self, case: Case) -> float:
+        """Of one launch, after its gate. Raises AssertionError."""
+        arguments = (case.tokens, case.order, case.variant)
+        self._operands.check_product(*arguments)
+        graphs = {"fused": self._meter.capture(self._operands.products(*arguments))}
+        times = [gpu_common.median(self._meter.in_turns(graphs, ROUNDS)["fused"]) for _ in range(SETS)]
         return min((time for time in times if time is not None), default=1.0)
 
-    choice, measured = tune.tune(shape.rows, shape.cols, queue.properties, microseconds, size.rooms)
-    order = Order(shape.cols, choice.splits or measured[0].case.order.splits)
+
+def search(
+    meter: Meter, shape: Shape, size: Size, report: Report
+) -> tuple[tuned.Choice, tuple[Measured, ...], list[Measured]]:
+    """The choice for a shape, what was measured for it, and the package's variants-to-be with the chosen splits."""
+    watch, extra = Stopwatch(meter, shape), []
+    choice, measured = tune.tune(shape.rows, shape.cols, watch.properties, watch.microseconds, size.rooms)
+    order = Order(shape.cols, choice.splits or measured[0].case.order.splits)  # of the instruction that they have
     for variant in size.extra:
-        if variant.tokens in size.rooms and variant.shared_bytes <= queue.properties.shared_bytes_per_block:
+        if variant.tokens in size.rooms and variant.shared_bytes <= watch.properties.shared_bytes_per_block:
             case = Case(shape.rows, order, variant.tokens, variant)
-            measured += (Measured(case, microseconds(case)),)
-    return choice, measured
+            time = report.attempt(f"{shape.name}, {variant}", lambda case=case: watch.microseconds(case))
+            extra += [] if time is None else [Measured(case, time)]
+    return choice, measured, extra
 
 
 def measure(meter: Meter, size: Size, report: Report) -> Choices:
@@ -92,30 +100,31 @@ def measure(meter: Meter, size: Size, report: Report) -> Choices:
     for shape in size.shapes:
         if (shape.rows, shape.cols) in found:
             continue
-        result = report.attempt(shape.name, lambda shape=shape: search(meter, shape, size))
+        result = report.attempt(shape.name, lambda shape=shape: search(meter, shape, size, report))
         if meter.measures:
             torch.cuda.empty_cache()
         if result is None:
             continue
-        choice, measured = result
+        choice, measured, extra = result
         found[shape.rows, shape.cols] = choice
-        times = [
-            {
-                "splits": one.case.order.splits,
-                "tokens": one.case.tokens,
-                "variant": asdict(one.case.variant),
-                "us": one.microseconds if meter.measures else None,
-            }
-            for one in measured
-        ]
         estimated = measured[0].case.order.splits
         lines.append(
             {
                 "name": shape.name,
                 "estimated": estimated,
                 "splits": choice.splits or estimated,
+                "instruction": choice.instruction or Order.instruction,
                 "variants": dict(choice.variants),
-                "times": times,
+                "times": [
+                    {
+                        "splits": one.case.order.splits,
+                        "instruction": one.case.order.instruction,
+                        "tokens": one.case.tokens,
+                        "variant": asdict(one.case.variant),
+                        "us": one.microseconds if meter.measures else None,
+                    }
+                    for one in (*measured, *extra)
+                ],
             }
         )
         report.put()
@@ -129,13 +138,16 @@ def show(result: dict[str, Any]) -> str:
         for tokens in sorted({time["tokens"] for time in shape["times"]}):
             times = [time for time in shape["times"] if time["tokens"] == tokens]
             first, variant = times[0], shape["variants"].get(tokens, times[0]["variant"])
-            chosen = next(t for t in times if (t["splits"], t["variant"]) == (shape["splits"], variant))
+            if shape["instruction"] != Order.instruction and tokens not in shape["variants"]:
+                variant = next(t["variant"] for t in times if t["instruction"] == shape["instruction"])
+            wanted = (shape["splits"], shape["instruction"], variant)
+            chosen = next(t for t in times if (t["splits"], t["instruction"], t["variant"]) == wanted)
             best = min(times, key=lambda time: time["us"] or 0.0)
             lines.append(
                 [
                     shape["name"],
                     str(tokens),
-                    *(f"{time['splits']} splits, {_short(time['variant'])}" for time in (first, chosen, best)),
+                    *(_short(time) for time in (first, chosen, best)),
                     *(gpu_common.cell(time["us"]) for time in (first, chosen, best)),
                 ]
             )
@@ -143,8 +155,8 @@ def show(result: dict[str, Any]) -> str:
     return table(["shape", "tokens", *names, *(f"{name}, us" for name in names)], lines)
 
 
-def _short(variant: dict[str, int]) -> str:
-    return "/".join(map(str, variant.values()))
+def _short(time: dict[str, Any]) -> str:
+    return f"{time['splits']} splits, {time['instruction']} {'/'.join(map(str, time['variant'].values()))}"
 
 
 def write(properties: DeviceProperties, choices: Choices) -> Path:

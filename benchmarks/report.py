@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks import plots
@@ -197,6 +197,7 @@ def gpu(result: Result) -> str:
             "",
             table(["", "BF16", "exact", "exact / BF16", "fused", "fused / BF16"], rows),
             "",
+            *_ways(model.get("decode", ())),
             gpu_linear(result.get("linear", {})),
             "",
             table(["decoding", "shape", "GB/s read and written", "of a copy's"], lines),
@@ -204,6 +205,17 @@ def gpu(result: Result) -> str:
             _where_gpu(result),
         ]
     )
+
+
+def _ways(steps: Sequence[dict[str, Any]]) -> list[str]:
+    """How the linears were computed; nothing if nothing was measured."""
+    labels = {"fused_exact": "straight from compressed weights in cuBLAS's order", "decoded": "decoded first"}
+    sentences = []
+    for step in steps:
+        shares = step.get("weights_share", {}).get("exact", {})
+        found = [f"{100 * shares[way]:.0f} % {label}" for way, label in labels.items() if way in shares]
+        sentences += [f"at batch {step['batch']} {', '.join(found)}"] if found else []
+    return [f"Weights of linears in mode exact: {'; '.join(sentences)}.", ""] if sentences else []
 
 
 def gpu_linear(result: Result) -> str:

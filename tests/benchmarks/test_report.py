@@ -40,7 +40,9 @@ def result(date: str, device: str, step_ms: float) -> dict[str, Any]:
             "layers": 16,
             "memory": {n: {"weight_bytes": 8e9, "peak_beyond_weights": None} for n in both},
             "prefill": {"tokens": 2048, "ms": both},
-            "decode": [{"batch": 1, "step_ms": both}],
+            "decode": [
+                {"batch": 1, "step_ms": both, "weights_share": {"exact": {"fused_exact": 0.75, "decoded": 0.25}}}
+            ],
         },
     }
 
@@ -87,6 +89,7 @@ def test_the_newest_result_is_shown_and_gaps_stay_gaps(results: Path) -> None:
     text = report.render("gpu")
     found = cells(text)
     assert "Llama of 16 layers" in text
+    assert "at batch 1 75 % straight from compressed weights in cuBLAS's order, 25 % decoded first." in text
     assert found["a token, batch 1"] == ["4.00 ms", "5.00 ms", "1.25x", "3.00 ms", "0.75x"]
     assert found["a token, batch 8"] == ["not measured"] * 5
     assert found["weights"] == ["8.00 GB", "8.00 GB", "1.00x", "8.00 GB", "1.00x"]

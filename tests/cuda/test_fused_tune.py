@@ -11,7 +11,7 @@ import pytest
 from bitforbit.cuda.fused import plan as plans
 from bitforbit.cuda.fused import tune, tuned
 from bitforbit.cuda.fused.order import Order, choose_order, estimate_splits
-from bitforbit.cuda.fused.plan import BULK, VARIANTS, choose_variant
+from bitforbit.cuda.fused.plan import BULK, HOPPER, VARIANTS, choose_variant
 from bitforbit.cuda.fused.tune import Case, candidates
 from bitforbit.cuda.fused.tuned import Choice
 from bitforbit.cuda.kernel import DeviceProperties
@@ -46,16 +46,17 @@ def test_packaged_tables_are_of_this_version() -> None:
         assert path.name == tuned.file_name(device)
         for (rows, cols), choice in table.items():
             assert rows
-            Order(cols, choice.splits or 1)
+            order = Order(cols, choice.splits or 1, instruction=choice.instruction or Order.instruction)
+            known = [(v.tokens, asdict(v)) for v in plans.ALL if v.instruction == order.instruction]
             for tokens, fields in choice.variants.items():
-                assert any(asdict(v) == fields and v.tokens == tokens for v in plans.ALL), (path.name, rows, fields)
+                assert (tokens, fields) in known, (path.name, rows, fields)
 
 
 def test_equal_times_leave_the_estimates() -> None:
     choice, measured = tune.tune(ROWS, COLS, H200, lambda case: 1.0)
     assert choice == Choice()
     assert {one.case.tokens for one in measured} == {8, 16, 32, 64}
-    assert {one.case.variant for one in measured} == set(VARIANTS + BULK)
+    assert {one.case.variant for one in measured} == set(VARIANTS + BULK + HOPPER)
 
 
 def test_differences_within_noise_leave_the_estimates() -> None:
@@ -70,6 +71,28 @@ def test_the_fastest_is_found() -> None:
 
     choice, _ = tune.tune(ROWS, COLS, H200, microseconds)
     assert choice == Choice(3, {8: asdict(best)})
+
+
+def test_the_instruction_is_chosen_for_all_numbers_of_tokens_too(folder: Path) -> None:
+    """One that wins from 32 tokens on and loses a little before."""
+    first, last = HOPPER[2:4]
+
+    def microseconds(case: Case) -> float:
+        if case.order.instruction == Order.instruction:
+            return 10.0
+        return 11.0 if case.tokens < 32 else 8.0 if case.variant == first else 7.0
+
+    choice, _ = tune.tune(ROWS, COLS, H200, microseconds)
+    assert choice == Choice(None, {}, last.instruction)  # of two for 32 tokens the last one is the default
+    write(folder, Choice(2, {32: asdict(first)}, first.instruction))
+    order = choose_order(ROWS, COLS, H200)
+    assert order == Order(COLS, 2, instruction=first.instruction)
+    assert [plans.plan(ROWS, order, tokens, H200).variant for tokens in (1, 20)] == [HOPPER[0], first]
+    assert plans.plan(ROWS, Order(COLS, 2), 20, H200).variant == choose_variant(20, H200)
+
+
+def test_an_instruction_of_other_devices_is_not_tried() -> None:
+    assert {case.order.instruction for case in candidates(ROWS, COLS, 8, A100)} == {Order.instruction}
 
 
 def test_splits_suit_all_numbers_of_tokens_together() -> None:
@@ -133,7 +156,7 @@ def test_splits_that_a_matrix_cannot_have_are_refused(folder: Path) -> None:
 
 
 def test_tables_survive_writing() -> None:
-    table = {((8, 16), 64): Choice(2, {8: asdict(VARIANTS[0])}), ((8,), 64): Choice()}
+    table = {((8, 16), 64): Choice(2, {8: asdict(VARIANTS[0])}, "wgmma"), ((8,), 64): Choice()}
     assert tuned.parse(tuned.render("GPU", 7, table, commit="abc"), "x") == ("GPU", 7, table)
 
 

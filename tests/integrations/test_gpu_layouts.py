@@ -14,7 +14,7 @@ import bitforbit
 from bitforbit import BitforbitConfig, errors
 from bitforbit import nn as bnn
 from bitforbit.nn import layout
-from bitforbit.ops import gpu
+from bitforbit.ops import gpu, stats
 from cuda_shim.emulation import EmulatedLauncher, EmulatedQueue
 from integrations import zoo
 from integrations.conftest import Directories
@@ -237,3 +237,98 @@ def test_official_files_of_dfloat11() -> None:
     reference = tf.AutoModelForCausalLM.from_pretrained(official / "bf16")
     for batch in (1, 8):
         assert torch.equal(zoo.logits(model, "llama", batch), zoo.logits(reference, "llama", batch))
+
+
+# --- mode fused -----------------------------------------------------------------------------------------------------
+
+FUSED = BitforbitConfig(mode="fused")
+FUSED_LAUNCHES = {
+    "llama": [15, 9], "llama-tied": [15, 9], "qwen3": [15, 9], "gemma3": [15, 9], "mistral": [15, 9],
+    "mixtral": [9, 5], "gpt2": [1, 1], "bert": [14, 10], "llava": [29, 19], "qwen2-vl": [25, 19],
+}  # fmt: skip
+"""In the first pass, and in those after it: q, k and v, gate and up in one each."""
+
+
+def fused_launches(launcher: EmulatedLauncher) -> int:
+    count = sum(kernel == "fused_linear" for kernel, _ in launcher.launches)
+    launcher.launches.clear()
+    return count
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_fused(name: str, directories: Directories, emulated: EmulatedLauncher) -> None:
+    """Close to the plain model; the same bits with siblings multiplied together and alone."""
+    plain, native = directories(name)
+    model = zoo.auto_class(name).from_pretrained(native, quantization_config=FUSED)
+    reference = zoo.logits(zoo.auto_class(name).from_pretrained(plain), name, 2).float()
+    with gpu.use_policy(gpu.Policy(grouped=False)):
+        alone = zoo.logits(model, name, 2)
+    launches = []
+    for _ in range(2):
+        emulated.launches.clear()
+        assert torch.equal(zoo.logits(model, name, 2), alone)
+        launches.append(fused_launches(emulated))
+    assert (alone.float() - reference).norm() / reference.norm() < 0.02
+    assert launches == FUSED_LAUNCHES[name]
+
+
+def test_fused_in_any_company(directories: Directories) -> None:
+    """A sequence's logits do not depend on those beside it, as far as torch's own operators keep to that."""
+    model = tf.AutoModelForCausalLM.from_pretrained(directories("llama")[1], quantization_config=FUSED)
+    ids = zoo.inputs("llama", 5)["input_ids"]
+    with torch.no_grad():
+        for _ in range(2):
+            together = model(ids).logits
+            for i in range(5):
+                assert torch.equal(model(ids[i : i + 1]).logits, together[i : i + 1])
+
+
+@pytest.mark.parametrize("name", GENERATING)
+def test_fused_generates(name: str, directories: Directories) -> None:
+    model = tf.AutoModelForCausalLM.from_pretrained(directories(name)[1], quantization_config=FUSED)
+    stats.reset()
+    first, second = (decode_logits(model, name, 2) for _ in range(2))
+    assert torch.equal(first, second)
+    counts = stats.snapshot()
+    assert (counts["decoded"].linears, counts["fused"].linears) == (0, 2 * 3 * (15 if name == "llama" else 9))
+    with gpu.use_policy(gpu.Policy(grouped=False)):
+        assert torch.equal(decode_logits(model, name, 2), first)
+
+
+def test_fused_with_adapters(directories: Directories, emulated: EmulatedLauncher) -> None:
+    """Adapters ask the compressed linear below them, which still knows its siblings."""
+    peft = pytest.importorskip("peft")
+    model = tf.AutoModelForCausalLM.from_pretrained(directories("llama")[1], quantization_config=FUSED)
+    torch.manual_seed(0)
+    config = peft.LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(model, config)
+    ids = zoo.inputs("llama", 2)["input_ids"]
+    model(input_ids=ids, labels=ids).loss.backward()
+    model.eval()
+    with torch.no_grad(), gpu.use_policy(gpu.Policy(grouped=False)):
+        expected = model(ids).logits
+    with torch.no_grad():
+        for launches in (13, 9):  # before the first adapter nothing needs gradients: those linears are known by now
+            fused_launches(emulated)
+            assert torch.equal(model(ids).logits, expected)
+            assert fused_launches(emulated) == launches
+
+
+def test_fused_where_some_is_offloaded(directories: Directories, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    from integrations.test_offload import maps
+
+    native = directories("llama")[1]
+    options: dict[str, Any] = {"device_map": maps("llama"), "offload_folder": str(tmp_path)}
+    model = tf.AutoModelForCausalLM.from_pretrained(native, quantization_config=FUSED, **options)
+    expected = zoo.logits(model, "llama", 2)
+    for _ in range(2):
+        assert torch.equal(zoo.logits(model, "llama", 2), expected)
+
+
+def test_compressed_in_memory_has_siblings(directories: Directories, emulated: EmulatedLauncher) -> None:
+    plain, native = directories("llama")
+    loaded = tf.AutoModelForCausalLM.from_pretrained(native, quantization_config=FUSED)
+    model = bitforbit.compress_model(tf.AutoModelForCausalLM.from_pretrained(plain), mode="fused")
+    for _ in range(2):
+        assert torch.equal(zoo.logits(model, "llama", 2), zoo.logits(loaded, "llama", 2))

@@ -116,8 +116,8 @@ def choose_order(rows: tuple[int, ...], cols: int, properties: DeviceProperties)
     Splits keep all multiprocessors busy where there are few rows: as measured on this kind of GPU (:mod:`tuned`), else
     as estimated. Raises UsageError for no matrix, and for an empty one.
     """
-    splits = estimate_splits(rows, cols, properties)
-    return Order(cols, tuned.find(rows, cols, properties).splits or splits)
+    splits, found = estimate_splits(rows, cols, properties), tuned.find(rows, cols, properties)
+    return Order(cols, found.splits or splits, instruction=found.instruction or Order.instruction)
 
 
 def estimate_splits(rows: tuple[int, ...], cols: int, properties: DeviceProperties) -> int:

@@ -118,7 +118,6 @@ VARIANTS = (
 """For each number of tokens, first the one for GPUs with little shared memory."""
 BULK = tuple(replace(variant, bulk=1) for variant in VARIANTS if variant.tokens in (8, 64))
 """To be compared with the others on a GPU; chosen only where a table of measurements says so."""
-ALL = VARIANTS + BULK
 HALF_STEPS = tuple(HalfSteps(**vars(variant)) for variant in VARIANTS)
 """For orders that have been found to be a library's (:mod:`bitforbit.ops.gpu.order`)."""
 HOPPER = (
@@ -129,8 +128,9 @@ HOPPER = (
     Hopper(64, 1, 16, 4, 1, 1, 4),
 )
 """So are these, and to be compared with the others, on GPUs of compute capability 9.0."""
+ALL = VARIANTS + BULK + HALF_STEPS + HOPPER
 PLAIN = Kernel("fused_plain", "fused_plain.cu", (Pointer,) * 4 + (U32,) * 6)
-KERNELS = (*(variant.kernel for variant in ALL + HALF_STEPS + HOPPER), PLAIN)
+KERNELS = (*(variant.kernel for variant in ALL), PLAIN)
 
 
 @dataclass(frozen=True)
@@ -146,40 +146,39 @@ class Plan:
 
 def choose_variant(tokens: int, properties: DeviceProperties, instruction: str = Variant.instruction) -> Variant:
     """The variant for so many tokens: the last of those of an instruction that fit into the device's shared memory."""
-    if instruction not in instructions(properties):
+    return [variant for variant in variants(tokens, properties, instruction) if variant not in BULK][-1]
+
+
+def variants(tokens: int, properties: DeviceProperties, instruction: str = Variant.instruction) -> tuple[Variant, ...]:
+    """All of an instruction that are made for so many tokens and run on the device, at least one. Raises UsageError."""
+    if not 1 <= tokens <= MAX_TOKENS:
+        raise UsageError(f"expected 1 to {MAX_TOKENS} tokens, got {tokens}; decode the matrix for more")
+    known = [v for v in _of(properties) if v.instruction == instruction and v.tokens >= tokens]
+    if not known:
         raise UsageError(f"expected an instruction of {properties.name}, got {instruction}")
-    room = _room(tokens)
-    known = [v for v in VARIANTS + HALF_STEPS + HOPPER if v.instruction == instruction and v.tokens == room]
-    fits = [v for v in known if v.shared_bytes <= properties.shared_bytes_per_block]
+    room = min(variant.tokens for variant in known)
+    fits = [v for v in known if v.tokens == room and v.shared_bytes <= properties.shared_bytes_per_block]
     if not fits:
         raise UsageError(f"expected a GPU with more than {properties.shared_bytes_per_block} bytes of shared memory")
-    return fits[-1]
-
-
-def variants(tokens: int, properties: DeviceProperties) -> tuple[Variant, ...]:
-    """All of the usual instruction that are made for so many tokens and run on the device. Raises UsageError."""
-    room, bulk = _room(tokens), properties.compute_capability >= (9, 0)
-    fits = [variant for variant in ALL if variant.shared_bytes <= properties.shared_bytes_per_block]
-    return tuple(variant for variant in fits if variant.tokens == room and (bulk or not variant.bulk))
+    return tuple(fits)
 
 
 def tuned_variant(rows: tuple[int, ...], order: Order, tokens: int, properties: DeviceProperties) -> Variant | None:
     """The one that was measured to be the fastest for a shape; None if none of this version's was, for such orders."""
-    fields = tuned.find(rows, order.cols, properties).variants.get(_room(tokens))
-    fits = [variant for variant in variants(tokens, properties) if variant.instruction == order.instruction]
+    fits = variants(tokens, properties, order.instruction)
+    fields = tuned.find(rows, order.cols, properties).variants.get(fits[0].tokens)
     return next((variant for variant in fits if asdict(variant) == fields), None)
-
-
-def _room(tokens: int) -> int:
-    if not 1 <= tokens <= MAX_TOKENS:
-        raise UsageError(f"expected 1 to {MAX_TOKENS} tokens, got {tokens}; decode the matrix for more")
-    return min(variant.tokens for variant in VARIANTS if variant.tokens >= tokens)
 
 
 def instructions(properties: DeviceProperties) -> tuple[str, ...]:
     """The matrix instructions of a device that kernels have."""
-    every = VARIANTS + HALF_STEPS + HOPPER
-    return tuple(dict.fromkeys(v.instruction for v in every if v.capability in (None, properties.compute_capability)))
+    return tuple(dict.fromkeys(variant.instruction for variant in _of(properties)))
+
+
+def _of(properties: DeviceProperties) -> list[Variant]:
+    """The variants that a device has the instructions for; copies in bulk come with compute capability 9.0."""
+    capability = properties.compute_capability
+    return [v for v in ALL if v.capability in (None, capability) and (not v.bulk or capability >= (9, 0))]
 
 
 @lru_cache(maxsize=4096)
@@ -205,5 +204,5 @@ def plan(
 @lru_cache(maxsize=4096)
 def workspace_bytes(rows: tuple[int, ...], order: Order, properties: DeviceProperties) -> int:
     """Size of a workspace for up to MAX_TOKENS tokens."""
-    variants = [v for v in ALL + HOPPER if v.capability in (None, properties.compute_capability)]
+    variants = [v for v in ALL if v.capability in (None, properties.compute_capability)]
     return max(plan(rows, order, variant.tokens, properties, variant).workspace_bytes for variant in variants)

@@ -1,9 +1,9 @@
 """What was measured on a kind of GPU, as data: splits and variants by shape. GPUs without a file have none.
 
 ``tuned/<device>.json``, written by :mod:`bitforbit.cuda.fused.tune`, holds the device's name, its number of
-multiprocessors, and per shape (rows of the matrices of a launch, columns) the splits of its order of summation and, by
-the largest number of tokens, the fields of a variant. The splits are part of a layer's order on that kind of GPU; they
-never depend on the number of tokens. Variants change no bits.
+multiprocessors, and per shape (rows of the matrices of a launch, columns) splits and instruction of its order of
+summation and, by the largest number of tokens, the fields of a variant. The order is a property of the layer on that
+kind of GPU and never depends on the number of tokens. Variants change no bits.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ class Choice:
     """None: as estimated."""
     variants: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
     """Fields of a variant by the largest number of tokens that it is taken for."""
+    instruction: str | None = None
+    """None: the one that all devices have."""
 
 
 Table = Mapping[tuple[tuple[int, ...], int], Choice]
@@ -65,6 +67,7 @@ def parse(text: str, name: str) -> tuple[str, int, Table]:
                 None if shape["splits"] is None else int(shape["splits"]),
                 {int(tokens): {key: int(value) for key, value in fields.items()}
                  for tokens, fields in shape["variants"].items()},
+                None if shape["instruction"] is None else str(shape["instruction"]),
             )
             for shape in content["shapes"]
         }  # fmt: skip
@@ -78,10 +81,7 @@ def parse(text: str, name: str) -> tuple[str, int, Table]:
 
 def render(device: str, multiprocessors: int, table: Table, **notes: Any) -> str:
     """The text of a file; notes, such as machine and versions, are for readers."""
-    shapes = [
-        {"rows": list(rows), "cols": cols, "splits": choice.splits, "variants": dict(choice.variants)}
-        for (rows, cols), choice in sorted(table.items())
-    ]
+    shapes = [{"rows": list(rows), "cols": cols, **vars(choice)} for (rows, cols), choice in sorted(table.items())]
     content = {"device": device, "multiprocessors": multiprocessors, **notes, "shapes": shapes}
     return json.dumps(content, indent=1) + "\n"
 
