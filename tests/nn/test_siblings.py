@@ -20,7 +20,7 @@ from bitforbit.cuda.fused import reference
 from bitforbit.cuda.fused.order import choose_order
 from bitforbit.nn import siblings
 from bitforbit.ops import gpu, stats
-from bitforbit.ops.gpu import Policy
+from bitforbit.ops.gpu import Policy, fused, runtime
 from cuda_shim.emulation import EmulatedLauncher, EmulatedQueue
 from helpers.gpu_weights import words
 from torch_helpers import assert_same_bits, gaussian
@@ -331,18 +331,51 @@ def test_modes_and_layouts(model, emulated):
         assert_same_bits(model(x.clone()), plain(x))
     assert products(emulated) == 0
     bnn.set_mode(model, "fused")
-    fused = model(x.clone())
+    before = model(x.clone())
     bnn.set_layout(model.k_proj, "planes")
     for _ in range(3):
         mixed = model(x.clone())
-        assert_same_bits(mixed[:, :128], fused[:, :128])
-        assert_same_bits(mixed[:, 176:], fused[:, 176:])
+        assert_same_bits(mixed[:, :128], before[:, :128])
+        assert_same_bits(mixed[:, 176:], before[:, 176:])
     with pytest.raises(bitforbit.errors.UsageError, match=r"shape \[..., 640\]"):
         model.q_proj(x[:, 1:])
     with pytest.raises(bitforbit.errors.UsageError, match="expected x of dtype"):
         model.q_proj(x.float())
     bitforbit.decompress_model(model)
     assert not any("_bitforbit_siblings" in module.__dict__ for module in model.modules())
+
+
+def test_captures(model, emulated, monkeypatch):
+    """In name only: nothing is uploaded in one, and nothing that was computed outside is used."""
+    place = runtime.current_place(torch.device("cpu"))
+
+    def captures(number: int) -> None:
+        now = runtime.Place(place.device, place.stream, number)
+        monkeypatch.setattr(runtime, "current_place", lambda device: now)
+
+    x = gaussian((2, COLS))
+    expected = model(x)
+    captures(1)
+    products(emulated)
+    assert_same_bits(model(x.clone()), expected)
+    assert products(emulated) == 1
+    captures(0)
+    model.q_proj(x)
+    captures(2)
+    products(emulated)
+    assert_same_bits(model.k_proj(x), expected[:, 128:176])
+    assert products(emulated) == 1
+    captures(0)
+    for _ in range(2):
+        model(x.clone())
+    for key, table in list(fused._tables.items()):
+        if len(table.group.rows) > 1:
+            monkeypatch.delitem(fused._tables, key)
+    captures(3)
+    products(emulated)
+    assert_same_bits(model(x.clone()), expected)
+    assert products(emulated) == 3
+    captures(0)
 
 
 def test_threads(model):

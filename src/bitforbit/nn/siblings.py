@@ -10,11 +10,12 @@ wrong guess costs the time of a product, and is not made twice in a row.
 
 from __future__ import annotations
 
+import operator
 import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -99,59 +100,63 @@ class Sibling:
             or (x.is_inference() and not policy.grouped_in_inference_mode)
         ):
             return spec.linear(x, own, bias, "fused", self.group)
-        return _local.calls.linear(self, _Member(spec, own, bias), x)
+        return _local.calls.linear(self, _member(spec, own, bias), x)
 
 
-_PARTS = tuple(f"{part}__weight" for part in TilesSpec.part_names)
-
-
-class _Member:
+class _Member(NamedTuple):
     """A linear's weight and bias as they are now."""
 
-    def __init__(self, spec: TilesSpec, own: Parameters, bias: torch.Tensor | None) -> None:
-        self.spec = spec
-        tiles, escapes, offsets, header = _PARTS
-        self.matrix = Matrix((own[tiles], own[escapes], own[offsets], own[header]), spec.rows, bias)
-        self._versions = _versions(self.matrix)
+    spec: TilesSpec
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
+    """Its parts and its bias."""
+    versions: tuple[int, ...] | None
+    """Counts of their changes in place; None if torch does not count them (inference tensors)."""
 
     def is_(self, other: _Member) -> bool:
         """Whether another one is the same tensors in the same state."""
-        mine, theirs = self.matrix, other.matrix
         return (
-            all(a is b for a, b in zip(mine.parts, theirs.parts, strict=True))
-            and mine.bias is theirs.bias
-            and self._versions == other._versions
+            all(map(operator.is_, self.tensors, other.tensors))
+            and self.versions == other.versions
             and self.spec == other.spec
         )
 
-    def linear(self, x: torch.Tensor, group: tuple[int, ...]) -> torch.Tensor:
-        """The product with it alone."""
-        parts, bias = self.matrix.parts, self.matrix.bias
-        return direct.tiles_linear(x, *parts, bias, self.spec.rows, self.spec.cols, "fused", group)
+    @property
+    def matrix(self) -> Matrix:
+        """It, to be multiplied."""
+        return Matrix(self.tensors[:4], self.spec.rows, self.tensors[4])
 
-    def noted(self) -> _Note | None:
-        """For later, without keeping the tensors alive; None if torch does not count their changes."""
-        return None if self._versions is None else _Note(self)
+
+def _member(spec: TilesSpec, own: Parameters, bias: torch.Tensor | None) -> _Member:
+    a, b, c, d = own["tiles__weight"], own["escapes__weight"], own["offsets__weight"], own["header__weight"]
+    return _Member(spec, (a, b, c, d, bias), _versions(a, b, c, d, bias))
+
+
+def _versions(
+    a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[int, ...] | None:
+    try:
+        return a._version, b._version, c._version, d._version, 0 if bias is None else bias._version
+    except RuntimeError:
+        return None
 
 
 class _Note:
-    """What finds a weight again, if it is as it was."""
+    """What finds a weight again, if it is as it was; it does not keep it alive."""
 
     def __init__(self, member: _Member) -> None:
-        parts, bias = member.matrix.parts, member.matrix.bias
-        self._spec = member.spec
+        self._spec, self._versions = member.spec, member.versions
+        *parts, bias = member.tensors
         self._parts = tuple(map(weakref.ref, parts))
         self._bias = None if bias is None else weakref.ref(bias)
-        self._versions = member._versions
 
     def member(self) -> _Member | None:
         """The weight; None if its tensors are gone or were written to."""
-        parts = [part() for part in self._parts]
+        a, b, c, d = [part() for part in self._parts]
         bias = None if self._bias is None else self._bias()
-        if any(part is None for part in parts) or (self._bias is not None and bias is None):
+        if a is None or b is None or c is None or d is None or (self._bias is not None and bias is None):
             return None
-        member = _Member(self._spec, dict(zip(_PARTS, parts, strict=True)), bias)
-        return member if member._versions == self._versions else None
+        versions = _versions(a, b, c, d, bias)
+        return _Member(self._spec, (a, b, c, d, bias), versions) if versions == self._versions else None
 
 
 class _Input:
@@ -194,7 +199,7 @@ class _Calls:
 
     def linear(self, one: Sibling, member: _Member, x: torch.Tensor) -> torch.Tensor:
         """The product for a call of ``one``."""
-        where = runtime.current_place(member.matrix.parts[0].device)
+        where = runtime.current_place(member.tensors[0].device)
         found = self._take(one, member, x, where)
         if found is not None:
             return found
@@ -202,7 +207,7 @@ class _Calls:
         members = self._members(one, member, run, where)
         if members:
             return self._multiply(one, run, members, x, where)
-        out = member.linear(x, one.group)
+        (out,) = direct.ordinary_tiles_linears(x, (member.matrix,), member.spec.cols, one.group)
         self._learn(one, member, x, where)
         return out
 
@@ -240,10 +245,7 @@ class _Calls:
         self, one: Sibling, run: tuple[int, ...], members: dict[int, _Member], x: torch.Tensor, where: Place
     ) -> torch.Tensor:
         matrices = [member.matrix for member in members.values()]
-        products = direct.tiles_linears(
-            x, [part for matrix in matrices for part in matrix.parts], [matrix.bias for matrix in matrices],
-            [matrix.rows for matrix in matrices], members[one.place].spec.cols, "fused", one.group,
-        )  # fmt: skip
+        products = direct.ordinary_tiles_linears(x, matrices, members[one.place].spec.cols, one.group)
         self._results = results = _Results(one.family, run)
         reference = weakref.ref(results)  # as an input's callback must not keep its results alive
 
@@ -259,7 +261,7 @@ class _Calls:
 
     def _learn(self, one: Sibling, member: _Member, x: torch.Tensor, where: Place) -> None:
         """Note a call that nothing was computed for before."""
-        family, note = one.family, member.noted()
+        family = one.family
         follows = (
             self._family is not None
             and self._family() is family
@@ -269,9 +271,9 @@ class _Calls:
         )
         self._run = (*self._run, one.place) if follows else (one.place,)
         self._family, self._input = weakref.ref(family), _Input(x, where)
-        if note is None:
+        if member.versions is None:
             return
-        family.notes[one.place] = note
+        family.notes[one.place] = _Note(member)
         if follows:
             family.runs[self._run[0]] = self._run
             members = {place: note.member() for place in self._run if (note := family.notes.get(place)) is not None}
@@ -290,14 +292,6 @@ _local = _Local()
 
 def _prepare(members: dict[int, _Member], one: Sibling) -> bool:
     return fused.prepare([each.matrix for each in members.values()], members[one.place].spec.cols, one.group)
-
-
-def _versions(matrix: Matrix) -> tuple[int, ...] | None:
-    try:
-        parts = tuple(part._version for part in matrix.parts)
-        return parts if matrix.bias is None else (*parts, matrix.bias._version)
-    except RuntimeError:  # inference tensors
-        return None
 
 
 def _state_of_input(x: torch.Tensor, where: Place) -> tuple[Any, ...]:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from bitforbit.ops import cpu_impl
-from bitforbit.ops.gpu import df11, planes, tiles
+from bitforbit.ops.gpu import df11, fused, planes, tiles
+from bitforbit.ops.gpu.fused import Matrix
 
 _Key = torch._C.DispatchKey
 _INFERENCE = torch._C.DispatchKeySet(_Key.BackendSelect)
@@ -54,13 +55,16 @@ def tiles_linear(
     return result
 
 
-def tiles_linears(
-    x: Tensor, parts: Sequence[Tensor], biases: Sequence[Tensor | None], rows: Sequence[int], cols: int, mode: str,
-    group: Sequence[int] = (),
-) -> list[Tensor]:  # fmt: skip
-    """As ``torch.ops.bitforbit.tiles_linears``, for calls without gradients. The results may share their memory."""
-    op = tiles.linears if _is_plain_call(x, None) else torch.ops.bitforbit.tiles_linears.default
-    result: list[Tensor] = op(x, parts, biases, rows, cols, mode, group)
+def ordinary_tiles_linears(x: Tensor, matrices: Sequence[Matrix], cols: int, group: tuple[int, ...]) -> list[Tensor]:
+    """``torch.ops.bitforbit.tiles_linears`` in mode ``"fused"``, for calls that :func:`is_ordinary_call` has allowed.
+
+    At most 64 tokens. The results may lie in one memory.
+    """
+    if not torch._C._autograd._profiler_enabled():
+        return fused.linears(x, matrices, cols, group)
+    parts, biases = [part for matrix in matrices for part in matrix.parts], [matrix.bias for matrix in matrices]
+    rows = [matrix.rows for matrix in matrices]
+    result: list[Tensor] = torch.ops.bitforbit.tiles_linears.default(x, parts, biases, rows, cols, "fused", group)
     return result
 
 

@@ -79,6 +79,16 @@ def test_more_tokens_have_the_bits_of_torch():
     assert stats.snapshot()["decoded"].linears == 2
 
 
+def test_a_token_in_any_company():
+    case, x = tiles(gaussian((ROWS, COLS))), x_of((64, COLS))
+    whole = case.linear(x, None, "fused")
+    for tokens in (1, 2, 8, 9, 33, 63):
+        assert_same_bits(case.linear(x[-tokens:], None, "fused"), whole[-tokens:])
+    padded = torch.cat([torch.zeros(9, COLS, dtype=torch.bfloat16), x[:5]])
+    assert_same_bits(case.linear(padded, None, "fused")[9:], whole[:5])
+    assert_same_bits(case.linear(x, None, "fused"), whole)
+
+
 def test_a_group():
     cases = [tiles(gaussian((rows, COLS), seed=rows)) for rows in (ROWS, 129, 16)]
     biases = [gaussian((ROWS,), seed=3), None, gaussian((16,), seed=4)]
@@ -97,8 +107,8 @@ def test_a_group():
 
 def test_results_of_a_direct_call_are_no_views():
     cases = [tiles(gaussian((rows, COLS), seed=rows)) for rows in (ROWS, 16)]
-    parts = [part for case in cases for part in case.parts]
-    first, second = direct.tiles_linears(x_of((2, COLS)), parts, [None, None], [ROWS, 16], COLS, "fused")
+    matrices = [fused.Matrix(case.parts, len(case.weight), None) for case in cases]
+    first, second = direct.ordinary_tiles_linears(x_of((2, COLS)), matrices, COLS, (ROWS, 16))
     assert not any(each._is_view() for each in (first, second))
     version = second._version
     first.zero_()

@@ -170,6 +170,9 @@ def test_every_part_of_a_product_counts(probed: list[Product]) -> None:
     found = ops.gpu.prove([PRODUCT, *others, PRODUCT], CPU)
     assert probed == [PRODUCT, *others] == list(found)
     assert [order is None for order in found.values()] == [False, False, False, True, False, False, False]
+    out_of_reach = [replace(PRODUCT, **part) for part in ({"tokens": 65}, {"tokens": 0}, {"rows": 8}, {"cols": 32})]
+    assert set(ops.gpu.prove(out_of_reach, CPU).values()) == {None}
+    assert len(probed) == 7
 
 
 @pytest.mark.parametrize("offset", [2, 16, 128, 256])

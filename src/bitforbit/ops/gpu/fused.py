@@ -10,8 +10,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -31,11 +31,10 @@ from bitforbit.ops.gpu.queues import TensorQueue, addresses
 from bitforbit.ops.gpu.runtime import Place
 from bitforbit.ops.gpu.weights import checked_parts
 
-__all__ = ["MAX_TOKENS", "Matrix", "linears", "order_of", "prepare"]
+__all__ = ["MAX_TOKENS", "Matrix", "clear", "linears", "order_of", "prepare"]
 
 
-@dataclass(frozen=True, eq=False)
-class Matrix:
+class Matrix(NamedTuple):
     """A matrix in tiles, to be multiplied."""
 
     parts: Parts
@@ -63,7 +62,7 @@ def linears(
     runtime.checked_status(device)
     place, tokens = runtime.current_place(device), x.numel() // cols
     runtime.pass_by(place, None if order is None else matrices[0].parts)
-    queue = queues.queue_for(device)
+    queue = queues.queue_at(device, place.stream)
     prepared = _prepared(queue, matrices, cols, group, place.capture == 0)
     if prepared is None:
         raise UsageError(
@@ -120,10 +119,20 @@ _sweep_at = [_SWEEP_AT]
 def _prepared(
     queue: TensorQueue, matrices: Sequence[Matrix], cols: int, group: tuple[int, ...], may_upload: bool
 ) -> _Prepared | None:
-    key = (
-        queue.device, queue.properties, cols, group,
-        *((*addresses(m.parts), m.rows, 0 if m.bias is None else (m.bias.data_ptr(), m.bias.shape)) for m in matrices),
-    )  # fmt: skip
+    key: tuple[Any, ...] = (queue.device, queue.properties, cols, group)
+    for (a, b, c, d), rows, bias in matrices:
+        key += (
+            a.data_ptr(),
+            a.numel(),
+            b.data_ptr(),
+            b.numel(),
+            c.data_ptr(),
+            c.numel(),
+            d.data_ptr(),
+            d.numel(),
+            rows,
+        )
+        key += (None, None) if bias is None else (bias.data_ptr(), bias.shape)
     found = _tables.get(key)
     if found is not None:
         return found
@@ -151,14 +160,17 @@ def _make(queue: TensorQueue, matrices: Sequence[Matrix], cols: int, group: tupl
             copies.append(bias)
         at = 0 if bias is None else bias.data_ptr()
         described.append((addresses(parts), TileLayout(matrix.rows, cols), at))
-    splits = order_of(group, cols, queue.properties).splits
+    order = order_of(group, cols, queue.properties)
+
+    def upload() -> Group:
+        return replace(kernels.prepare(queues.queue_for(queue.device), described, order.splits), order=order)
+
     storage = StorageWeakRef(matrices[0].parts[0].untyped_storage())
     if not queues.in_graph_tree(queue.device):
-        return _Prepared(kernels.prepare(queue, described, splits), storage, tuple(copies))
+        return _Prepared(upload(), storage, tuple(copies))
     # Memory that is to stay must not come from inductor's pool; what another thread allocates does not.
     with ThreadPoolExecutor(1) as thread:
-        table = thread.submit(lambda: kernels.prepare(queues.queue_for(queue.device), described, splits))
-        return _Prepared(table.result(), storage, tuple(copies))
+        return _Prepared(thread.submit(upload).result(), storage, tuple(copies))
 
 
 def _bias(matrix: Matrix, device: torch.device) -> torch.Tensor | None:
@@ -194,6 +206,12 @@ class _Local(threading.local):
 
 
 _local = _Local()
+
+
+def clear() -> None:
+    """Free those of this thread."""
+    _local.workspaces.clear()
+    _local.captured.clear()
 
 
 def _workspace(place: Place, nbytes: int) -> torch.Tensor:

@@ -70,19 +70,17 @@ def product_of(x: torch.Tensor, bias: torch.Tensor | None, rows: int) -> Product
     None if no order can be proven for it: for other dtypes and strides, more tokens than kernels take, and where torch
     does not compute one ``mm`` or ``addmm`` of dense rows (ATen's native/Linear.cpp).
     """
-    if x.dtype is not torch.bfloat16 or not 1 <= x.dim() <= 3 or not x.is_contiguous():
-        return None
-    cols = x.shape[-1]
-    if rows < LEAST_ROWS or cols < LEAST_COLS:
-        return None
-    tokens = x.numel() // cols
-    if not 1 <= tokens <= plans.MAX_TOKENS:
+    if x.dtype is not torch.bfloat16 or not 1 <= x.dim() <= 3 or not x.is_contiguous() or x.numel() == 0:
         return None
     if bias is not None and (
         x.dim() == 1 or bias.dtype is not torch.bfloat16 or bias.shape != (rows,) or not bias.is_contiguous()
     ):
         return None
-    return Product(rows, cols, tokens, x.dim(), alignment_of(x), 0 if bias is None else alignment_of(bias))
+    cols = x.shape[-1]
+    product = Product(
+        rows, cols, x.numel() // cols, x.dim(), alignment_of(x), 0 if bias is None else alignment_of(bias)
+    )
+    return product if _is_worth_it(product) else None
 
 
 def lookup(device: torch.device, product: Product, prove_after: int | None) -> Order | None:
@@ -112,12 +110,17 @@ def prove(products: Iterable[Product], device: torch.device) -> dict[Product, Or
     """The orders of torch's linear for products on a device, None for those that no kernel can follow.
 
     Probes those that nobody has probed before, which takes the memory of one decoded matrix at a time, and outputs.
-    Raises UsageError for a CPU and for products that no kernel takes, GpuUnavailableError, torch.OutOfMemoryError.
+    Raises UsageError for a CPU, GpuUnavailableError, torch.OutOfMemoryError.
     """
     if device.type != "cuda" and not _state.linears:
         raise UsageError(f"expected a CUDA device, got {device}: orders are proven on the device that has the model")
     _load()
-    return {p: _prove((*_settings(device), *astuple(p)), device, p, may_fail=True) for p in dict.fromkeys(products)}
+    return {
+        product: _prove((*_settings(device), *astuple(product)), device, product, may_fail=True)
+        if _is_worth_it(product)
+        else None
+        for product in dict.fromkeys(products)
+    }
 
 
 def forget(device: torch.device, product: Product) -> None:
@@ -163,6 +166,12 @@ def recheck(device: torch.device, product: Product, got: torch.Tensor, decoded: 
             f"{got.numel()} outputs with others; the proof is withdrawn: run again, and please report this with the "
             "output of `bitforbit info`"
         )
+
+
+def _is_worth_it(product: Product) -> bool:
+    """Whether kernels take so many tokens, and there is something to gain."""
+    large = product.rows >= LEAST_ROWS and product.cols >= LEAST_COLS
+    return large and 1 <= product.tokens <= plans.MAX_TOKENS
 
 
 def _prove(key: Key, device: torch.device, product: Product, may_fail: bool = False) -> Order | None:

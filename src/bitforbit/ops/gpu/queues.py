@@ -134,6 +134,11 @@ def cuda_queue(device: torch.device, stream: int) -> TorchQueue:
     return TorchQueue(device, _launcher(device.index), stream)
 
 
+def queue_at(device: torch.device, stream: int) -> TensorQueue:
+    """The queue of a device's stream that is known to be torch's current one; on a CPU, the emulation in force."""
+    return emulation(device) if device.type == "cpu" else cuda_queue(device, stream)
+
+
 def capture_id(device: torch.device, stream: int) -> int:
     """A number for the graph capture that torch's current stream is in, unique in this process; 0 if it is in none."""
     with torch.cuda.device(device) if device.index != torch.cuda.current_device() else nullcontext():
