@@ -34,14 +34,20 @@ NO_GPU = 2
 
 MODELS = "tests/gpu/test_models_gpu.py"
 BENCHMARKS = ("decode", "linear", "model", "load")
+ASKED_FOR = ("tune",)
+"""Benchmarks for those who change kernels: part of a dry run, and of a run with ``--only``."""
 TESTS = {
     "kernels": ("tests/cuda", "tests/gpu/test_launcher_gpu.py"),
     "operators": ("tests/ops", "tests/gpu", "--ignore=tests/gpu/test_launcher_gpu.py", f"--ignore={MODELS}"),
     "models": ("tests/nn", MODELS),
 }
 """Arguments of pytest, by what is tested: with what a kernel does wrong, the others need not be looked at."""
-SANITIZED = "tests/cuda"
-"""Made for the emulation, so its shapes are small."""
+FUSED = "tests/cuda/test_fused_linear.py"
+SANITIZED = {
+    "fused": (FUSED, "-k", "variants or tokens or columns or groups or escapes"),
+    "others": ("tests/cuda", f"--ignore={FUSED}"),
+}
+"""Made for the emulation, so shapes are small and odd. Fused products first: most is on its way at once there."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +62,8 @@ class Step:
     """JSON that the command writes."""
 
 
-def steps(dry_run: bool, work: Path) -> list[Step]:
-    """What to run, the most needed first."""
+def steps(dry_run: bool, work: Path, only: Sequence[str] = ()) -> list[Step]:
+    """What to run, the most needed first; ``only`` these steps, build and facts, if any are named."""
     python = sys.executable
     small = ("--dry-run",) if dry_run else ()
     facts = work / "facts.json"
@@ -72,27 +78,41 @@ def steps(dry_run: bool, work: Path) -> list[Step]:
     for name, arguments in TESTS.items():
         there = [argument for argument in arguments if argument.startswith("-") or (ROOT / argument).exists()]
         tests[name] = Step(f"tests {name}", (*pytest, "--timeout=100", *there), 100)
-    for name in BENCHMARKS:
+    for name in (*BENCHMARKS, *ASKED_FOR):
         file = work / f"{name}.json"
         command = (python, "-m", f"benchmarks.gpu_{name}", "--json", str(file), *small)
-        benchmarks[name] = Step(f"benchmark {name}", command, 130, result=file)
+        limit = BUDGET_SECONDS if name in ASKED_FOR else 130
+        benchmarks[name] = Step(f"benchmark {name}", command, limit, result=file)
     if dry_run:
         tests = {"all": Step("tests", (*pytest, "--collect-only", "tests/gpu"), 100)}
-        return [*build, *tests.values(), *benchmarks.values()]
-    found = [
-        *build,
-        tests["kernels"],
-        benchmarks["decode"],
-        tests["operators"],
-        benchmarks["model"],
-        benchmarks["linear"],
-        tests["models"],
-        benchmarks["load"],
-    ]
+        found = [*build, *tests.values(), *benchmarks.values()]
+    else:
+        sanitizers = {step.name: step for step in sanitizer_steps(pytest)}
+        found = [
+            *build,
+            tests["kernels"],
+            benchmarks["linear"],
+            tests["operators"],
+            benchmarks["model"],
+            benchmarks["decode"],
+            tests["models"],
+            *(step for name, step in sanitizers.items() if "fused" in name),
+            benchmarks["load"],
+            *(step for name, step in sanitizers.items() if "fused" not in name),
+            *(benchmarks[name] for name in ASKED_FOR if f"benchmark {name}" in only),
+        ]
+    return [step for step in found if not only or step.name in (*only, "build", "facts")]
+
+
+def sanitizer_steps(pytest: tuple[str, ...]) -> list[Step]:
+    """compute-sanitizer over the tests of kernels, if it is installed."""
     sanitizer = find_sanitizer()
-    for tool in ("memcheck", "racecheck") if sanitizer else ():
-        sanitized = (str(sanitizer), "--tool", tool, "--error-exitcode", "9", *pytest, "--timeout=0", SANITIZED)
-        found.append(Step(tool, sanitized, 60, (("BITFORBIT_TEST_EXACT_ALLOCATIONS", "1"),)))
+    found = []
+    for what, arguments in SANITIZED.items() if sanitizer else ():
+        for tool in ("memcheck", "racecheck"):
+            command = (str(sanitizer), "--tool", tool, "--error-exitcode", "9", *pytest, "--timeout=0", *arguments)
+            environment = (("BITFORBIT_TEST_EXACT_ALLOCATIONS", "1"),)
+            found.append(Step(f"{tool} {what}", command, 60 if what == "others" else 40, environment))
     return found
 
 
@@ -225,9 +245,7 @@ def main(arguments: list[str]) -> int:
     log_file = (Path(out) if out else work) / "gpu.log"
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with log_file.open("w") as log:
-        for step in steps(chosen.dry_run, work):
-            if chosen.only and step.name not in (*chosen.only, "build", "facts"):
-                continue
+        for step in steps(chosen.dry_run, work, chosen.only or ()):
             left = chosen.budget - (time.monotonic() - begin)
             if left < 1:
                 result["steps"].append({"name": step.name, "status": "no time left", "seconds": 0, "last_line": ""})

@@ -13,11 +13,13 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch.nn import functional
 
 from benchmarks.common import ROOT, machine
 
@@ -27,6 +29,16 @@ T = TypeVar("T")
 L2_MULTIPLE = 4
 """Data of all rotated calls together, in sizes of the L2 cache: what a call leaves there is gone by its next turn."""
 MAX_ROTATIONS = 64
+
+
+@dataclass
+class Graph:
+    """A CUDA graph of several calls."""
+
+    calls: int
+    graph: Any
+    kept: list[object]
+    """Their results."""
 
 
 class Meter:
@@ -44,6 +56,12 @@ class Meter:
 
     def microseconds(self, calls: Sequence[Call], rounds: int = 15) -> float | None:
         """Median time of one call: all of them captured in one graph, which is replayed between two events."""
+        graph = self.capture(calls)
+        times = self._between_events(graph.graph.replay, rounds)
+        return 1000 * statistics.median(times) / graph.calls
+
+    def capture(self, calls: Sequence[Call]) -> Graph:
+        """All of the calls, in one graph."""
         for call in calls:
             call()
         torch.cuda.synchronize()
@@ -51,9 +69,25 @@ class Meter:
         with torch.cuda.graph(graph):
             kept = [call() for call in calls]  # so that each call has an output of its own
         graph.replay()
-        times = self._between_events(graph.replay, rounds)
-        del kept
-        return 1000 * statistics.median(times) / len(calls)
+        torch.cuda.synchronize()
+        return Graph(len(calls), graph, kept)
+
+    def in_turns(self, graphs: Mapping[str, Graph], rounds: int = 15) -> dict[str, list[float]]:
+        """Microseconds of one call, by graph and round. The graphs take turns, so that a drift hits them all."""
+        marks = []
+        for number in range(rounds + 1):
+            for name, graph in graphs.items():
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                graph.graph.replay()
+                end.record()
+                if number:  # the first round warms up, and gives the host a lead: no launch is waited for later
+                    marks.append((name, begin, end))
+        torch.cuda.synchronize()
+        found: dict[str, list[float]] = {name: [] for name in graphs}
+        for name, begin, end in marks:
+            found[name].append(1000 * begin.elapsed_time(end) / graphs[name].calls)
+        return found
 
     def eager_microseconds(self, call: Call, rounds: int = 5) -> float | None:
         """Median time of a call that no graph can hold (it allocates, or waits), its work on the device included."""
@@ -97,6 +131,14 @@ class DryMeter(Meter):
             call()
         return None
 
+    def capture(self, calls: Sequence[Call]) -> Graph:
+        """Calls them once, all the same."""
+        return Graph(len(calls), None, [call() for call in calls])
+
+    def in_turns(self, graphs: Mapping[str, Graph], rounds: int = 15) -> dict[str, list[float]]:
+        """No rounds."""
+        return {name: [] for name in graphs}
+
     def eager_microseconds(self, call: Call, rounds: int = 5) -> float | None:
         """None."""
         call()
@@ -113,10 +155,16 @@ def meter(dry_run: bool) -> Iterator[Meter]:
         return
     sys.path.insert(0, str(ROOT / "tests"))
     from bitforbit.ops import gpu
+    from bitforbit.ops.gpu import proofs
     from cuda_shim.emulation import EmulatedQueue
 
-    with gpu.emulate(EmulatedQueue()):
+    with gpu.emulate(EmulatedQueue()), proofs.examine(functional.linear):
         yield DryMeter()
+
+
+def median(values: Sequence[float]) -> float | None:
+    """None of nothing."""
+    return statistics.median(values) if values else None
 
 
 def per_second(nbytes: int, microseconds: float | None) -> float | None:

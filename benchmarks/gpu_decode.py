@@ -97,14 +97,14 @@ def bound(function: Callable[..., torch.Tensor], sets: Sequence[Tensors], *argum
     return [lambda parts=parts: function(*parts, *arguments) for parts in sets]  # type: ignore[misc]
 
 
-def copy(meter: Meter, size: Size) -> Row:
+def copy(meter: Meter, copy_bytes: int) -> Row:
     """A copy within the GPU's memory."""
-    source = torch.zeros(size.copy_bytes, dtype=torch.uint8, device=meter.device).random_(generator=None)
+    source = torch.zeros(copy_bytes, dtype=torch.uint8, device=meter.device).random_(generator=None)
     target = torch.empty_like(source)
     return Row(
         "copy",
-        (size.copy_bytes,),
-        2 * size.copy_bytes,
+        (copy_bytes,),
+        2 * copy_bytes,
         meter.microseconds([lambda: target.copy_(source)]),
     )
 
@@ -234,7 +234,7 @@ def embedding(meter: Meter, size: Size) -> list[Row]:
 
 def measure(meter: Meter, size: Size, report: Report) -> None:
     """All of it."""
-    copied = report.attempt("copy", lambda: copy(meter, size))
+    copied = report.attempt("copy", lambda: copy(meter, size.copy_bytes))
     speed = None if copied is None else gpu_common.per_second(copied.nbytes, copied.microseconds)
     rows: list[Row] = []
 

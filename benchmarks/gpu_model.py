@@ -1,20 +1,23 @@
-"""Claim: a model of Llama-3.1-8B's shape fits a third less GPU memory and gives the same bits.
+"""Claim: a model of Llama-3.1-8B's shape fits a third less GPU memory; exact mode gives the same bits, fused is faster.
 
-Random weights (standard deviation 0.02), made and compressed on the GPU. BF16 and mode exact live in one process: the
+Random weights (standard deviation 0.02), made and compressed on the GPU. BF16 and compressed live in one process: the
 compressed model is a copy of the plain one whose weights are compressed. Decode steps run under a CUDA graph with a
-static cache, the two models taking turns; the tokens that the graphs produce, and the logits of every step and of the
-prefill, are compared bit for bit first.
+static cache, all ways taking turns. Compared first: in mode exact the tokens that the graphs produce, and the logits of
+every step and of the prefill, bit for bit; in mode fused the logits of a step and of the prefill, within a tolerance,
+and the bits of a step that is run again. How many linears ran fused is part of the result.
 
     python -m benchmarks.gpu_model [--layers 32] [--dry-run] [--json FILE]
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,18 +27,45 @@ from torch import nn
 from benchmarks import gpu_common
 from benchmarks.common import table
 from benchmarks.gpu_common import Meter, Report, same_bits
-from bitforbit.nn import compress_model, compressed_size, set_layout
-from bitforbit.ops import gpu
+from bitforbit.nn import compress_model, compressed_size, prove_orders, set_layout, set_mode
+from bitforbit.ops import gpu, stats
 from bitforbit.ops.gpu import Policy
 
 STANDARD_DEVIATION = 0.02
-POLICIES = {
-    "exact": Policy(),
-    "exact, decoded at use": Policy(ahead=0),
-    "exact, decoded first": Policy(product_first=False),
-    "exact, 2 ahead": Policy(ahead=2),
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the compressed model runs."""
+
+    mode: str
+    policy: Policy
+
+    @contextlib.contextmanager
+    def of(self, model: nn.Module) -> Iterator[None]:
+        """Within this context the model runs so."""
+        set_mode(model, self.mode)
+        with gpu.use_policy(self.policy):
+            yield
+
+
+WAYS = {
+    "exact": Way("exact", Policy(prove_after=None)),
+    "fused": Way("fused", Policy()),
+    "exact, decoded": Way("exact", Policy(proven_orders=False)),
+    "exact, decoded at use": Way("exact", Policy(proven_orders=False, ahead=0)),
+    "exact, decoded first": Way("exact", Policy(proven_orders=False, product_first=False)),
 }
-"""How decoding is scheduled: the default, and others to compare it with."""
+"""Both modes, and exact mode by decoding alone, in several schedules."""
+
+
+def way_of(name: str, models: dict[str, nn.Module]) -> contextlib.AbstractContextManager[None]:
+    """The context of one of WAYS; none for BF16."""
+    return contextlib.nullcontext() if name == "bf16" else WAYS[name].of(models["exact"])
+
+
+FUSED_TOLERANCE = 0.1
+"""Root mean square of the logits' differences from BF16's, relative to that of the logits: sums in another order."""
 LAYERS = 32
 
 
@@ -113,21 +143,21 @@ class Decoder:
         self.columns = torch.arange(self.length, device=device)
         self.logits: torch.Tensor = torch.empty(0)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def start(self) -> None:
         """Fill the cache with the prompt; the first token comes from it."""
         output = self.model(self.prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         self.tokens.copy_(output.logits[:, -1].argmax(-1, keepdim=True))
         self.rewind()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def rewind(self) -> None:
         """Back to the end of the prompt."""
         self.position.fill_(self.size.context)
         for layer in self.cache.layers:
             layer.cumulative_length.fill_(self.size.context)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def step(self) -> None:
         """One token more. Waits for nothing."""
         batch = self.tokens.shape[0]
@@ -152,10 +182,11 @@ class Replay:
     def __init__(self, decoder: Decoder, meter: Meter) -> None:
         self.decoder = decoder
         decoder.start()
-        first = decoder.tokens.clone()
-        self._first = first
-        for _ in range(2):  # warm: libraries choose their kernels, the order of the weights is learned
+        self.first = decoder.tokens.clone()
+        stats.reset()
+        for _ in range(3):  # warm: libraries choose kernels, orders of weights and launches of several are learned
             decoder.step()
+        self.ran = {way: count.weight_bytes for way, count in stats.snapshot().items()}
         self.graph = None
         if meter.measures:
             torch.cuda.synchronize()
@@ -164,11 +195,11 @@ class Replay:
                 decoder.step()
         self.restart()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def restart(self) -> None:
         """Back to the first token after the prompt."""
         self.decoder.rewind()
-        self.decoder.tokens.copy_(self._first)
+        self.decoder.tokens.copy_(self.first)
 
     def step(self) -> None:
         """One token more."""
@@ -176,17 +207,29 @@ class Replay:
 
 
 def decode(models: dict[str, nn.Module], batch: int, size: Size, meter: Meter) -> dict[str, Any]:
-    """Steps of BF16 and of exact under every policy, in turns, after the gate."""
-    replays = {"bf16": Replay(Decoder(models["bf16"], batch, size, meter.device), meter)}
-    for name, policy in POLICIES.items():
-        with gpu.use_policy(policy):
+    """Steps of BF16 and of the compressed model in every way, in turns, after the gate."""
+    plain = Replay(Decoder(models["bf16"], batch, size, meter.device), meter)
+    replays = {"bf16": plain}
+    begin = time.perf_counter()
+    prove_orders(models["exact"], (batch,), (3,))
+    seconds = time.perf_counter() - begin if meter.measures else None
+    result: dict[str, Any] = {"batch": batch, "prove_seconds": seconds, "weights_share": {}}
+    for name, way in WAYS.items():
+        with way.of(models["exact"]):
             replays[name] = Replay(Decoder(models["exact"], batch, size, meter.device), meter)
-    for i in range(size.steps):
-        for name, replay in replays.items():
-            replay.step()
-            same_bits(replay.decoder.logits, replays["bf16"].decoder.logits, f"{name}: logits of step {i}")
-    for name, replay in replays.items():
-        same_bits(replay.decoder.history, replays["bf16"].decoder.history, f"{name}: tokens")
+            ran = replays[name].ran
+            result["weights_share"][name] = {key: count / sum(ran.values()) for key, count in ran.items() if count}
+            if way.mode == "fused" and not ran["fused"]:
+                raise AssertionError(f"{name}: expected fused products, got {ran}")
+            if way.mode == "exact":
+                for i in range(size.steps):
+                    plain.step()
+                    replays[name].step()
+                    same_bits(replays[name].decoder.logits, plain.decoder.logits, f"{name}: logits of step {i}")
+                same_bits(replays[name].decoder.history, plain.decoder.history, f"{name}: tokens")
+                plain.restart()
+            else:
+                result["fused_difference"] = check_fused(replays[name], plain, size)
     milliseconds: dict[str, list[float]] = {name: [] for name in replays}
     for _ in range(size.rounds if meter.measures else 0):
         for name, replay in replays.items():
@@ -198,7 +241,33 @@ def decode(models: dict[str, nn.Module], batch: int, size: Size, meter: Meter) -
             end.record()
             torch.cuda.synchronize()
             milliseconds[name].append(begin.elapsed_time(end) / size.steps)
-    return {"batch": batch, "step_ms": {name: _median(values) for name, values in milliseconds.items()}}
+    return {**result, "step_ms": {name: _median(values) for name, values in milliseconds.items()}}
+
+
+def check_fused(replay: Replay, plain: Replay, size: Size) -> float:
+    """The gate of mode fused: the same bits again, and the first step's logits near BF16's; returns how near."""
+    replay.first.copy_(plain.first)
+    runs = []
+    for _ in range(2):
+        replay.restart()
+        logits = []
+        for _ in range(size.steps):
+            replay.step()
+            logits.append(replay.decoder.logits.clone())
+        runs.append(torch.stack(logits))
+    same_bits(runs[1], runs[0], "fused: logits of a second run")
+    plain.step()
+    difference = near(runs[0][0], plain.decoder.logits, "fused: logits of the first step")
+    plain.restart()
+    return difference
+
+
+def near(got: torch.Tensor, expected: torch.Tensor, what: str) -> float:
+    """Root mean square of the differences by that of what is expected. Raises AssertionError if it is no near miss."""
+    found = float((got.float() - expected.float()).norm() / expected.float().norm())
+    if not found <= FUSED_TOLERANCE:
+        raise AssertionError(f"{what}: expected a relative difference of at most {FUSED_TOLERANCE}, got {found}")
+    return found
 
 
 def prefill(models: dict[str, nn.Module], size: Size, meter: Meter) -> dict[str, Any]:
@@ -206,46 +275,50 @@ def prefill(models: dict[str, nn.Module], size: Size, meter: Meter) -> dict[str,
     generator = torch.Generator(meter.device).manual_seed(1)
     prompt = torch.randint(size.vocabulary, (1, size.prefill), device=meter.device, generator=generator)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def logits(name: str) -> torch.Tensor:
-        with gpu.use_policy(POLICIES.get(name, Policy())):
-            output = models["bf16" if name == "bf16" else "exact"](prompt, use_cache=False, logits_to_keep=1)
-        return output.logits
+        return models["bf16" if name == "bf16" else "exact"](prompt, use_cache=False, logits_to_keep=1).logits
 
-    names = ("bf16", *POLICIES)
+    names = ("bf16", *WAYS)
     for name in names:
-        same_bits(logits(name), logits("bf16"), f"{name}: logits of the prefill")
+        with way_of(name, models):
+            if name == "fused":
+                near(logits(name), logits("bf16"), "fused: logits of the prefill")
+            else:
+                same_bits(logits(name), logits("bf16"), f"{name}: logits of the prefill")
     milliseconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(size.rounds if meter.measures else 0):
         for name in names:
-            torch.cuda.synchronize()
-            begin = time.perf_counter()
-            logits(name)
-            torch.cuda.synchronize()
-            milliseconds[name].append(1000 * (time.perf_counter() - begin))
+            with way_of(name, models):
+                torch.cuda.synchronize()
+                begin = time.perf_counter()
+                logits(name)
+                torch.cuda.synchronize()
+                milliseconds[name].append(1000 * (time.perf_counter() - begin))
     return {"tokens": size.prefill, "ms": {name: _median(values) for name, values in milliseconds.items()}}
 
 
 def memory(models: dict[str, nn.Module], size: Size, meter: Meter) -> dict[str, Any]:
     """Bytes of the weights, and the peak beyond them in a step of one token, without graph."""
     result = {}
-    for name, model in models.items():
-        weights = compressed_size(model).nbytes
-        beyond = None
-        if meter.measures:
-            gpu.clear()
-            gc.collect()
-            torch.cuda.empty_cache()
-            torch.cuda.synchronize()
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            decoder = Decoder(model, 1, replace(size, context=16, steps=2), meter.device)
-            decoder.start()
-            decoder.step()
-            decoder.step()
-            torch.cuda.synchronize()
-            beyond = torch.cuda.max_memory_allocated() - before
-            del decoder
+    for name in ("bf16", "exact", "fused"):
+        model = models["bf16" if name == "bf16" else "exact"]
+        with way_of(name, models):
+            weights, beyond = compressed_size(model).nbytes, None
+            if meter.measures:
+                gpu.clear()
+                gc.collect()
+                torch.cuda.empty_cache()
+                torch.cuda.synchronize()
+                before = torch.cuda.memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+                decoder = Decoder(model, 1, replace(size, context=16, steps=2), meter.device)
+                decoder.start()
+                decoder.step()
+                decoder.step()
+                torch.cuda.synchronize()
+                beyond = torch.cuda.max_memory_allocated() - before
+                del decoder
         result[name] = {"weight_bytes": weights, "peak_beyond_weights": beyond}
     return result
 
@@ -280,7 +353,7 @@ def measure(size: Size, meter: Meter, report: Report) -> None:
 
 def show(result: dict[str, Any]) -> str:
     """A table of the result."""
-    names = ("bf16", *POLICIES)
+    names = ("bf16", *WAYS)
     rows = [
         [f"step, batch {d['batch']}, ms", *(gpu_common.cell(d["step_ms"][name], ".2f") for name in names)]
         for d in result.get("decode", ())
@@ -289,10 +362,16 @@ def show(result: dict[str, Any]) -> str:
         first = result["prefill"]
         rows.append([f"prefill {first['tokens']}, ms", *(gpu_common.cell(first["ms"][n], ".1f") for n in names)])
     for key, label in (("weight_bytes", "weights, GB"), ("peak_beyond_weights", "peak beyond, GB")):
-        values = [result.get("memory", {}).get(name, {}).get(key) for name in ("bf16", "exact")]
+        values = [result.get("memory", {}).get(name, {}).get(key) for name in ("bf16", "exact", "fused")]
         cells = [gpu_common.cell(None if value is None else value / 1e9, ".2f") for value in values]
-        rows.append([label, *cells, *[""] * (len(names) - 2)])
-    return table([f"{result['layers']} layers", *names], rows)
+        rows.append([label, *cells, *[""] * (len(names) - 3)])
+    shares = [
+        f"batch {d['batch']}, {name}: "
+        + ", ".join(f"{share:.0%} of the weights {way}" for way, share in d["weights_share"][name].items())
+        for d in result.get("decode", ())
+        for name in ("exact", "fused")
+    ]
+    return "\n".join([table([f"{result['layers']} layers", *names], rows), *shares])
 
 
 def _median(values: list[float]) -> float | None:

@@ -57,6 +57,7 @@ class Region:
 
 _TILE = "for (u32 j = 0; j < count; ++j) {"
 _PATCH = ("tiles.cuh", "__device__ __forceinline__ void patch(")
+_ELSEWHERE = ("fused_hopper.cu", "__device__ __forceinline__ void patch_elsewhere(")
 _LEVEL2 = Region("level 2, per digit there", "planes_decode.cu", "for (u32 first = warp * kSlotGroups", 16)
 _PLANES = (
     Region(
@@ -114,6 +115,20 @@ REGIONS: dict[str, tuple[Region, ...]] = {
             (
                 ("fused_linear.cu", "for (u32 tile = chunk_begin"),
                 ("fused_linear.cu", "for (u32 i = 0; i < 8; ++i) {"),
+            ),
+        ),
+    ),
+    "fused_hopper": (
+        Region(
+            "two tiles, all tokens, with up to 32 escapes each", "fused_hopper.cu", "for (; tile < ring_end", 64,
+            without=(_ELSEWHERE,),
+        ),
+        Region(
+            "besides, once per BITFORBIT_CHUNK tiles: x, lists of escapes", "fused_hopper.cu", "for (u32 chunk_begin",
+            32, "BITFORBIT_CHUNK",
+            (
+                ("fused_hopper.cu", "for (; tile < ring_end"),
+                ("fused_hopper.cu", "__device__ __forceinline__ void load_words("),
             ),
         ),
     ),

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from benchmarks import plots
 from benchmarks.common import RESULTS, ROOT, table
 
 Result = dict[str, Any]
@@ -160,11 +161,12 @@ def cpu_linear(result: Result) -> str:
 
 GPU_DECODERS = ("tiles to BF16", "planes to BF16", "DF11 to BF16")
 GPU_BATCHES = (1, 8, 32, 64)
+GPU_PICTURE = "docs/images/gpu_linear.svg"
 NOT_MEASURED = "not measured"
 
 
 def gpu(result: Result) -> str:
-    """A whole model and single decoders on a GPU; an empty result gives the tables without figures."""
+    """A whole model, products and decoders on a GPU; an empty result gives the tables without figures."""
     model, load, decode = (result.get(key, {}) for key in ("model", "load", "decode"))
     steps = {step["batch"]: step["step_ms"] for step in model.get("decode", ())}
     pairs = [(f"a token, batch {batch}", steps.get(batch), ".2f", " ms") for batch in GPU_BATCHES]
@@ -174,8 +176,10 @@ def gpu(result: Result) -> str:
         gigabytes = {name: m[key] / 1e9 for name, m in memory.items() if m[key] is not None}
         pairs.append((label, gigabytes, ".2f", " GB"))
     layers = load.get("layers")
-    pairs.append((f"loading ({layers} layers)" if layers else "loading", load.get("load_seconds"), ".2f", " s"))
-    rows = [[label, *_pair(values, form, unit)] for label, values, form, unit in pairs]
+    seconds = load.get("load_seconds")
+    loading = {**seconds, "fused": seconds.get("exact")} if seconds else None  # the same, whatever runs later
+    pairs.append((f"loading ({layers} layers)" if layers else "loading", loading, ".2f", " s"))
+    rows = [[label, *_triple(values, form, unit)] for label, values, form, unit in pairs]
     lines = []
     for what in GPU_DECODERS:
         found = [row for row in decode.get("rows", ()) if row["what"] == what and row["gb_per_s"]]
@@ -187,10 +191,14 @@ def gpu(result: Result) -> str:
         lines.append([what, *cells])
     return "\n".join(
         [
-            f"Llama of {model.get('layers', 32)} layers in the shape of Llama-3.1-8B (random weights); tokens under "
-            "CUDA graphs, after a comparison of all logits with BF16's, bit for bit:",
+            f"Llama of {model.get('layers', 32)} layers in the shape of Llama-3.1-8B (random weights), tokens under "
+            "CUDA graphs. Before anything is timed, exact mode's logits are compared with BF16's bit for bit, and "
+            "fused products with the same sums from BF16 weights:",
             "",
-            table(["", "BF16", "exact", "exact / BF16"], rows),
+            table(["", "BF16", "exact", "exact / BF16", "fused", "fused / BF16"], rows),
+            "",
+            *_ways(model.get("decode", ())),
+            gpu_linear(result.get("linear", {})),
             "",
             table(["decoding", "shape", "GB/s read and written", "of a copy's"], lines),
             "",
@@ -199,10 +207,52 @@ def gpu(result: Result) -> str:
     )
 
 
-def _pair(values: dict[str, float | None] | None, form: str, unit: str) -> list[str]:
-    plain, exact = ((values or {}).get(name) for name in ("bf16", "exact"))
-    cells = [NOT_MEASURED if value is None else format(value, form) + unit for value in (plain, exact)]
-    return [*cells, f"{exact / plain:.2f}x" if plain and exact is not None else NOT_MEASURED]
+def _ways(steps: Sequence[dict[str, Any]]) -> list[str]:
+    """How the linears were computed; nothing if nothing was measured."""
+    labels = {"fused_exact": "straight from compressed weights in cuBLAS's order", "decoded": "decoded first"}
+    sentences = []
+    for step in steps:
+        shares = step.get("weights_share", {}).get("exact", {})
+        found = [f"{100 * shares[way]:.0f} % {label}" for way, label in labels.items() if way in shares]
+        sentences += [f"at batch {step['batch']} {', '.join(found)}"] if found else []
+    return [f"Weights of linears in mode exact: {'; '.join(sentences)}.", ""] if sentences else []
+
+
+def gpu_linear(result: Result) -> str:
+    """Fused products against cuBLAS's, by matrix and tokens; one line if nothing was measured."""
+    products = [line for line in result.get("products", ()) if line["ratio"] is not None]
+    if not products:
+        return f"Fused products against cuBLAS's with BF16, by matrix and tokens: {NOT_MEASURED}."
+    tokens = sorted({line["tokens"] for line in products})
+    rows = []
+    for model, kind in dict.fromkeys((line["model"], line["kind"]) for line in products):
+        found = {line["tokens"]: line for line in products if (line["model"], line["kind"]) == (model, kind)}
+        shape = next(iter(found.values()))
+        cells = [_ratio(found[count]) if count in found else NOT_MEASURED for count in tokens]
+        rows.append([model, kind, f"{' + '.join(map(str, shape['rows']))} x {shape['cols']}", *cells])
+    copy = NOT_MEASURED if result["copy_gb_per_s"] is None else f"{result['copy_gb_per_s']:.0f} GB/s"
+    intro = (
+        "Fused products against cuBLAS's with BF16 in the same process, no weights in the L2 cache. In brackets: how "
+        f"much of the product's time a copy ({copy}) needs for as many bytes as the compressed weights have. Matrices "
+        "with + are one launch; more than 64 tokens are decoded first."
+    )
+    picture = f"![Fused products against cuBLAS's, by tokens]({GPU_PICTURE})"
+    return "\n".join([intro, "", table(["model", "linear", "shape", *map(str, tokens)], rows), "", picture])
+
+
+def _ratio(line: dict[str, Any]) -> str:
+    bound = "" if line["of_bound"] is None else f" ({100 * line['of_bound']:.0f} %)"
+    return f"{line['ratio']:.2f}x{bound}"
+
+
+def _triple(values: dict[str, float | None] | None, form: str, unit: str) -> list[str]:
+    """BF16's value, then those of both modes, each with its ratio to BF16's."""
+    plain, *others = ((values or {}).get(name) for name in ("bf16", "exact", "fused"))
+    cells = [NOT_MEASURED if plain is None else format(plain, form) + unit]
+    for value in others:
+        cells.append(NOT_MEASURED if value is None else format(value, form) + unit)
+        cells.append(f"{value / plain:.2f}x" if plain and value is not None else NOT_MEASURED)
+    return cells
 
 
 def _where_gpu(result: Result) -> str:
@@ -257,6 +307,7 @@ def main(arguments: list[str]) -> int:
             print(f"== {name}\n\n{rendered}\n")
     if "--write" in arguments:
         readme.write_text(text)
+        plots.save(newest_gpu().get("linear", {}), ROOT / GPU_PICTURE)
     return 0
 
 

@@ -70,13 +70,22 @@ def test_the_steps_of_a_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(gpu, "find_sanitizer", lambda: "/opt/compute-sanitizer")
     steps = {step.name: step for step in gpu.steps(False, tmp_path)}
     assert list(steps)[:3] == ["build", "facts", "tests kernels"]
-    assert list(steps)[-2:] == ["memcheck", "racecheck"]
+    assert list(steps)[-2:] == ["memcheck others", "racecheck others"]
+    assert list(steps).index("racecheck fused") < list(steps).index("benchmark load")
+    assert gpu.FUSED in steps["racecheck fused"].command
+    assert (gpu.ROOT / gpu.FUSED).is_file()
     assert {f"benchmark {name}" for name in gpu.BENCHMARKS} | {f"tests {name}" for name in gpu.TESTS} <= set(steps)
     assert {"--no-build-isolation", "--no-deps", "--no-index"} <= set(steps["build"].command)
-    assert steps["racecheck"].command[0] == "/opt/compute-sanitizer"
+    assert steps["racecheck others"].command[0] == "/opt/compute-sanitizer"
     assert all("--dry-run" not in step.command for step in steps.values())
     monkeypatch.setattr(gpu, "find_sanitizer", lambda: None)
-    assert "memcheck" not in [step.name for step in gpu.steps(False, tmp_path)]
+    assert not [step.name for step in gpu.steps(False, tmp_path) if "check" in step.name]
+
+
+def test_steps_that_are_asked_for(tmp_path: Path) -> None:
+    steps = [step.name for step in gpu.steps(False, tmp_path, ["benchmark tune", "tests models"])]
+    assert steps == ["build", "facts", "tests models", "benchmark tune"]
+    assert "benchmark tune" not in [step.name for step in gpu.steps(False, tmp_path)]
 
 
 def test_nothing_of_pips_settings_reaches_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,12 +127,18 @@ def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert result["dry_run"] is True
     assert result["machine"]["commit"] == "abc"
     assert {step["status"] for step in result["steps"]} == {"passed"}
-    assert set(gpu.BENCHMARKS) <= set(result)
-    assert [figures(result[name]) for name in gpu.BENCHMARKS] == [[]] * len(gpu.BENCHMARKS)
-    assert not any(result[name]["errors"] for name in gpu.BENCHMARKS)
+    names = (*gpu.BENCHMARKS, *gpu.ASKED_FOR)
+    assert set(names) <= set(result)
+    assert [figures(result[name]) for name in names] == [[]] * len(names)
+    assert not any(result[name]["errors"] for name in names)
+    assert {line["way"] for line in result["linear"]["products"]} == {"fused", "decoded"}
+    assert all(step["weights_share"]["fused"]["fused"] > 0 for step in result["model"]["decode"])
 
 
-MEASURED = ("us", "microseconds", "gb_per_s", "copy_gb_per_s", "of_copy", "step_ms", "ms", "peak_beyond_weights")
+MEASURED = (
+    "us", "microseconds", "gb_per_s", "copy_gb_per_s", "of_copy", "step_ms", "ms", "peak_beyond_weights", "ratio",
+    "bound_us", "of_bound", "ratio_at_bound",
+)  # fmt: skip
 
 
 def figures(value: Any, name: str = "") -> list[Any]:

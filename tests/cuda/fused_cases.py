@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 
 from bitforbit.codecs.base import Bytes
 from bitforbit.cuda.fused import linear, reference
@@ -43,6 +44,13 @@ def cancelling(rows: int, cols: int, tokens: int, seed: int = 0) -> tuple[Words,
     return np.hstack([half, half])[:, places], np.hstack([x, x ^ 0x8000])[:, places]
 
 
+def on_hopper(queue: Any) -> Any:
+    """The queue, if its device has the instructions of compute capability 9.0; else the test is skipped."""
+    if queue.properties.compute_capability != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    return queue
+
+
 class DeviceGroup:
     """Matrices with the same input, and a workspace for their products."""
 
@@ -57,7 +65,7 @@ class DeviceGroup:
     ) -> None:
         self.queue = queue
         self._buffers: list[Any] = []
-        self._order = None
+        self._order: Order | None = None
         described = []
         for i, words in enumerate(matrices):
             packed = naive.pack(words) if parts is None else parts[i]
@@ -69,9 +77,14 @@ class DeviceGroup:
             queue.relocate(self.group.table.address)
         self._workspace = queue.zeros(linear.workspace_bytes(self.group, queue.properties))
 
+    @property
+    def order(self) -> Order:
+        """Of the sums."""
+        return self._order or self.group.order
+
     def use(self, order: Order) -> None:
         """From now on, sum in this order."""
-        self._order: Order | None = order
+        self._order = order
         nbytes = plans.workspace_bytes(self.group.rows, order, self.queue.properties)
         self._workspace = self.queue.zeros(nbytes)
 

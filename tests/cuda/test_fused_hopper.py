@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from fused_cases import DeviceGroup, activations, bf16, floats
+from fused_cases import DeviceGroup, activations, bf16, cancelling, floats, on_hopper
 
-from bitforbit.cuda import compiler, device, sources
+from bitforbit.cuda import compiler, sources
 from bitforbit.cuda.fused import plan as plans
 from bitforbit.cuda.fused import reference
 from bitforbit.cuda.fused.order import Order, choose_order
@@ -17,22 +18,16 @@ from bitforbit.cuda.kernel import DeviceProperties
 from bitforbit.cuda.tiles import naive
 from bitforbit.cuda.tiles.layout import PARTS
 from bitforbit.errors import UsageError
-from cuda_shim.emulation import EmulatedQueue, run_everywhere
+from cuda_shim.emulation import HOPPER as HOPPER_GPU
+from cuda_shim.emulation import EmulatedQueue, run_all_seeds, run_everywhere
 from cuda_shim.emulation import queue as emulated_queue
 from helpers.tile_cases import Words, cases, gaussian, with_exponents
 
 CASES = cases()
 TRAINED = [*range(118, 126)] * 12 + [3, 117, 130]
 FEW, MANY = HOPPER[0], HOPPER[-1]
+WARPGROUPS = Hopper.instruction
 ids = pytest.mark.parametrize("variant", HOPPER, ids=lambda v: f"{v.tokens}-{v.warps}")
-
-
-@pytest.fixture(autouse=True)
-def _sm_90a(request: pytest.FixtureRequest) -> None:
-    """On a GPU of another architecture there is nothing to test."""
-    gpu = "queue" in request.fixturenames and "gpu" in request.node.callspec.id
-    if gpu and request.getfixturevalue("queue").properties.compute_capability != (9, 0):
-        pytest.skip("needs a GPU of compute capability 9.0")
 
 
 def close(got: Words, x: Words, words: Words, bias: Words | None = None) -> None:
@@ -43,13 +38,27 @@ def close(got: Words, x: Words, words: Words, bias: Words | None = None) -> None
     assert (np.abs(floats(got) - exact) <= np.abs(exact) * 2**-8 + size * 2**-16).all()
 
 
+def group_of(queue: Any, matrices: list[Words], splits: int | None = None, **more: Any) -> DeviceGroup:
+    """Matrices whose products are to be summed by the kernel's instruction."""
+    group = DeviceGroup(queue, matrices, **more)
+    order = group.group.order if splits is None else Order(matrices[0].shape[1], splits)
+    group.use(replace(order, instruction=WARPGROUPS))
+    return group
+
+
 def check(queue: Any, words: Words, x: Words, variant: Hopper, splits: int | None = None, offset: int = 0) -> None:
-    group = DeviceGroup(queue, [words], splits=splits)
+    group = group_of(queue, [words], splits)
     (got,) = group.linear(x, variant, offset=offset)
     if isinstance(queue, EmulatedQueue):
-        np.testing.assert_array_equal(got, reference.linear(x, words, group.group.order))
+        np.testing.assert_array_equal(got, reference.linear(x, words, group.order))
     else:
         close(got, x, words)
+
+
+@pytest.fixture
+def queue(queue: Any) -> Any:
+    """One that the kernel runs on."""
+    return on_hopper(queue)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -57,10 +66,10 @@ def test_hostile_matrices(queue: Any, name: str) -> None:
     """Weights with huge exponents, infinities and NaNs: on a GPU, which values are NaN, and the others' zeros."""
     words = CASES[name]
     x = activations(3, words.shape[1])
-    group = DeviceGroup(queue, [words])
+    group = group_of(queue, [words])
     (got,) = group.linear(x, FEW)
     if isinstance(queue, EmulatedQueue):
-        np.testing.assert_array_equal(got, reference.linear(x, words, group.group.order))
+        np.testing.assert_array_equal(got, reference.linear(x, words, group.order))
     else:
         assert got.shape == (3, len(words))
 
@@ -74,6 +83,16 @@ def test_variants(queue: Any, variant: Hopper, rows: int, cols: int, splits: int
         check(queue, words, activations(tokens, cols), variant, splits)
 
 
+@ids
+@pytest.mark.parametrize("splits", [1, 3])
+def test_sums_that_are_exact_in_any_order(queue: Any, variant: Hopper, splits: int) -> None:
+    """Small whole numbers: a GPU gives the reference's bits, too, however it sums."""
+    random = np.random.default_rng(12)
+    words, x = bf16(random.integers(-120, 121, (141, 1160))), bf16(random.integers(-50, 51, (variant.tokens - 1, 1160)))
+    (got,) = group_of(queue, [words], splits).linear(x, variant)
+    np.testing.assert_array_equal(got, reference.linear(x, words, Order(1160, splits)))
+
+
 @pytest.mark.parametrize(("cols", "offset"), [(331, 0), (332, 0), (328, 2), (65, 14), (63, 0)])
 def test_any_number_of_columns_at_any_address(queue: Any, cols: int, offset: int) -> None:
     check(queue, with_exponents(33, cols, TRAINED), activations(7, cols), FEW, offset=offset)
@@ -81,7 +100,7 @@ def test_any_number_of_columns_at_any_address(queue: Any, cols: int, offset: int
 
 def test_a_token_has_the_same_bits_in_any_company(queue: Any) -> None:
     words, x = gaussian(144, 1000, 1), activations(64, 1000)
-    group = DeviceGroup(queue, [words], splits=3)
+    group = group_of(queue, [words], 3)
     (whole,) = group.linear(x, MANY)
     for begin, end in [(0, 1), (63, 64), (5, 13), (20, 50)]:
         np.testing.assert_array_equal(group.linear(x[begin:end], MANY)[0], whole[begin:end])
@@ -93,12 +112,12 @@ def test_groups(queue: Any) -> None:
     """Matrices of different sizes, with a bias and without, in one launch."""
     matrices = [gaussian(rows, 600, rows) for rows in (200, 17, 128, 1)]
     biases = [bf16(np.random.default_rng(0).standard_normal(200)), None, bf16(np.full(128, -0.0)), bf16([3.0])]
-    group = DeviceGroup(queue, matrices, biases)
+    group = group_of(queue, matrices, biases=biases)
     for variant in (FEW, MANY):
         x = activations(variant.tokens - 1, 600)
         for got, words, bias in zip(group.linear(x, variant), matrices, biases, strict=True):
             if isinstance(queue, EmulatedQueue):
-                np.testing.assert_array_equal(got, reference.linear(x, words, group.group.order, bias))
+                np.testing.assert_array_equal(got, reference.linear(x, words, group.order, bias))
             else:
                 close(got, x, words, bias)
 
@@ -110,7 +129,7 @@ def test_nan_and_infinity(queue: Any, where: str) -> None:
         words[3, 7], words[4, 9], words[5, 199] = 0x7F81, 0x7F80, 0xFF80
     if where != "weights":
         x[1, 3], x[2, 8], x[3, 0] = 0xFFC0, 0xFF80, 0x7F80
-    (got,) = DeviceGroup(queue, [words]).linear(x, FEW)
+    (got,) = group_of(queue, [words]).linear(x, FEW)
     with np.errstate(invalid="ignore"):
         np.testing.assert_array_equal(np.isnan(floats(got)), np.isnan(floats(x) @ floats(words).T))
 
@@ -135,7 +154,7 @@ def test_memory_and_races(variant: Hopper, cols: int) -> None:
     words, x = with_exponents(145, cols, TRAINED, 6), activations(variant.tokens - 1, cols)
 
     def run(queue: Any) -> list[Words]:
-        return DeviceGroup(queue, [words, words[:20]], splits=2).linear(x, variant)
+        return group_of(queue, [words, words[:20]], 2).linear(x, variant)
 
     whole, part = run_everywhere(run)
     np.testing.assert_array_equal(whole, reference.linear(x, words, Order(cols, 2)))
@@ -152,7 +171,7 @@ def test_damaged_parts_do_no_harm(part: str) -> None:
         if wide_entries:
             parts["header"] = parts["header"].copy()
             parts["header"][68:72].view("<u4")[0] = 4
-        group = DeviceGroup(emulated_queue("memory"), [words], parts=[parts], splits=2)
+        group = group_of(emulated_queue("memory"), [words], 2, parts=[parts])
         assert group.linear(activations(3, 300), FEW)[0].shape == (3, 33)
 
 
@@ -161,7 +180,7 @@ def test_offsets_that_lie(lie: list[int]) -> None:
     words = gaussian(16, 64, 2)
     parts = naive.pack(words)
     parts["offsets"] = np.array([*lie, 0, 0], "<u4").view(np.uint8)
-    group = DeviceGroup(emulated_queue("memory"), [words], parts=[parts])
+    group = group_of(emulated_queue("memory"), [words], parts=[parts])
     assert group.linear(activations(3, 64), FEW)[0].shape == (3, 16)
 
 
@@ -187,8 +206,36 @@ def test_blocks_find_room(variant: Hopper) -> None:
 
 def test_only_its_architecture() -> None:
     ada = DeviceProperties("Ada", (8, 9), 128, 72 << 20, 99 << 10)
-    order = choose_order((256,), 512, ada)
+    order = replace(choose_order((256,), 512, ada), instruction=WARPGROUPS)
     with pytest.raises(UsageError, match=r"compute capability 9\.0 for Hopper"):
         plans.plan((256,), order, 8, ada, FEW)
-    assert plans.workspace_bytes((256,), order, ada) > 0
-    assert device.count() >= 0
+    with pytest.raises(UsageError, match="expected an instruction of Ada, got wgmma"):
+        plans.plan((256,), order, 8, ada)
+
+
+@pytest.mark.parametrize(("tokens", "chosen"), [(1, 0), (8, 0), (9, 1), (32, 3), (33, 4), (64, 4)])
+def test_an_order_that_names_the_instruction_gets_the_kernel(tokens: int, chosen: int) -> None:
+    order = Order(512, 2, instruction=WARPGROUPS)
+    assert plans.plan((256,), order, tokens, HOPPER_GPU).variant == HOPPER[chosen]
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        Order(700, 4, split_tiles=2, longer=3, instruction=WARPGROUPS),
+        Order(700, 5, reduction="halves", partials="BF16", bias_rounded=True, instruction=WARPGROUPS),
+        Order(700, 6, reduction="neighbours", partials="running BF16", instruction=WARPGROUPS),
+        Order(700, 3, reduction="descending", instruction=WARPGROUPS),
+    ],
+    ids=lambda order: order.reduction,
+)
+def test_orders(order: Order) -> None:
+    words, x = cancelling(70, 700, 11)
+    bias = bf16(np.random.default_rng(0).standard_normal(70))
+
+    def run(queue: Any) -> Words:
+        group = DeviceGroup(queue, [words], [bias])
+        group.use(order)
+        return group.linear(x)[0]
+
+    np.testing.assert_array_equal(run_all_seeds(run), reference.linear(x, words, order, bias))

@@ -8,6 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from fused_cases import on_hopper
 
 import cuda_shim
 from bitforbit.cuda import compiler, sources
@@ -16,6 +17,12 @@ from cuda_shim.emulation import EmulationError, run_everywhere
 
 TEXT = str(Path(cuda_shim.__file__).parent / "selftest" / "wgmma.cu")
 TOKENS = (8, 16, 32, 64)
+
+
+@pytest.fixture
+def queue(queue: Any) -> Any:
+    """One that the instructions run on."""
+    return on_hopper(queue)
 
 
 def product(queue: Any, a: np.ndarray, x: np.ndarray, sums: np.ndarray, **macros: int) -> np.ndarray:

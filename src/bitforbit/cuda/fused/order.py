@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
 
+from bitforbit.cuda.fused import tuned
 from bitforbit.cuda.kernel import DeviceProperties
 from bitforbit.cuda.tiles.layout import TILE_COLS, TILE_ROWS
 from bitforbit.errors import UsageError
@@ -112,9 +113,15 @@ class Order:
 def choose_order(rows: tuple[int, ...], cols: int, properties: DeviceProperties) -> Order:
     """The order for matrices of so many rows each, in one launch, on a device. The number of tokens plays no part.
 
-    Splits keep all multiprocessors busy where there are few rows: the number with the lowest estimate of a launch's
-    time is taken, which is no measurement. Raises UsageError for no matrix, and for an empty one.
+    Splits keep all multiprocessors busy where there are few rows: as measured on this kind of GPU (:mod:`tuned`), else
+    as estimated. Raises UsageError for no matrix, and for an empty one.
     """
+    splits, found = estimate_splits(rows, cols, properties), tuned.find(rows, cols, properties)
+    return Order(cols, found.splits or splits, instruction=found.instruction or Order.instruction)
+
+
+def estimate_splits(rows: tuple[int, ...], cols: int, properties: DeviceProperties) -> int:
+    """The number of splits with the lowest estimate of a launch's time, which is no measurement. Raises UsageError."""
     if not rows or min(rows) < 1 or cols < 1:
         raise UsageError(f"expected matrices of at least one row and column, got rows {rows}, {cols} columns")
     tiles = -(-cols // TILE_COLS)
@@ -125,4 +132,4 @@ def choose_order(rows: tuple[int, ...], cols: int, properties: DeviceProperties)
         block = -(-tiles // splits) + FIXED_TILES + (SUMS_TILES if splits > 1 else 0)
         return -(-units * splits // slots) * block + SPLIT_TILES * (splits - 1)
 
-    return Order(cols, min(range(1, min(LARGEST_SPLITS, tiles) + 1), key=cost))
+    return min(range(1, min(LARGEST_SPLITS, tiles) + 1), key=cost)

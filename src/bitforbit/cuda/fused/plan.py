@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from typing import ClassVar
 
+from bitforbit.cuda.fused import tuned
 from bitforbit.cuda.fused.order import Order
 from bitforbit.cuda.kernel import U32, DeviceProperties, Kernel, LaunchConfig, Pointer
 from bitforbit.cuda.tiles.layout import SIZE_LIMIT, TILE_BYTES, TILE_COLS, TILE_ROWS, TILE_WEIGHTS
@@ -116,7 +117,7 @@ VARIANTS = (
 )
 """For each number of tokens, first the one for GPUs with little shared memory."""
 BULK = tuple(replace(variant, bulk=1) for variant in VARIANTS if variant.tokens in (8, 64))
-"""To be compared with the others on a GPU; nothing chooses them yet."""
+"""To be compared with the others on a GPU; chosen only where a table of measurements says so."""
 HALF_STEPS = tuple(HalfSteps(**vars(variant)) for variant in VARIANTS)
 """For orders that have been found to be a library's (:mod:`bitforbit.ops.gpu.order`)."""
 HOPPER = (
@@ -127,8 +128,9 @@ HOPPER = (
     Hopper(64, 1, 16, 4, 1, 1, 4),
 )
 """So are these, and to be compared with the others, on GPUs of compute capability 9.0."""
+ALL = VARIANTS + BULK + HALF_STEPS + HOPPER
 PLAIN = Kernel("fused_plain", "fused_plain.cu", (Pointer,) * 4 + (U32,) * 6)
-KERNELS = (*(variant.kernel for variant in VARIANTS + BULK + HALF_STEPS + HOPPER), PLAIN)
+KERNELS = (*(variant.kernel for variant in ALL), PLAIN)
 
 
 @dataclass(frozen=True)
@@ -144,23 +146,39 @@ class Plan:
 
 def choose_variant(tokens: int, properties: DeviceProperties, instruction: str = Variant.instruction) -> Variant:
     """The variant for so many tokens: the last of those of an instruction that fit into the device's shared memory."""
+    return [variant for variant in variants(tokens, properties, instruction) if variant not in BULK][-1]
+
+
+def variants(tokens: int, properties: DeviceProperties, instruction: str = Variant.instruction) -> tuple[Variant, ...]:
+    """All of an instruction that are made for so many tokens and run on the device, at least one. Raises UsageError."""
     if not 1 <= tokens <= MAX_TOKENS:
         raise UsageError(f"expected 1 to {MAX_TOKENS} tokens, got {tokens}; decode the matrix for more")
-    known = [v for v in VARIANTS + HALF_STEPS + HOPPER if v.instruction == instruction and v.tokens >= tokens]
-    known = [v for v in known if v.capability in (None, properties.compute_capability)]
+    known = [v for v in _of(properties) if v.instruction == instruction and v.tokens >= tokens]
     if not known:
         raise UsageError(f"expected an instruction of {properties.name}, got {instruction}")
     room = min(variant.tokens for variant in known)
     fits = [v for v in known if v.tokens == room and v.shared_bytes <= properties.shared_bytes_per_block]
     if not fits:
         raise UsageError(f"expected a GPU with more than {properties.shared_bytes_per_block} bytes of shared memory")
-    return fits[-1]
+    return tuple(fits)
+
+
+def tuned_variant(rows: tuple[int, ...], order: Order, tokens: int, properties: DeviceProperties) -> Variant | None:
+    """The one that was measured to be the fastest for a shape; None if none of this version's was, for such orders."""
+    fits = variants(tokens, properties, order.instruction)
+    fields = tuned.find(rows, order.cols, properties).variants.get(fits[0].tokens)
+    return next((variant for variant in fits if asdict(variant) == fields), None)
 
 
 def instructions(properties: DeviceProperties) -> tuple[str, ...]:
     """The matrix instructions of a device that kernels have."""
-    every = VARIANTS + HALF_STEPS + HOPPER
-    return tuple(dict.fromkeys(v.instruction for v in every if v.capability in (None, properties.compute_capability)))
+    return tuple(dict.fromkeys(variant.instruction for variant in _of(properties)))
+
+
+def _of(properties: DeviceProperties) -> list[Variant]:
+    """The variants that a device has the instructions for; copies in bulk come with compute capability 9.0."""
+    capability = properties.compute_capability
+    return [v for v in ALL if v.capability in (None, capability) and (not v.bulk or capability >= (9, 0))]
 
 
 @lru_cache(maxsize=4096)
@@ -168,7 +186,8 @@ def plan(
     rows: tuple[int, ...], order: Order, tokens: int, properties: DeviceProperties, variant: Variant | None = None
 ) -> Plan:
     """The launch for matrices of so many rows each that share x [tokens, order.cols]. Raises UsageError."""
-    chosen = variant or choose_variant(tokens, properties, order.instruction)
+    chosen = variant or tuned_variant(rows, order, tokens, properties)
+    chosen = chosen or choose_variant(tokens, properties, order.instruction)
     if tokens > chosen.tokens:
         raise UsageError(f"expected at most {chosen.tokens} tokens for {chosen}, got {tokens}")
     if chosen.capability not in (None, properties.compute_capability):
@@ -185,5 +204,5 @@ def plan(
 @lru_cache(maxsize=4096)
 def workspace_bytes(rows: tuple[int, ...], order: Order, properties: DeviceProperties) -> int:
     """Size of a workspace for up to MAX_TOKENS tokens."""
-    variants = [v for v in VARIANTS + HOPPER if v.capability in (None, properties.compute_capability)]
+    variants = [v for v in ALL if v.capability in (None, properties.compute_capability)]
     return max(plan(rows, order, variant.tokens, properties, variant).workspace_bytes for variant in variants)

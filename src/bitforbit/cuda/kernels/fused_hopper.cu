@@ -1,4 +1,4 @@
-// The product of fused_linear.cu (same parameters, same parts, same order of summation but for the instruction) by the instructions of one
+// The product of fused_linear.cu (same parameters, same parts, same order of summation) by the instructions of one
 // architecture, sm_90a: the tensor cores take the weights from the registers of four warps, 64 rows at once, and x from
 // shared memory by themselves, while the warps decode the next tile.
 //
@@ -6,13 +6,13 @@
 // chunks of kChunk tiles' columns; each streams its own tiles through a ring of kStages in shared memory by bulk
 // copies. For a tile: decode it into registers; put them to shared memory, where its escapes are patched; wait for the
 // products of the tile before; take the weights back as fragment a; issue the products. Sums of the splits of a unit
-// meet in device memory; the block that comes last adds them up, in the order of splits whoever that is.
+// meet in device memory; the block that comes last adds them up, in the order that the rules ask for whoever that is.
 //
 // Safe for any content of the parts: what comes from memory is clamped before it becomes an address or a count.
 //
 // BITFORBIT_TOKENS (8, 16, 32, 64), BITFORBIT_WARPS, BITFORBIT_STAGES, BITFORBIT_BLOCKS and BITFORBIT_CHUNK: see
 // cuda/fused/plan.py.
-#include "fused.cuh"
+#include "fused_splits.cuh"
 #include "wgmma.cuh"
 
 constexpr u32 kTokens = BITFORBIT_TOKENS, kTokenTiles = kTokens / kMmaTokens, kStages = BITFORBIT_STAGES;
@@ -170,45 +170,6 @@ __device__ __forceinline__ void patch_elsewhere(u16* smem_decoded, const u16* sm
   }
 }
 
-using Sums = float[kTokenTiles][4];  // of a lane, as the products have them
-
-// Puts this block's sums to device memory. The block of the unit that comes last takes those of all splits back and
-// adds them as the rules have it; for the others the answer is false.
-__device__ __forceinline__ bool add_splits(Sums& sum, float4* gmem_sums, u32* gmem_arrived, u32 unit, u32 split,
-                                           u32 splits, Rules rules, u8* smem) {
-  constexpr u32 kBlockSums = kTokenTiles * kThreads;
-  float4* gmem_unit = gmem_sums + static_cast<u64>(unit) * splits * kBlockSums + threadIdx.x;
-#pragma unroll
-  for (u32 n = 0; n < kTokenTiles; ++n) {
-    const bool round = rules.rounds_partials();
-    __stcg(gmem_unit + static_cast<u64>(split) * kBlockSums + n * kThreads,
-           make_float4(rounded(sum[n][0], round), rounded(sum[n][1], round), rounded(sum[n][2], round),
-                       rounded(sum[n][3], round)));
-  }
-  __threadfence();
-  __syncthreads();
-  u32* smem_last = reinterpret_cast<u32*>(smem);
-  if (threadIdx.x == 0) *smem_last = atomicAdd(gmem_arrived, 1) == splits - 1 ? 1 : 0;
-  __syncthreads();
-  if (*smem_last == 0) return false;
-  if (threadIdx.x == 0) *gmem_arrived = 0;  // for the next launch
-  __threadfence();
-  const u32 left = add_trees(gmem_unit, kBlockSums, kThreads, splits, rules);
-  for (u32 i = 0; i < left; ++i) {
-    const float4* gmem_split = gmem_unit + static_cast<u64>(rules.descending() ? left - 1 - i : i) * kBlockSums;
-#pragma unroll
-    for (u32 n = 0; n < kTokenTiles; ++n) {
-      const float4 part = __ldcg(gmem_split + n * kThreads);
-      const bool round = rules.rounds_sums();
-      sum[n][0] = i == 0 ? part.x : rounded(sum[n][0] + part.x, round);
-      sum[n][1] = i == 0 ? part.y : rounded(sum[n][1] + part.y, round);
-      sum[n][2] = i == 0 ? part.z : rounded(sum[n][2] + part.z, round);
-      sum[n][3] = i == 0 ? part.w : rounded(sum[n][3] + part.w, round);
-    }
-  }
-  return true;
-}
-
 extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
     fused_hopper(const Matrix* gmem_matrices, u32 matrices, const u16* gmem_x, u16* gmem_out, u32 tokens, u32 cols,
                  u32 splits, u32 split_tiles, u32 order_rules, u32* gmem_arrived, float4* gmem_sums) {
@@ -216,7 +177,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
   u8* smem = smem_all + (0u - shared_address(smem_all)) % kSwizzleBytes;
   const u32 warp = __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0), lane = kept(threadIdx.x % kWarp);
   const u32 unit = blockIdx.x / splits, split = blockIdx.x % splits;
-  const Rules rules = {order_rules};
 
   // The matrix of this block's unit, and this warp's stripe there.
   u32 stripes = 0, stripe = unit * kWarps;
@@ -230,6 +190,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
   stripe += warp;
   const Matrix matrix = *gmem_matrix;
 
+  const Rules rules{order_rules};
   const u32 tiles_per_stripe = (cols - 1) / kTileCols + 1;
   const u32 begin = split_begin(tiles_per_stripe, split, splits, split_tiles, rules);
   const u32 end = split_begin(tiles_per_stripe, split + 1, splits, split_tiles, rules);
@@ -240,21 +201,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
   u8* smem_lists = smem_ring + kRingBytes + kDecodedBytes;
   uint2* smem_runs = reinterpret_cast<uint2*>(smem_lists + 2 * kListBytes);
 
-  // The first chunk of x and of lists, and as many tiles as the ring has room for. Warps without a stripe of their own
-  // take the last one, for nothing.
-  const Header header = load_header(matrix.gmem_header, lane);
-  const u32 capacity = entry_capacity(matrix.escapes_bytes, header.wide);
+  // As many tiles as the ring has room for, which start on their way before all else. Warps without a stripe of their
+  // own take the last one, for nothing.
   const u64 stripe_tile = static_cast<u64>(min(stripe, stripes - 1)) * tiles_per_stripe;
   const u8* gmem_tile = matrix.gmem_tiles + (stripe_tile + begin) * kTileBytes;  // the next one to be copied
-  Lists lists;
-  lists.gmem_offset = matrix.gmem_offsets + stripe_tile + begin + lane;
-  lists.load(begin, end, lane);
-  lists.advance(matrix.gmem_escapes, header.wide, capacity, smem_lists, smem_runs, begin + kChunk, end, lane);
-  const Activations x(gmem_x, smem, cols);
-  const bool aligned = cols % 8 == 0 && reinterpret_cast<u64>(gmem_x) % 16 == 0;
-  x.load(0, tokens, cols, begin * kTileCols, end * kTileCols, aligned);
-  commit_copies();
-  if (threadIdx.x < 64) smem_table[threadIdx.x] = static_cast<u16>(__ldg(matrix.gmem_header + threadIdx.x) << 7);
   if (lane < kSteps) mbarrier_init(barrier_of(smem_ring + lane * kStepBytes), 1);
   mbarrier_fence();
   __syncwarp();
@@ -271,7 +221,20 @@ extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
     if (begin + i * kStepTiles < end) copy_step(smem_ring + i * kStepBytes, begin + i * kStepTiles);
   }
 
-  Sums sum = {};
+  // The first chunk of x and of lists.
+  Lists lists;
+  lists.gmem_offset = matrix.gmem_offsets + stripe_tile + begin + lane;
+  lists.load(begin, end, lane);
+  const Activations x(gmem_x, smem, cols);
+  const bool aligned = cols % 8 == 0 && reinterpret_cast<u64>(gmem_x) % 16 == 0;
+  x.load(0, tokens, cols, begin * kTileCols, end * kTileCols, aligned);
+  const Header header = load_header(matrix.gmem_header, lane);
+  const u32 capacity = entry_capacity(matrix.escapes_bytes, header.wide);
+  if (threadIdx.x < 64) smem_table[threadIdx.x] = static_cast<u16>(__ldg(matrix.gmem_header + threadIdx.x) << 7);
+  lists.advance(matrix.gmem_escapes, header.wide, capacity, smem_lists, smem_runs, begin + kChunk, end, lane);
+  commit_copies();
+
+  float sum[kTokenTiles][4] = {};
   uint4 a[4];
   const u64 descriptor = wgmma_descriptor(shared_address(smem));
   u32 chunk = 0, phase = 0;
@@ -330,7 +293,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
   wgmma_wait<0>();
   wgmma_settle(sum);
 
-  if (splits > 1 && !add_splits(sum, gmem_sums, gmem_arrived + unit, unit, split, splits, rules, smem)) return;
+  if (splits > 1 && !add_splits<kThreads>(sum, gmem_sums, gmem_arrived + unit, unit, split, splits, rules, smem)) {
+    return;
+  }
 #pragma unroll
   for (u32 n = 0; n < kTokenTiles; ++n) {
     store_sums(sum[n], matrix.gmem_bias, gmem_out + matrix.rows_before * tokens, stripe, static_cast<u32>(matrix.rows),
