@@ -40,14 +40,11 @@ __device__ __forceinline__ u32 split_begin(u32 tiles_per_stripe, u32 split, u32 
   return static_cast<u32>(static_cast<u64>(tiles_per_stripe) * split / splits);
 }
 
-__device__ __forceinline__ float rounded(float value, bool round) {
-  return round ? from_bf16(to_bf16(value)) : value;
-}
+__device__ __forceinline__ float rounded(float value, bool round) { return round ? from_bf16(to_bf16(value)) : value; }
 
 // Where the rules ask for a tree: adds this thread's sums of the splits up in place, into those of the first one.
 // Returns how many splits' sums are left to be added.
-__device__ __forceinline__ u32 add_trees(float4* gmem_unit, u32 block_sums, u32 threads, u32 splits,
-                                         Rules rules) {
+__device__ __forceinline__ u32 add_trees(float4* gmem_unit, u32 block_sums, u32 threads, u32 splits, Rules rules) {
   if (!rules.tree()) return splits;
   for (u32 left = splits, apart = 1; left > 1;) {
     const u32 half = (left + 1) / 2;
