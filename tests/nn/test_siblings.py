@@ -405,3 +405,13 @@ def test_who_may_be_multiplied_together():
     assert groups.pop("q_proj") == groups.pop("k_proj") == (128, 64)
     assert groups.pop("gate_proj") is None
     assert set(groups.values()) == {None}
+
+
+def test_changes_in_inference_mode_are_counted(model):
+    x = gaussian((2, COLS))
+    for _ in range(2):
+        model(x.clone())
+    model.q_proj(x)
+    with torch.inference_mode():
+        x.mul_(2)
+    assert_same_bits(model.k_proj(x), alone(model, x)[:, 128:176])

@@ -185,7 +185,7 @@ class _Results:
         if self.products:
             self.products.clear()
             if self.family.runs.get(self.run[0]) == self.run:
-                del self.family.runs[self.run[0]]
+                self.family.runs.pop(self.run[0], None)
 
 
 class _Calls:
