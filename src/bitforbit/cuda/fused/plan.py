@@ -83,7 +83,7 @@ class HalfSteps(Variant):
 class Hopper(Variant):
     """A binary for sm_90a alone, by its matrix instructions, which may sum in another way than those of the others.
 
-    ``warps`` is a multiple of 4, ``stages`` of 2, ``stripes`` and ``bulk`` are 1.
+    ``warps`` is a multiple of 8, ``stages`` of 2, ``stripes`` and ``bulk`` are 1.
     """
 
     chunk: int = 4

@@ -6,7 +6,7 @@
 // chunks of kChunk tiles' columns; each streams its own tiles through a ring of kStages in shared memory by bulk
 // copies. For a tile: decode it into registers; put them to shared memory, where its escapes are patched; wait for the
 // products of the tile before; take the weights back as fragment a; issue the products. Sums of the splits of a unit
-// meet in device memory; the block that comes last adds them up, in the order that the rules ask for whoever that is.
+// meet in device memory; the block that comes last adds them up, in the order that the rules ask for, whoever that is.
 //
 // Safe for any content of the parts: what comes from memory is clamped before it becomes an address or a count.
 //
@@ -18,7 +18,6 @@
 constexpr u32 kTokens = BITFORBIT_TOKENS, kTokenTiles = kTokens / kMmaTokens, kStages = BITFORBIT_STAGES;
 constexpr u32 kChunk = BITFORBIT_CHUNK;
 constexpr u32 kWarps = BITFORBIT_WARPS, kThreads = kWarps * kWarp;
-static_assert(kWarps % 4 == 0, "whole warpgroups");
 
 #if defined(BITFORBIT_CUDA_SHIM) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
@@ -39,7 +38,7 @@ __device__ __forceinline__ u64* barrier_of(u8* smem_step) { return reinterpret_c
 // every eighth token or fewer.
 struct Activations {
   static constexpr u32 kPieces = 32, kTokensAtOnce = kThreads / kPieces, kTokenBytes = 128;
-  static_assert(kTokensAtOnce % 8 == 0, "tokens of a thread are swizzled alike");
+  static_assert(kTokensAtOnce % 8 == 0, "tokens of a thread are swizzled alike; and whole warpgroups");
 
   const u8* gmem;  // of its first token and piece, in a chunk that begins at column 0
   u8* smem;        // of the same, in the first of the two chunks
