@@ -8,7 +8,7 @@ chosen for each number of tokens. What the estimates say stays unless something 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 from bitforbit.cuda.fused import plan as plans
@@ -50,23 +50,24 @@ class Measured:
     microseconds: float
 
 
-def candidates(rows: tuple[int, ...], cols: int, tokens: int, properties: DeviceProperties) -> tuple[Case, ...]:
-    """The launches that are compared for a number of tokens, the one that the estimates say first."""
+def orders(rows: tuple[int, ...], cols: int, properties: DeviceProperties) -> tuple[Order, ...]:
+    """The orders of summation that are compared, the estimated one first."""
     most = min(LARGEST_SPLITS, -(-cols // TILE_COLS))
     splits = dict.fromkeys((estimate_splits(rows, cols, properties), *(count for count in SPLITS if count <= most)))
-    cases = []
-    for instruction in plans.instructions(properties):
-        if INSTRUCTIONS[instruction] != K_STEP:
-            continue
-        default = plans.choose_variant(tokens, properties, instruction)
-        for order in (Order(cols, count, instruction=instruction) for count in splits):
-            for variant in dict.fromkeys((default, *plans.variants(tokens, properties, instruction))):
-                try:
-                    plans.plan(rows, order, tokens, properties, variant)
-                except UsageError:  # too many units for the workspace
-                    continue
-                cases.append(Case(rows, order, tokens, variant))
-    return tuple(cases)
+    known = [instruction for instruction in plans.instructions(properties) if INSTRUCTIONS[instruction] == K_STEP]
+    return tuple(Order(cols, count, instruction=instruction) for instruction in known for count in splits)
+
+
+def case(
+    rows: tuple[int, ...], order: Order, tokens: int, properties: DeviceProperties, variant: Variant | None = None
+) -> Case | None:
+    """A launch by a variant, the default one if none is given; None if there cannot be such a launch."""
+    chosen = variant or plans.choose_variant(tokens, properties, order.instruction)
+    try:
+        plans.plan(rows, order, tokens, properties, chosen)
+    except UsageError:  # too many units for the workspace
+        return None
+    return Case(rows, order, tokens, chosen)
 
 
 def tune(
@@ -76,40 +77,48 @@ def tune(
     microseconds: Microseconds,
     rooms: tuple[int, ...] = ROOMS,
 ) -> tuple[tuned.Choice, tuple[Measured, ...]]:
-    """The choice for matrices [rows[i], cols] of one launch, and all that was measured for it. Raises UsageError."""
-    measured = tuple(
-        Measured(case, microseconds(case)) for room in rooms for case in candidates(rows, cols, room, properties)
-    )
-    return choose(measured, Order(cols, estimate_splits(rows, cols, properties)), properties), measured
+    """The choice for matrices [rows[i], cols] of one launch, and all that was measured for it. Raises UsageError.
+
+    First orders are compared, by the default variants; then, for the best one, all variants.
+    """
+    compared = orders(rows, cols, properties)
+    cases = [case(rows, order, room, properties) for room in rooms for order in compared]
+    measured = [Measured(one, microseconds(one)) for one in cases if one is not None]
+    order = best_order(measured, compared[0])
+    for room in rooms:
+        default, *_ = (one.case.variant for one in measured if (one.case.order, one.case.tokens) == (order, room))
+        for variant in plans.variants(room, properties, order.instruction):
+            other = None if variant == default else case(rows, order, room, properties, variant)
+            measured += [] if other is None else [Measured(other, microseconds(other))]
+    return choose(measured, compared[0], order, properties), tuple(measured)
 
 
-def choose(measured: tuple[Measured, ...], estimated: Order, properties: DeviceProperties) -> tuned.Choice:
-    """An order for all numbers of tokens, and a variant for each; what is as estimated is left out."""
-    best: dict[tuple[Order, int], Measured] = {}
-    """By order and tokens: the fastest variant."""
-    for one in measured:
-        key = (one.case.order, one.case.tokens)
-        if key not in best or one.microseconds < best[key].microseconds:
-            best[key] = one
-    rooms = sorted({tokens for _, tokens in best})
-    fastest = {room: min(one.microseconds for (_, tokens), one in best.items() if tokens == room) for room in rooms}
+def best_order(measured: Sequence[Measured], estimated: Order) -> Order:
+    """The order for all numbers of tokens. Raises UsageError if none was measured for all of them."""
+    times = {(one.case.order, one.case.tokens): one.microseconds for one in measured}
+    rooms = {tokens for _, tokens in times}
+    fastest = {room: min(time for (_, tokens), time in times.items() if tokens == room) for room in rooms}
 
     def loss(order: Order) -> float:
-        ratios = [best[order, room].microseconds / fastest[room] for room in rooms]
-        return math.exp(sum(map(math.log, ratios)) / len(ratios))
+        return math.exp(sum(math.log(times[order, room] / fastest[room]) for room in rooms) / len(rooms))
 
-    complete = [order for order in dict.fromkeys(order for order, _ in best) if all((order, r) in best for r in rooms)]
+    complete = [o for o in dict.fromkeys(order for order, _ in times) if all((o, room) in times for room in rooms)]
     if not complete:
         raise UsageError("expected measurements of one order of summation for all numbers of tokens, got none")
-    order = min(complete, key=loss)
-    if estimated in complete and loss(estimated) <= loss(order) * (1 + MARGIN):
-        order = estimated
+    best = min(complete, key=loss)
+    return estimated if estimated in complete and loss(estimated) <= loss(best) * (1 + MARGIN) else best
+
+
+def choose(measured: Sequence[Measured], estimated: Order, order: Order, properties: DeviceProperties) -> tuned.Choice:
+    """An order, and its fastest variant for each number of tokens; what is as estimated is left out."""
     variants = {}
-    for room in rooms:
-        found, default = best[order, room], plans.choose_variant(room, properties, order.instruction)
-        cases = {one.case.variant: one for one in measured if (one.case.order, one.case.tokens) == (order, room)}
-        if default not in cases or cases[default].microseconds > found.microseconds * (1 + MARGIN):
-            variants[room] = asdict(found.case.variant)
+    for room in sorted({one.case.tokens for one in measured}):
+        times = {
+            one.case.variant: one.microseconds for one in measured if (one.case.order, one.case.tokens) == (order, room)
+        }
+        fastest = min(times, key=lambda variant: times[variant])
+        if times[plans.choose_variant(room, properties, order.instruction)] > times[fastest] * (1 + MARGIN):
+            variants[room] = asdict(fastest)
     return tuned.Choice(
         None if order.splits == estimated.splits else order.splits,
         variants,
