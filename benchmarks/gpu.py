@@ -42,6 +42,9 @@ TESTS = {
 """Arguments of pytest, by what is tested: with what a kernel does wrong, the others need not be looked at."""
 SANITIZED = "tests/cuda"
 """Made for the emulation, so its shapes are small."""
+SANITIZER_OPTIONS = ("--error-exitcode", "9", "--launch-timeout", "60", "--report-api-errors", "no")
+"""Imports take longer than compute-sanitizer waits by itself for a process that uses CUDA. We check what the driver
+returns ourselves, and cuda.bindings asks for functions that a driver may lack, which would count as errors."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ def steps(dry_run: bool, work: Path) -> list[Step]:
     facts = work / "facts.json"
     pytest = (python, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-m", "gpu")
     pytest += ("--continue-on-collection-errors", "--maxfail=25")
+    # A kernel that never ends cannot be interrupted from Python: the stack at least says which test waits for it.
+    pytest += ("-o", "faulthandler_timeout=40")
     build, tests, benchmarks = [], {}, {}
     if not dry_run:
         site = str(BUILD / "site")
@@ -91,7 +96,7 @@ def steps(dry_run: bool, work: Path) -> list[Step]:
     ]
     sanitizer = find_sanitizer()
     for tool in ("memcheck", "racecheck") if sanitizer else ():
-        sanitized = (str(sanitizer), "--tool", tool, "--error-exitcode", "9", *pytest, "--timeout=0", SANITIZED)
+        sanitized = (sanitizer, "--tool", tool, *SANITIZER_OPTIONS, *pytest, "--timeout=0", SANITIZED)
         found.append(Step(tool, sanitized, 60, (("BITFORBIT_TEST_EXACT_ALLOCATIONS", "1"),)))
     return found
 
@@ -107,6 +112,7 @@ def environment(dry_run: bool) -> dict[str, str]:
     if not dry_run:
         values["PYTHONPATH"] = os.pathsep.join([str(BUILD / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
     values.setdefault("BITFORBIT_CACHE", str(BUILD / "cache"))
+    values.setdefault("BITFORBIT_TEST_CACHE", str(BUILD / "test-cache"))  # or each step would compile all kernels
     return {**values, "HF_HUB_OFFLINE": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PYTHONUNBUFFERED": "1"}
 
 
