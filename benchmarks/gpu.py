@@ -35,7 +35,7 @@ NO_GPU = 2
 MODELS = "tests/gpu/test_models_gpu.py"
 BENCHMARKS = ("decode", "linear", "model", "load")
 TESTS = {
-    "kernels": ("tests/cuda", "tests/gpu/test_launcher_gpu.py"),
+    "kernels": ("tests/gpu/test_launcher_gpu.py", "tests/cuda"),
     "operators": ("tests/ops", "tests/gpu", "--ignore=tests/gpu/test_launcher_gpu.py", f"--ignore={MODELS}"),
     "models": ("tests/nn", MODELS),
 }
@@ -76,7 +76,7 @@ def steps(dry_run: bool, work: Path) -> list[Step]:
     build.append(Step("facts", (python, "-m", "benchmarks.gpu_common", "--json", str(facts), *small), 60, result=facts))
     for name, arguments in TESTS.items():
         there = [argument for argument in arguments if argument.startswith("-") or (ROOT / argument).exists()]
-        tests[name] = Step(f"tests {name}", (*pytest, "--timeout=100", *there), 100)
+        tests[name] = Step(f"tests {name}", (*pytest, "--timeout=100", *there), 150)
     for name in BENCHMARKS:
         file = work / f"{name}.json"
         command = (python, "-m", f"benchmarks.gpu_{name}", "--json", str(file), *small)
