@@ -97,7 +97,7 @@ def steps(dry_run: bool, work: Path) -> list[Step]:
     sanitizer = find_sanitizer()
     for tool in ("memcheck", "racecheck") if sanitizer else ():
         sanitized = (sanitizer, "--tool", tool, *SANITIZER_OPTIONS, *pytest, "--timeout=0", SANITIZED)
-        found.append(Step(tool, sanitized, 60, (("BITFORBIT_TEST_EXACT_ALLOCATIONS", "1"),)))
+        found.append(Step(tool, sanitized, 120, (("BITFORBIT_TEST_EXACT_ALLOCATIONS", "1"),)))
     return found
 
 
