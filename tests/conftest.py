@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ def model(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What is found out about this machine while testing stays out of the user's cache, and the other way round."""
+    kept = os.environ.get("BITFORBIT_TEST_CACHE")  # where several runs share the kernels that they compile
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BITFORBIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("BITFORBIT_CACHE", kept or str(tmp_path_factory.mktemp("cache")))
         yield

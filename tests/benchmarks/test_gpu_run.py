@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -77,6 +78,7 @@ def test_the_steps_of_a_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert {f"benchmark {name}" for name in gpu.BENCHMARKS} | {f"tests {name}" for name in gpu.TESTS} <= set(steps)
     assert {"--no-build-isolation", "--no-deps", "--no-index"} <= set(steps["build"].command)
     assert steps["racecheck others"].command[0] == "/opt/compute-sanitizer"
+    assert steps["racecheck others"].command[3 : 3 + len(gpu.SANITIZER_OPTIONS)] == gpu.SANITIZER_OPTIONS
     assert all("--dry-run" not in step.command for step in steps.values())
     monkeypatch.setattr(gpu, "find_sanitizer", lambda: None)
     assert not [step.name for step in gpu.steps(False, tmp_path) if "check" in step.name]
@@ -93,6 +95,21 @@ def test_nothing_of_pips_settings_reaches_the_build(monkeypatch: pytest.MonkeyPa
     values = gpu.environment(False)
     assert "PIP_CONSTRAINT" not in values
     assert values["PYTHONPATH"].split(os.pathsep)[0].endswith("build/gpu/site")
+
+
+def test_tests_share_the_kernels_that_they_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BITFORBIT_TEST_CACHE", raising=False)
+    assert gpu.environment(False)["BITFORBIT_TEST_CACHE"] != gpu.environment(False)["BITFORBIT_CACHE"]
+    monkeypatch.setenv("BITFORBIT_TEST_CACHE", str(tmp_path))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::test_the_cache_in_force"]
+    done = subprocess.run(command, env={**os.environ, "EXPECTED_CACHE": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_cache_in_force() -> None:
+    """Run by the test before, too."""
+    expected = os.environ.get("EXPECTED_CACHE")
+    assert expected is None or os.environ["BITFORBIT_CACHE"] == expected
 
 
 def test_file_names() -> None:

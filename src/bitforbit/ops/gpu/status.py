@@ -48,6 +48,8 @@ _lock = threading.Lock()
 
 def of(device: torch.device) -> Status:
     """The word of a device; made at the first call, which must not be within a graph capture."""
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     found = _words.get(device)
     if found is None:
         with _lock:
