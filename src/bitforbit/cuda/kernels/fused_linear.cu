@@ -11,7 +11,7 @@
 // BITFORBIT_TOKENS (8, 16, 32, 64), BITFORBIT_STRIPES, BITFORBIT_WARPS, BITFORBIT_STAGES, BITFORBIT_BLOCKS,
 // BITFORBIT_BULK and BITFORBIT_K_STEP (16, 8): see cuda/fused/plan.py.
 #include "async.cuh"
-#include "fused.cuh"
+#include "fused_splits.cuh"
 #include "ldmatrix.cuh"
 
 #ifndef BITFORBIT_K_STEP
@@ -148,7 +148,7 @@ __device__ __forceinline__ void load_slot(const u8* smem_slot, u32 lane, u32 (&w
   for (u32 w = 0; w < 3; ++w) code[w] = reinterpret_cast<const u32*>(smem_slot + kTileCodes)[32 * w + lane];
 }
 
-using Sums = float[kStripes][kTokenTiles][4];  // of a lane, as mma has them
+using Sums = float[kStripes * kTokenTiles][4];  // of a lane, as mma has them, stripe after stripe
 
 __device__ __forceinline__ void multiply_step(float (&sum)[4], uint4 a, u32 b0, u32 b1) {
   if constexpr (BITFORBIT_K_STEP == 16) {
@@ -179,56 +179,11 @@ __device__ __forceinline__ void multiply(const u16* smem_decoded, const u16* sme
       const uint4 b = ldmatrix_x4(smem_row + n * kMmaTokens * kPitch + i * kMmaCols);
 #pragma unroll
       for (u32 s = 0; s < kStripes; ++s) {
-        multiply_step(sum[s][n], a[s][0], b.x, b.y);
-        multiply_step(sum[s][n], a[s][1], b.z, b.w);
+        multiply_step(sum[s * kTokenTiles + n], a[s][0], b.x, b.y);
+        multiply_step(sum[s * kTokenTiles + n], a[s][1], b.z, b.w);
       }
     }
   }
-}
-
-// Puts this block's sums to device memory. The block of the unit that comes last takes those of all splits back and
-// adds them as the rules have it; for the others the answer is false.
-__device__ __forceinline__ bool add_splits(Sums& sum, float4* gmem_sums, u32* gmem_arrived, u32 unit, u32 split,
-                                           u32 splits, Rules rules, u8* smem) {
-  constexpr u32 kBlockSums = kStripes * kTokenTiles * kThreads;
-  float4* gmem_unit = gmem_sums + static_cast<u64>(unit) * splits * kBlockSums + threadIdx.x;
-  float4* gmem = gmem_unit + static_cast<u64>(split) * kBlockSums;
-#pragma unroll
-  for (u32 s = 0; s < kStripes; ++s) {
-#pragma unroll
-    for (u32 n = 0; n < kTokenTiles; ++n) {
-      const float* four = sum[s][n];
-      const bool round = rules.rounds_partials();
-      __stcg(gmem + (s * kTokenTiles + n) * kThreads, make_float4(rounded(four[0], round), rounded(four[1], round),
-                                                                  rounded(four[2], round), rounded(four[3], round)));
-    }
-  }
-  __threadfence();
-  __syncthreads();
-  u32* smem_last = reinterpret_cast<u32*>(smem);
-  if (threadIdx.x == 0) *smem_last = atomicAdd(gmem_arrived, 1) == splits - 1 ? 1 : 0;
-  __syncthreads();
-  if (*smem_last == 0) return false;
-  if (threadIdx.x == 0) *gmem_arrived = 0;  // for the next launch
-  __threadfence();
-  const u32 left = add_trees(gmem_unit, kBlockSums, kThreads, splits, rules);
-  for (u32 i = 0; i < left; ++i) {
-    const float4* gmem_split = gmem_unit + static_cast<u64>(rules.descending() ? left - 1 - i : i) * kBlockSums;
-#pragma unroll
-    for (u32 s = 0; s < kStripes; ++s) {
-#pragma unroll
-      for (u32 n = 0; n < kTokenTiles; ++n) {
-        const float4 part = __ldcg(gmem_split + (s * kTokenTiles + n) * kThreads);
-        float* four = sum[s][n];
-        const bool round = rules.rounds_sums();
-        four[0] = i == 0 ? part.x : rounded(four[0] + part.x, round);
-        four[1] = i == 0 ? part.y : rounded(four[1] + part.y, round);
-        four[2] = i == 0 ? part.z : rounded(four[2] + part.z, round);
-        four[3] = i == 0 ? part.w : rounded(four[3] + part.w, round);
-      }
-    }
-  }
-  return true;
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
@@ -344,12 +299,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
     }
   }
 
-  if (splits > 1 && !add_splits(sum, gmem_sums, gmem_arrived + unit, unit, split, splits, rules, smem)) return;
+  if (splits > 1 && !add_splits<kThreads>(sum, gmem_sums, gmem_arrived + unit, unit, split, splits, rules, smem)) {
+    return;
+  }
 #pragma unroll
   for (u32 s = 0; s < kStripes; ++s) {
 #pragma unroll
     for (u32 n = 0; n < kTokenTiles; ++n) {
-      store_sums(sum[s][n], matrix.gmem_bias, gmem_out + matrix.rows_before * tokens, first_stripe + s,
+      store_sums(sum[s * kTokenTiles + n], matrix.gmem_bias, gmem_out + matrix.rows_before * tokens, first_stripe + s,
                  static_cast<u32>(matrix.rows), n * kMmaTokens, tokens, lane, rules);
     }
   }
