@@ -55,6 +55,22 @@ class CompressedParameterError(UsageError):
     """A compressed parameter was to be changed, trained, cast or found where it is not."""
 
 
+class KvSpecError(UsageError):
+    """Settings of a quantized key-value cache that do not exist, or that do not fit the model."""
+
+
+class KvCacheError(UsageError):
+    """A quantized key-value cache was used in a way that it cannot be."""
+
+
+class NonFiniteKeysError(BitforbitError, ValueError):
+    """Keys or values with NaN or infinity were to be quantized."""
+
+
+class IoModelError(UsageError):
+    """An algorithm that cannot run in the fast memory given, or sizes that make no sense."""
+
+
 class MissingDependencyError(BitforbitError, ImportError):
     """An optional package is needed for what was asked."""
 
