@@ -32,7 +32,7 @@ def set_attention(model: Any) -> None:
     text = config.get_text_config(decoder=True)
     if text._attn_implementation == NAME:
         return
-    model.set_attn_implementation(NAME if text is config else {key: NAME for key in _paths(config, text)})
+    model.set_attn_implementation(NAME if text is config else dict.fromkeys(_paths(config, text), NAME))
     if text._attn_implementation != NAME:
         raise KvCacheError(
             f"expected a model whose attention can be set, got {type(model).__name__}, which does not go through "
