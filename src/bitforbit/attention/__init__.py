@@ -1,0 +1,1 @@
+"""Attention: over quantized caches, and references of the algorithms."""
