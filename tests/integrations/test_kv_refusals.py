@@ -88,7 +88,8 @@ def test_the_vision_part_keeps_its_attention() -> None:
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
 def test_another_attention(llama: Any, attention: str) -> None:
     llama.set_attn_implementation(attention)
-    with pytest.raises(KvCacheError, match=r"bitforbit\.kivi_cache\(model\)"), torch.no_grad():
+    # flex_attention is compiled, and the compiler wraps what is raised.
+    with pytest.raises((KvCacheError, RuntimeError), match=r"bitforbit\.kivi_cache\(model\)"), torch.no_grad():
         llama(**prompts(1, 40), past_key_values=KiviCache(llama.config))
 
 
