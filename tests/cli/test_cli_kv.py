@@ -101,7 +101,9 @@ def test_chat_reads_only_what_is_new(
     assert value["kv"]["lossy"] is True
     first, second, third = [count for count in read if count > 1]
     assert first + second + third < value["prompt_tokens"]
-    assert sum(read) == value["prompt_tokens"] + value["new_tokens"] - 3 - (value["prompt_tokens"] - first - second - third)
+    assert sum(read) == value["prompt_tokens"] + value["new_tokens"] - 3 - (
+        value["prompt_tokens"] - first - second - third
+    )
 
 
 def test_chat_is_the_same_without_a_kept_cache(

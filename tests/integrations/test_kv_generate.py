@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from integrations.kv_models import ARCHITECTURES, make, prompts
 
 import bitforbit
 from bitforbit.kv import KiviSpec
+from integrations.kv_models import ARCHITECTURES, make, prompts
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 40}
 SMALL: dict[str, Any] = {"k_bits": 8, "v_bits": 8, "residual": 32}

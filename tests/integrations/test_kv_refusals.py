@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from integrations.kv_models import make, prompts
 
 import bitforbit
 from bitforbit.errors import KvCacheError, KvSpecError, NonFiniteKeysError
 from bitforbit.integrations.transformers.kv import NAME, figures
 from bitforbit.integrations.transformers.kv.handle import _NAMES
 from bitforbit.kv import KiviCache, KiviSpec
+from integrations.kv_models import make, prompts
 
 TEXT: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64, "vocab_size": 97}
 

@@ -25,7 +25,9 @@ def decoder_config(config: Any) -> Any:
     decoder = config.get_text_config(decoder=True)
     for field in ("num_hidden_layers", "num_attention_heads", "vocab_size"):
         if not isinstance(_read(decoder, 0, field), int):
-            raise KvCacheError(f"expected a config of a model that writes text by attention, got {name} without {field}")
+            raise KvCacheError(
+                f"expected a config of a model that writes text by attention, got {name} without {field}"
+            )
     if _read(decoder, 0, "kv_lora_rank") is not None:
         raise KvCacheError(
             f"expected keys and values of one head dimension, got multi-head latent attention ({name}); use the "
