@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from bitforbit.attention import flash, naive  # noqa: E402
-from bitforbit.attention import tiles as tiling
+from bitforbit.attention import tiles as tiling  # noqa: E402
 from bitforbit.attention.tiles import Order, Tiles  # noqa: E402
 from bitforbit.errors import AttentionError  # noqa: E402
 

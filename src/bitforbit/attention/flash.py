@@ -2,8 +2,8 @@
 
 Two orders of the loops: "kv" outside, as FlashAttention has it (arXiv 2205.14135, algorithms 1 and 4), or "q" outside,
 as FlashAttention-2 has it (arXiv 2307.08691, algorithms 1 and 2). Slow memory holds whole matrices; fast memory holds
-the tiles that the loops name. Every move between the two goes through :class:`~bitforbit.attention.tiles.Memory`, which keeps a record: what
-the loops do is what is counted. Written to be read; the production paths are torch's own kernels.
+the tiles that the loops name. Every move between the two goes through ``tiles.Memory``, which keeps a record: what the
+loops do is what is counted. Written to be read; the production paths are torch's own kernels.
 
 Block-sparse attention (2205.14135, section 3.3, algorithm 5) is the same loops: tiles that the layout leaves out are
 neither read nor multiplied. Causal masks leave out the tiles above the diagonal in the same way.
