@@ -158,19 +158,20 @@ class KiviLayer(CacheLayerMixin):
         """From now on, tokens that come several at a time are quantized only after a :meth:`crop`, or the next call."""
         self._recording = True
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | torch.Tensor) -> None:
         """Take back the last ``-tokens_to_remove`` tokens (transformers counts them negative).
 
         What was quantized and comes back into the exact window has the values it was rounded to.
         """
-        if tokens_to_remove > 0:
+        count = int(tokens_to_remove)  # transformers 5.17 passes a tensor
+        if count > 0:
             raise KvCacheError(
-                f"crop: expected 0 or less, the negative number of tokens to take back, got {tokens_to_remove}"
+                f"crop: expected 0 or less, the negative number of tokens to take back, got {count}"
             )
         if self.state is None:
             return
-        if tokens_to_remove < 0:
-            self.state.crop(max(0, self.state.slots + tokens_to_remove))
+        if count < 0:
+            self.state.crop(max(0, self.state.slots + count))
         self._settle()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
