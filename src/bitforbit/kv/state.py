@@ -135,6 +135,7 @@ class KvState:
         self._check_alive(within=True)
         old, new, pending = self.flushed, self.slots, self.pending
         try:
+            self._grow(new)
             flush_tokens(self, old, new, pending)
             if pending is not None:
                 self._store(old, *pending)
