@@ -34,6 +34,21 @@ __device__ __forceinline__ u32 values_quantized(u32 tokens, u32 sink, u32 residu
   return tokens > sink + residual ? tokens - sink - residual : 0;
 }
 
+// Of a row of which so many tokens are seen and so many values are quantized: tiles of the first `sink` tokens; tiles
+// of all tokens whose values are exact, those of the sink first; items that these make.
+__device__ __forceinline__ u32 sink_tiles(u32 tokens, u32 sink) {
+  return (min(sink, tokens) + kTileTokens - 1) / kTileTokens;
+}
+
+__device__ __forceinline__ u32 rest_tiles(u32 tokens, u32 sink, u32 values) {
+  if (tokens <= sink) return sink_tiles(tokens, sink);
+  return sink_tiles(tokens, sink) + (tokens - sink + kTileTokens - 1) / kTileTokens - values / kTileTokens;
+}
+
+__device__ __forceinline__ u32 rest_items(u32 tokens, u32 sink, u32 values) {
+  return (rest_tiles(tokens, sink, values) + kSegmentTiles - 1) / kSegmentTiles;
+}
+
 // The record of a row and head (row * heads + head) with a segment.
 __device__ __forceinline__ u8* record_of(u8* const* gmem_segments, u32 segment, u32 row_head) {
   return gmem_segments[segment] + static_cast<u64>(row_head) * kRecordBytes;

@@ -53,6 +53,8 @@ def flush(
         groups = min(groups, (new_tokens - call.sink) // call.group) if new_tokens > call.sink else 0
         tiles = min(tiles, -(-call.values_quantized(new_tokens) // TILE_TOKENS))
     key_blocks = -(-groups * (call.head_dim // 4) // THREADS)
+    if key_blocks + tiles == 0:
+        return
     config = LaunchConfig((key_blocks + tiles, call.batch * call.heads, 1), (THREADS, 1, 1))
     queue.launch(
         kernel(call.defines, call.dtype), config, call.segments, call.window_k, call.window_v, call.start, call.heads,
