@@ -51,7 +51,8 @@ class Watch:
             return int(self.count)
         if worth and self._event is None and not torch.cuda.is_current_stream_capturing():
             if self._seen is None:
-                self._seen = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+                with torch.inference_mode(False):
+                    self._seen = torch.zeros(1, dtype=torch.int32, pin_memory=True)
             self._seen.copy_(self.count, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(self.count.device))
