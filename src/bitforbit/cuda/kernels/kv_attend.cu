@@ -6,13 +6,16 @@
 // the row's own tokens, so results do not depend on other rows, padding, other queries or the launch.
 //
 // A warp's part of a segment is read straight into registers, 128 bytes or more at a time, after all of it has been
-// asked for from L2. See kv.cuh for the macros.
+// asked for from L2. See kv.cuh for the macros; BITFORBIT_BLOCKS is for measurements.
 #include "kv_exact.cuh"
 
 constexpr u32 kWarps = 4, kThreads = kWarps * kWarp;
 constexpr u32 kItemTiles = kWarps * kWarpTiles;
-constexpr u32 kBlocks = kHead <= 128 ? 4 : 2;  // of a multiprocessor, for which the compiler leaves registers
-constexpr u32 kPitch = kHead + 1;              // of a query's sums in shared memory
+// Of a multiprocessor, for which the compiler leaves registers.
+#ifndef BITFORBIT_BLOCKS
+#define BITFORBIT_BLOCKS (BITFORBIT_HEAD > 128 ? 2 : BITFORBIT_HEAD > 64 ? 3 : 4)
+#endif
+constexpr u32 kPitch = kHead + 1;  // of a query's sums in shared memory
 constexpr float kLog2E = 1.44269504088896341f;
 static_assert(kWarps * kWarpTokens == kSegmentTokens);
 
@@ -177,7 +180,8 @@ __device__ __forceinline__ void attend_rest(const Query& query, const Rules& rul
   const u32 token = sinking ? 0 : (rest.values_quantized / kTileTokens + number - before_tiles) * kTileTokens;
   const Tile tile = sinking ? Tile{number * kTileTokens, 0, min(rest.sink, rest.tokens)}
                             : Tile{rest.sink + token, rest.sink + rest.values_quantized, rest.tokens};
-  const u32 first = sinking ? 0 : rest.start, capacity = sinking ? rest.sink : rest.capacity;
+  const u32 place = sinking ? tile.first : (rest.start + tile.first) % rest.capacity;
+  const u32 capacity = sinking ? rest.sink : rest.capacity;
   Scores score;
   float bias[2] = {0, 0};
   if (!sinking && token < rest.keys_quantized) {
@@ -194,7 +198,7 @@ __device__ __forceinline__ void attend_rest(const Query& query, const Rules& rul
     }
     multiply_keys(scaled, offset, gmem_record + in_segment / kTileTokens * kKeyTileBytes, lane, score);
   } else {
-    multiply_exact_keys(query, {sinking ? rest.gmem_sink_k : rest.gmem_window_k, first, capacity}, tile, lane, score);
+    multiply_exact_keys(query, {sinking ? rest.gmem_sink_k : rest.gmem_window_k, place, capacity}, tile, lane, score);
   }
   rules.apply(score, bias, tile, lane);
 
@@ -214,7 +218,7 @@ __device__ __forceinline__ void attend_rest(const Query& query, const Rules& rul
   }
   Weights weight;
   norm.weigh(score, weight);
-  multiply_exact_values(weight, {sinking ? rest.gmem_sink_v : rest.gmem_window_v, first, capacity}, tile, lane, out);
+  multiply_exact_values(weight, {sinking ? rest.gmem_sink_v : rest.gmem_window_v, place, capacity}, tile, lane, out);
 }
 
 // The warps' parts, put together in their order: sums [kQueries][kHead] and, per query, largest exponent and sum of
@@ -264,7 +268,7 @@ __device__ __forceinline__ void store_item(const Norm& norm, const Output& out, 
 // keys, of which there are queries_per_head * query_rows. Items below `segments` are segments. The quantized part was
 // made of the first `slots` slots, `visible` are seen; with a counter it says how many `slots` are, and as many more
 // are seen. Strides are in elements.
-extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
+extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
     kv_attend(u8* const* gmem_segments, const u16* gmem_window_k, const u16* gmem_window_v, const u16* gmem_sink_k,
               const u16* gmem_sink_v, const i32* gmem_start, u32 heads, u32 residual, u32 sink, u32 capacity, u32 slots,
               u32 visible, const i32* gmem_counter, const u16* gmem_q, u64 q_row, u64 q_head, u64 q_query,
@@ -281,6 +285,30 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   const u32 tokens = row_tokens(slots, start), seen_tokens = row_tokens(visible, start);
   const u32 values = values_quantized(tokens, sink, residual);
 
+  const u32 segment_token = item * kSegmentTokens, first_tile = (item - segments) * kItemTiles;
+  const u32 tiles = rest_tiles(seen_tokens, sink, values);
+  if (item < segments ? segment_token >= values : first_tile >= tiles) return;
+
+  // The head's queries are numbered head by head; those after the last are zeros.
+  const u32 all_queries = queries_per_head * query_rows, first_query = (first_group + group) * kQueries;
+  const auto head_of = [&](u32 number) { return static_cast<u64>(head * queries_per_head + number / query_rows); };
+  SHARED(const u8*, smem_seen, kQueries);
+  if (gmem_mask != nullptr && threadIdx.x < kQueries) {
+    const u32 number = min(first_query + threadIdx.x, all_queries - 1);
+    smem_seen[threadIdx.x] =
+        gmem_mask + row * mask_row + head_of(number) * mask_head + number % query_rows * mask_query + start;
+  }
+  if (gmem_mask != nullptr) __syncthreads();
+  Query query;
+  {
+    const u32 number = first_query + lane / 4;
+    const u16* gmem = gmem_q + row * q_row + head_of(number) * q_head + number % query_rows * q_query + lane % 4 * 4;
+#pragma unroll
+    for (u32 i = 0; i < kSteps; ++i) {
+      const uint2 pairs = number < all_queries ? *reinterpret_cast<const uint2*>(gmem + 16 * i) : make_uint2(0, 0);
+      query.pair[i][0] = pairs.x, query.pair[i][1] = pairs.y;
+    }
+  }
   const u64 window = static_cast<u64>(row_head) * capacity * kHead, sinks = static_cast<u64>(row_head) * sink * kHead;
   const Rest rest = {gmem_segments,
                      gmem_window_k + window,
@@ -294,43 +322,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
                      sink,
                      keys_quantized(tokens, sink, residual),
                      values};
-  const u32 segment_token = item * kSegmentTokens, first_tile = (item - segments) * kItemTiles;
-  const u32 tiles = rest_tiles(seen_tokens, sink, values);
-  if (item < segments ? segment_token >= values : first_tile >= tiles) return;
-
-  // The head's queries are numbered head by head; those after the last are zeros.
-  const u32 all_queries = queries_per_head * query_rows, first_query = (first_group + group) * kQueries;
-  const auto head_of = [&](u32 number) { return static_cast<u64>(head * queries_per_head + number / query_rows); };
-  Query query;
-  {
-    const u32 number = first_query + lane / 4;
-    const u16* gmem = gmem_q + row * q_row + head_of(number) * q_head + number % query_rows * q_query + lane % 4 * 4;
-#pragma unroll
-    for (u32 i = 0; i < kSteps; ++i) {
-      const uint2 pairs = number < all_queries ? *reinterpret_cast<const uint2*>(gmem + 16 * i) : make_uint2(0, 0);
-      query.pair[i][0] = pairs.x, query.pair[i][1] = pairs.y;
-    }
-  }
-  SHARED(const u8*, smem_seen, kQueries);
-  if (gmem_mask != nullptr && threadIdx.x < kQueries) {
-    const u32 number = min(first_query + threadIdx.x, all_queries - 1);
-    smem_seen[threadIdx.x] =
-        gmem_mask + row * mask_row + head_of(number) * mask_head + number % query_rows * mask_query + start;
-  }
-  if (gmem_mask != nullptr) __syncthreads();
   const Rules rules = {scaling, softcap, gmem_mask == nullptr ? nullptr : smem_seen};
 
   Norm norm;
   Output out;
-  out.clear();
-  if (item < segments) {
-    const u32 in_segment = min(values - segment_token, kSegmentTokens);
-    if (warp * kWarpTokens < in_segment) {
-      attend_segment(query, rules, record_of(gmem_segments, item, row_head), sink + segment_token, warp * kWarpTokens,
-                     in_segment, lane, norm, out);
-    }
+  const u32 first_token = warp * kWarpTokens;
+  if (item < segments && segment_token + first_token < values) {
+    attend_segment(query, rules, record_of(gmem_segments, item, row_head), sink + segment_token, first_token,
+                   min(values - segment_token, kSegmentTokens), lane, norm, out);
   } else {
-    const u32 end = min(first_tile + kItemTiles, tiles);
+    out.clear();
+    const u32 end = item < segments ? 0 : min(first_tile + kItemTiles, tiles);
+#pragma unroll 1
     for (u32 tile = first_tile + warp; tile < end; tile += kWarps) {
       attend_rest(query, rules, rest, tile, lane, norm, out);
     }

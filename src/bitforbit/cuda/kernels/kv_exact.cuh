@@ -2,17 +2,6 @@
 #pragma once
 #include "kv_products.cuh"
 
-// A row's and head's exact keys or values: a ring of so many tokens, in which the row's token 0 has a place.
-struct ExactTokens {
-  const u16* gmem;
-  u32 first, capacity;
-
-  // In elements.
-  __device__ __forceinline__ u32 offset(u32 token) const { return (first + token) % capacity * kHead; }
-};
-
-constexpr u32 kNowhere = ~0u;  // an offset
-
 // Those of the row's tokens [begin, end) that are among the 32 from `first` on.
 struct Tile {
   u32 first, begin, end;
@@ -21,13 +10,27 @@ struct Tile {
   __device__ __forceinline__ bool has(u32 token) const { return token >= begin && token < end; }
 };
 
+// A row's and head's exact keys or values: a ring.
+struct ExactTokens {
+  const u16* gmem;
+  u32 place, capacity;  // of the tile's token 0; of the ring, which a tile goes around once at most
+
+  // Of token i of the tile, in elements.
+  __device__ __forceinline__ u32 offset(u32 i) const {
+    const u32 at = place + i;
+    return (at < capacity ? at : at - capacity) * kHead;
+  }
+};
+
+constexpr u32 kNowhere = ~0u;  // an offset
+
 __device__ __forceinline__ void multiply_exact_keys(const Query& query, const ExactTokens& keys, const Tile& tile,
                                                     u32 lane, Scores& score) {
   u32 offset[4];
 #pragma unroll
   for (u32 i = 0; i < 4; ++i) {
-    const u32 token = tile.first + lane / 4 * 4 + i;
-    offset[i] = tile.has(token) ? keys.offset(token) + lane % 4 * 4 : kNowhere;
+    const u32 token = lane / 4 * 4 + i;
+    offset[i] = tile.has(tile.first + token) ? keys.offset(token) + lane % 4 * 4 : kNowhere;
 #pragma unroll
     for (u32 e = 0; e < 2; ++e) score[i / 2][i % 2 * 2 + e] = 0;
   }
@@ -52,8 +55,8 @@ __device__ __forceinline__ void multiply_exact_values(const Weights& weight, con
   u32 offset[8];
 #pragma unroll
   for (u32 i = 0; i < 8; ++i) {
-    const u32 token = tile.first + lane % 4 * 8 + i;
-    offset[i] = tile.has(token) ? values.offset(token) + lane / 4 * kLaneChannels : kNowhere;
+    const u32 token = lane % 4 * 8 + i;
+    offset[i] = tile.has(tile.first + token) ? values.offset(token) + lane / 4 * kLaneChannels : kNowhere;
   }
 #pragma unroll
   for (u32 m = 0; m < kSteps; ++m) {
