@@ -1,0 +1,1 @@
+"""Attention beyond what torch brings: references of FlashAttention, block-sparse attention, quantized caches."""
