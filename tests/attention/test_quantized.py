@@ -294,7 +294,7 @@ print(peak() - before, sum(s.nbytes for s in state.segments))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_decoding_needs_no_memory_beside_the_cache() -> None:
-    """16 Ki tokens of 8 heads are 64 MiB in BF16, 12 MiB packed: the process grows by less than 8 MiB while decoding."""
+    """16 Ki tokens of 8 heads are 64 MiB in BF16, 12 MiB packed: decoding takes less than 8 MiB beside them."""
     try:
         done = subprocess.run([sys.executable, "-c", DECODE], capture_output=True, text=True, check=True, timeout=200)
     except subprocess.CalledProcessError as error:
