@@ -10,6 +10,8 @@ from math import isqrt
 
 from bitforbit.errors import IoModelError
 
+LARGEST_HEAD = 1 << 16
+
 
 @dataclass(frozen=True)
 class Tiles:
@@ -29,10 +31,12 @@ class Tiles:
 
 
 def check(n: int, d: int, memory: int, least: int, name: str) -> None:
-    """Raise IoModelError for sizes below 1 and for a memory below the least that the algorithm needs."""
+    """Raise IoModelError for sizes out of range and for a memory below the least that the algorithm needs."""
     for what, value in (("N", n), ("d", d), ("M", memory)):
         if value < 1:
             raise IoModelError(f"{what}: expected at least 1, got {value}")
+    if d > LARGEST_HEAD:
+        raise IoModelError(f"d: expected at most {LARGEST_HEAD}, got {d}")
     if memory < least:
         raise IoModelError(f"{name}: expected a fast memory of at least {least} words for d = {d}, got {memory}")
 
