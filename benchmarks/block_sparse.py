@@ -1,10 +1,10 @@
 """Claim: block-sparse prefill takes time in proportion to the share of blocks that it keeps.
 
 Causal, 8 query heads on 2 KV heads of 128 channels (a quarter of a layer of Llama-3.1-8B), blocks of 128 tokens,
-against torch's SDPA, all in one process and taking turns. Choosing the layout counts as part of the time. "kept": blocks
-computed, as a share of the causal ones; "of dense": time as a share of SDPA's. The gate: at every density, outputs are
-as close to FP64 as SDPA's with the layout as its mask. The error against dense attention is on Gaussian data, on which
-every block matters equally: no pattern can be good there, and real models do better.
+against torch's SDPA, all in one process and taking turns. Choosing the layout counts as part of the time. "kept":
+blocks computed, as a share of the causal ones; "of dense": time as a share of SDPA's. The gate: at every density,
+outputs are as close to FP64 as SDPA's with the layout as its mask, within a factor of two. The error against dense
+attention is on Gaussian data, on which all blocks matter equally: no pattern can be good there.
 
     python -m benchmarks.block_sparse            some minutes
     python -m benchmarks.block_sparse --smoke    seconds, nothing is saved
