@@ -33,7 +33,7 @@ KILL_SECONDS = 5
 NO_GPU = 2
 
 MODELS = "tests/gpu/test_models_gpu.py"
-BENCHMARKS = ("decode", "linear", "model", "load")
+BENCHMARKS = ("decode", "linear", "model", "load", "attention")
 ASKED_FOR = ("tune",)
 """Benchmarks for those who change kernels: part of a dry run, and of a run with ``--only``."""
 TESTS = {
@@ -103,6 +103,7 @@ def steps(dry_run: bool, work: Path, only: Sequence[str] = ()) -> list[Step]:
             tests["models"],
             *(step for name, step in sanitizers.items() if "fused" in name),
             benchmarks["load"],
+            benchmarks["attention"],
             *(step for name, step in sanitizers.items() if "fused" not in name),
             *(benchmarks[name] for name in ASKED_FOR if f"benchmark {name}" in only),
         ]

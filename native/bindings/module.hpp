@@ -17,3 +17,4 @@ void bind_planes(nb::module_& m);
 void bind_df11(nb::module_& m);
 void bind_linear(nb::module_& m);
 void bind_kv(nb::module_& m);
+void bind_tiled_attention(nb::module_& m);

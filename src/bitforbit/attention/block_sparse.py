@@ -189,7 +189,8 @@ def _checked(q: Tensor, k: Tensor, v: Tensor, layout: Tensor, grid: Grid) -> Ten
         )
     if (q.shape[2], k.shape[2]) != (grid.q_tokens, grid.kv_tokens):
         raise AttentionError(
-            f"expected the {grid.q_tokens} queries and {grid.kv_tokens} keys of the grid, got {q.shape[2]} and {k.shape[2]}"
+            f"expected {grid.q_tokens} queries and {grid.kv_tokens} keys, as in the grid, got "
+            f"{q.shape[2]} and {k.shape[2]}"
         )
     grid.check(layout)
     if layout.shape[0] not in (1, q.shape[0]) or layout.shape[1] not in (1, k.shape[1], q.shape[1]):

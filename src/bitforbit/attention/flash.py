@@ -37,10 +37,11 @@ def _forward_kv_outside(head: Head, memory: Memory) -> None:
     of the last step: here they are one more row of words each until then, as in the paper.
     """
     matrices = memory.matrices
-    rows = matrices["Q"].new_zeros(head.q_tokens)
-    matrices["m"], matrices["l"] = torch.full_like(rows, -math.inf), rows
+    matrices |= {name: torch.empty_like(matrices["L"]) for name in ("m", "l")}
     memory.rows |= {"m": head.tiles.q, "l": head.tiles.q}
-    matrices["O"].zero_()
+    for i in range(head.q_tiles):
+        for name, value in (("O", 0.0), ("m", -math.inf), ("l", 0.0)):
+            memory.write(name, i, torch.full_like(memory.tile(name, i), value))
     for j, inner in head.pairs("kv"):
         if not inner:
             continue

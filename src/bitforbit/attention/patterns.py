@@ -49,9 +49,10 @@ def local_global(grid: Grid, window: int, global_blocks: int = 1) -> Tensor:
     return local(grid, window) | _finish(grid, kept)
 
 
-def strided(grid: Grid, stride: int) -> Tensor:
-    """The nearest ``stride`` blocks, and every block at a distance that is a multiple of ``stride``."""
-    return local(grid, stride) | _finish(grid, grid.distance() % stride == 0)
+def strided(grid: Grid, stride: int, window: int | None = None) -> Tensor:
+    """Blocks at a distance that is a multiple of ``stride``, and the nearest ``window`` (``stride`` unless given)."""
+    _at_least("stride", stride, 1)
+    return local(grid, stride if window is None else window) | _finish(grid, grid.distance() % stride == 0)
 
 
 def butterfly(grid: Grid, max_stride: int, global_blocks: int = 0) -> Tensor:
@@ -135,25 +136,28 @@ def _fixed_with_density(name: str, grid: Grid, density: float, seed: int) -> Ten
         kept = local_global(grid, 1)
         draws = torch.rand(1, 1, grid.q_blocks, grid.kv_blocks, generator=torch.Generator().manual_seed(seed))
         return _best(grid, draws, kept, _counts(grid, density))
-    families: dict[str, tuple[Callable[[Grid, int], Tensor], list[int]]] = {
-        "local": (local, list(range(1, grid.kv_blocks + 1))),
-        "local_global": (local_global, list(range(1, grid.kv_blocks + 1))),
-        # A shorter stride than the square root keeps more columns than it saves in the window.
-        "strided": (strided, list(range(max(1, math.isqrt(grid.kv_blocks)), grid.kv_blocks + 1))),
-        "butterfly": (
-            functools.partial(butterfly, global_blocks=1),
-            [2**n for n in range(grid.kv_blocks.bit_length() + 1)],
-        ),
-    }
-    build, parameters = families[name]
-    low, high = 0, len(parameters) - 1  # density grows with the parameter
+    build, last = _families(grid)[name]
+    low, high = 0, last
     while low < high:
         middle = (low + high + 1) // 2
-        if grid.density(build(grid, parameters[middle])) <= density:
+        if grid.density(build(middle)) <= density:
             low = middle
         else:
             high = middle - 1
-    return build(grid, parameters[low])
+    return build(low)
+
+
+def _families(grid: Grid) -> dict[str, tuple[Callable[[int], Tensor], int]]:
+    """Layouts by a number from 0 to a last one, ever denser with it."""
+    blocks, bits = grid.kv_blocks, grid.kv_blocks.bit_length()
+    return {
+        "local": (lambda n: local(grid, n + 1), blocks - 1),
+        "local_global": (lambda n: local_global(grid, n + 1), blocks - 1),
+        # As many blocks at a distance as in the window, which at the paper's stride, the square root, are the same.
+        "strided": (lambda n: strided(grid, max(1, blocks // (n + 1)), n + 1), blocks - 1),
+        # First all strides, then more of the low-rank term.
+        "butterfly": (lambda n: butterfly(grid, 2 ** min(n, bits), max(1, n + 1 - bits)), blocks + bits - 1),
+    }
 
 
 def _finish(grid: Grid, kept: Tensor) -> Tensor:

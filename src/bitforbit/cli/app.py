@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from bitforbit import __version__
-from bitforbit.cli import bench, chat, compress, decompress, demo, info, inspect, run, verify
+from bitforbit.cli import bench, chat, compress, decompress, demo, info, inspect, io, run, verify
 
 app = typer.Typer(
     name="bitforbit",
@@ -25,6 +25,7 @@ app.command("run")(run.command)
 app.command("chat")(chat.command)
 app.command("bench")(bench.command)
 app.command("info")(info.command)
+app.command("io")(io.command)
 app.command("demo")(demo.command)
 
 

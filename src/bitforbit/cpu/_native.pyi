@@ -4,6 +4,7 @@ import numpy as np
 import numpy.typing as npt
 
 _Bytes = npt.NDArray[np.uint8]
+_Floats = npt.NDArray[np.float32]
 
 class CorruptData(ValueError): ...  # noqa: N818
 
@@ -140,5 +141,9 @@ def kv_attend(
     lse: int,
     isa: str,
     threads: int,
+) -> None: ...
+def tiled_attention_implementation(isa: str) -> str: ...
+def tiled_attention(
+    q: _Floats, k: _Floats, v: _Floats, out: _Floats, scaling: float, square: bool, rows: int, isa: str, threads: int
 ) -> None: ...
 def use_parallel_region(address: int) -> None: ...
