@@ -1,0 +1,238 @@
+"""The I/O model against measured time on this CPU.
+
+1. Tiled attention in both orders, one thread, d from 64 to 512: time, beside the words that the model says cross the
+   border of the L1 cache. Tiles that the model picks for L1, and others. Cache misses where the CPU's counters can be
+   read (``perf``).
+2. Bytes per generated token: products with one token (BF16 weights, plain and compressed) and reads of an exact FP32
+   cache; predicted time = bytes / bandwidth. What counts is the order: rank correlation with the measured times.
+
+Every output is compared with FP64 before it is timed; variants take turns, medians count.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.common import gaussian_bf16, paired, save, table
+from benchmarks.cpu_linear import Inputs, Matrix, compressed, make_inputs, own, plain
+from bitforbit import cpu
+from bitforbit.cpu import planes, tiled_attention
+from bitforbit.cpu.caches import level_one_bytes
+from bitforbit.cpu.linear import LANES
+from bitforbit.cpu.tiled_attention import DEPTH, GROUP, WIDTH, Floats
+from bitforbit.iomodel import Tiles, costs, this_cpu
+
+TOKENS = 2048
+DIMS = (64, 128, 256, 512)
+ROUNDS = 5
+SHAPES = ((1024, 1024), (2048, 1024), (2048, 2048), (4096, 2048), (4096, 4096), (8192, 4096), (14336, 4096))
+CACHES = (4096, 16384, 65536, 131072)
+"""Tokens x heads of a cache of 128 channels."""
+BYTES_AT_LEAST = 128 << 20
+"""Size of all copies of what is read: more than the caches hold."""
+
+
+def words(order: str, n: int, d: int, rows: int) -> int:
+    """Words across the border of L1 for native/generic/tiled_attention.hpp, if its tiles fit."""
+    if order == "flash":
+        return costs.flash2(n, d, 0, Tiles(rows, WIDTH, rows, d))
+    return costs.improved(n, d, 0, Tiles(rows, WIDTH, rows, WIDTH)) + n * n  # exponentials are written back
+
+
+def working_set(order: str, d: int, rows: int) -> int:
+    """Words that should be in L1 together."""
+    return rows * (2 * d + WIDTH if order == "flash" else WIDTH + DEPTH) + WIDTH * DEPTH
+
+
+def configurations(d: int) -> list[tuple[str, int]]:
+    """Orders and heights of tiles: the model's for L1, and others."""
+    rows = {("flash", tiled_attention.tile_rows("flash", d)), ("square", tiled_attention.tile_rows("square", d))}
+    return sorted(rows | {("flash", GROUP), ("flash", 16), ("flash", 64), ("square", 16)})
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Spearman's, with mean ranks for ties; NaN if either is constant."""
+
+    def ranks(values: Sequence[float]) -> npt.NDArray[np.float64]:
+        x = np.asarray(values, float)
+        return (x[:, None] > x).sum(axis=1) + ((x[:, None] == x).sum(axis=1) - 1) / 2
+
+    x, y = ranks(a) - (len(a) - 1) / 2, ranks(b) - (len(b) - 1) / 2
+    norm = float(np.sqrt((x * x).sum() * (y * y).sum()))
+    return float((x * y).sum()) / norm if norm else float("nan")
+
+
+def inputs(n: int, d: int) -> tuple[Floats, Floats, Floats]:
+    q, k, v = np.random.default_rng(d).standard_normal((3, 1, n, d), np.float32)
+    return q, k, v
+
+
+def check(q: Floats, k: Floats, v: Floats, order: str, rows: int) -> None:
+    """The gate: close to FP64."""
+    q, k, v = (x[:, :200] for x in (q, k, v))
+    s = q[0].astype(float) @ k[0].astype(float).T / np.sqrt(q.shape[2])
+    p = np.exp(s - s.max(axis=1, keepdims=True))
+    expected = p / p.sum(axis=1, keepdims=True) @ v[0].astype(float)
+    error = np.abs(tiled_attention.attention(q, k, v, order, rows=rows)[0] - expected).max()
+    if not error < 1e-5:
+        raise AssertionError(f"{order}, {rows} rows, d = {q.shape[2]}: off by {error}")
+
+
+def misses(order: str, d: int, rows: int) -> float | None:
+    """L1 misses of one run by the CPU's counters, of five runs less those of none; None where they cannot be read."""
+    counts = [_misses(order, d, rows, runs) for runs in (0, 5)]
+    return None if None in counts else (counts[1] - counts[0]) / 5  # type: ignore[operator]
+
+
+def _misses(order: str, d: int, rows: int, runs: int) -> float | None:
+    if shutil.which("perf") is None:
+        return None
+    script = (
+        "from benchmarks import io_attention as b; from bitforbit.cpu.tiled_attention import attention as f\n"
+        f"x = b.inputs({TOKENS}, {d})\nfor _ in range({runs}): f(*x, '{order}', rows={rows})"
+    )
+    command = ["perf", "stat", "-x", ",", "-e", "L1-dcache-load-misses", sys.executable, "-c", script]
+    return parse_perf(subprocess.run(command, capture_output=True, text=True, check=False).stderr)
+
+
+def parse_perf(text: str) -> float | None:
+    """The count in the output of ``perf stat -x ,``; None for "<not supported>" and errors."""
+    for line in text.splitlines():
+        fields = line.split(",")
+        if len(fields) > 2 and fields[2].startswith("L1-dcache-load-misses") and fields[0].isdigit():
+            return float(fields[0])
+    return None
+
+
+def measure_attention(
+    isa: str, n: int = TOKENS, dims: Sequence[int] = DIMS, rounds: int = ROUNDS
+) -> list[dict[str, Any]]:
+    """Seconds, GFLOP/s and the model's words of every configuration on one instruction set, one thread."""
+    results = []
+    with cpu.force(isa):
+        for d in dims:
+            q, k, v = inputs(n, d)
+            functions: dict[str, Callable[[], object]] = {}
+            for order, rows in configurations(d):
+                check(q, k, v, order, rows)
+                functions[f"{order} {rows}"] = lambda o=order, r=rows, x=(q, k, v): tiled_attention.attention(
+                    *x, o, rows=r
+                )
+            seconds = paired(functions, rounds)
+            for order, rows in configurations(d):
+                time = seconds[f"{order} {rows}"]
+                results.append(
+                    {
+                        "isa": isa, "d": d, "n": n, "order": order, "rows": rows,
+                        "fits_l1": 4 * working_set(order, d, rows) <= level_one_bytes(),
+                        "picked": rows == tiled_attention.tile_rows(order, d),
+                        "words": words(order, n, d, rows), "seconds": time,
+                        "gflops": round(4 * n * n * d / time / 1e9, 1), "l1_misses": misses(order, d, rows) if n == TOKENS else None,
+                    }
+                )  # fmt: skip
+            print(
+                f"{isa}, d = {d}: " + ", ".join(f"{name} {1e3 * s:.1f} ms" for name, s in seconds.items()), flush=True
+            )
+    return results
+
+
+def make_matrix(rows: int, cols: int) -> Matrix:
+    """Copies of a BF16 matrix, plain and compressed."""
+    data = np.resize(gaussian_bf16(min(rows, 1024), cols), (rows, cols)).reshape(-1).view(np.uint8)
+    copies = max(1, -(-BYTES_AT_LEAST // data.size))
+    per_table, parts = planes.encode(data, "BF16", False, rows, cols, 0, cpu.default_threads())
+    all_parts = [{k: own(v) for k, v in parts.items()} for _ in range(copies)]
+    return Matrix(rows, cols, per_table, [own(data) for _ in range(copies)], all_parts)
+
+
+def measure_bytes(shapes: Sequence[tuple[int, int]] = SHAPES, caches: Sequence[int] = CACHES) -> list[dict[str, Any]]:
+    """Bytes and seconds of everything that a step of generation reads, one thread."""
+    results = []
+    for rows, cols in shapes:
+        matrix = make_matrix(rows, cols)
+        x: Inputs = make_inputs(matrix, 1)
+        copies = len(matrix.plain)
+        functions = {"BF16": plain(LANES)(matrix, x, 1), "compressed": compressed(LANES)(matrix, x, 1)}
+        for name, seconds in paired(functions, ROUNDS).items():
+            nbytes = 2 * rows * cols if name == "BF16" else sum(part.size for part in matrix.parts[0].values())
+            results.append({"what": f"{name} {rows} x {cols}", "bytes": nbytes, "seconds": seconds / copies})
+    for tokens in caches:
+        nbytes = tokens * 128 * 4
+        keys = np.ones((-(-BYTES_AT_LEAST // nbytes), tokens, 128), np.float32)
+        q = np.ones(128, np.float32)
+        seconds = paired({"kv": lambda keys=keys, q=q: [np.dot(k, q) for k in keys]}, ROUNDS)["kv"]
+        results.append({"what": f"exact cache, {tokens} tokens", "bytes": nbytes, "seconds": seconds / len(keys)})
+    return results
+
+
+def bandwidth() -> float:
+    """Bytes per second that one thread reads from memory: a dot product of 256 MB."""
+    x = np.ones(32 << 20, np.float32), np.ones(32 << 20, np.float32)
+    return 2 * x[0].nbytes / paired({"dot": lambda: np.dot(*x)}, ROUNDS)["dot"]
+
+
+def run() -> dict[str, Any]:
+    """Measure, print and save."""
+    best = cpu.active()
+    isas = [best] + [isa for isa in ("avx2",) if cpu.implementations().get(isa) and isa != best]
+    attention = [result for isa in isas for result in measure_attention(isa)]
+    rows = [
+        [
+            r["isa"], r["d"], r["order"], f"{r['rows']}{' *' if r['picked'] else ''}", "yes" if r["fits_l1"] else "no",
+            f"{r['words'] / 1e6:.0f}", f"{1e3 * r['seconds']:.1f}", r["gflops"],
+            "-" if r["l1_misses"] is None else f"{r['l1_misses'] / 1e6:.1f}",
+        ]
+        for r in attention
+    ]  # fmt: skip
+    print(f"\nTiled attention, N = {TOKENS}, one head, one thread (*: the model's tile for L1)\n")
+    headings = ["ISA", "d", "order", "rows", "fits L1", "10^6 words", "ms", "GFLOP/s", "10^6 L1 misses"]
+    print(table(headings, [[str(cell) for cell in row] for row in rows]))
+    within = {
+        f"{isa} d={d}": rank_correlation([r["words"] for r in some], [r["seconds"] for r in some])
+        for isa in isas
+        for d in DIMS
+        if len(some := [r for r in attention if r["isa"] == isa and r["d"] == d and r["fits_l1"]]) > 2
+    }
+    across = {
+        isa: rank_correlation(*zip(*((r["words"], r["seconds"]) for r in attention if r["isa"] == isa and r["fits_l1"]), strict=True))
+        for isa in isas
+    }  # fmt: skip
+    print(
+        f"\nrank correlation of words with time, tiles that fit L1: all d {_show(across)}; within one d {_show(within)}"
+    )
+
+    traffic, speed = measure_bytes(), bandwidth()
+    machine = this_cpu().with_bandwidths({"DRAM": speed})
+    for r in traffic:
+        r["predicted_seconds"] = r["bytes"] / (machine.level("DRAM").bandwidth or speed)
+    correlation = rank_correlation([r["predicted_seconds"] for r in traffic], [r["seconds"] for r in traffic])
+    print(f"\nBytes per token: predicted = bytes / {speed / 1e9:.1f} GB/s (a dot product's), one thread\n")
+    cells = [
+        [r["what"], f"{r['bytes'] / 1e6:.1f}", f"{1e3 * r['predicted_seconds']:.3f}", f"{1e3 * r['seconds']:.3f}"]
+        for r in traffic
+    ]
+    print(table(["what is read", "MB", "predicted ms", "measured ms"], cells))
+    off = statistics.median(r["seconds"] / r["predicted_seconds"] for r in traffic)
+    print(f"\nrank correlation {correlation:.3f}; measured / predicted: median {off:.2f}")
+    summary = {
+        "attention": attention, "words_and_time": across, "words_and_time_within_d": within, "bytes": traffic,
+        "bandwidth": speed, "bytes_and_time": correlation,
+    }  # fmt: skip
+    save("io_attention", summary)
+    return summary
+
+
+def _show(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.2f}" for name, value in values.items())
+
+
+if __name__ == "__main__":
+    run()
