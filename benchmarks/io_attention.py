@@ -3,8 +3,8 @@
 1. Tiled attention in both orders, one thread, d from 64 to 512: time, beside the words that the model says cross the
    border of the L1 cache. Tiles that the model picks for L1, and others. Cache misses where the CPU's counters can be
    read (``perf``).
-2. Bytes per generated token: products with one token (BF16 weights, plain and compressed) and reads of an exact FP32
-   cache; predicted time = bytes / bandwidth. What counts is the order: rank correlation with the measured times.
+2. Bytes per generated token: products with one token (BF16 weights, plain and compressed) and scores against an exact
+   BF16 cache; predicted time = bytes / bandwidth. What counts is the order: rank correlation with the measured times.
 
 Every output is compared with FP64 before it is timed; variants take turns, medians count.
 """
@@ -32,10 +32,11 @@ from bitforbit.iomodel import Tiles, costs, this_cpu
 
 TOKENS = 2048
 DIMS = (64, 128, 256, 512)
-ROUNDS = 5
+ROUNDS = 7
 SHAPES = ((1024, 1024), (2048, 1024), (2048, 2048), (4096, 2048), (4096, 4096), (8192, 4096), (14336, 4096))
-CACHES = (4096, 16384, 65536, 131072)
-"""Tokens x heads of a cache of 128 channels."""
+CHANNELS = 128
+CACHES = (8192, 32768, 131072, 262144)
+"""Tokens x heads of a cache."""
 BYTES_AT_LEAST = 128 << 20
 """Size of all copies of what is read: more than the caches hold."""
 
@@ -135,7 +136,7 @@ def measure_attention(
                         "fits_l1": 4 * working_set(order, d, rows) <= level_one_bytes(),
                         "picked": rows == tiled_attention.tile_rows(order, d),
                         "words": words(order, n, d, rows), "seconds": time,
-                        "gflops": round(4 * n * n * d / time / 1e9, 1), "l1_misses": misses(order, d, rows) if n == TOKENS else None,
+                        "gflops": round(4 * n * n * d / time / 1e9, 1), "l1_misses": misses(order, d, rows),
                     }
                 )  # fmt: skip
             print(
@@ -165,18 +166,18 @@ def measure_bytes(shapes: Sequence[tuple[int, int]] = SHAPES, caches: Sequence[i
             nbytes = 2 * rows * cols if name == "BF16" else sum(part.size for part in matrix.parts[0].values())
             results.append({"what": f"{name} {rows} x {cols}", "bytes": nbytes, "seconds": seconds / copies})
     for tokens in caches:
-        nbytes = tokens * 128 * 4
-        keys = np.ones((-(-BYTES_AT_LEAST // nbytes), tokens, 128), np.float32)
-        q = np.ones(128, np.float32)
-        seconds = paired({"kv": lambda keys=keys, q=q: [np.dot(k, q) for k in keys]}, ROUNDS)["kv"]
-        results.append({"what": f"exact cache, {tokens} tokens", "bytes": nbytes, "seconds": seconds / len(keys)})
+        keys = own(gaussian_bf16(tokens, CHANNELS).reshape(-1).view(np.uint8))
+        copies = -(-BYTES_AT_LEAST // keys.size)
+        matrix = Matrix(tokens, CHANNELS, tokens, [own(keys) for _ in range(copies)], [])
+        seconds = paired({"scores": plain(LANES)(matrix, make_inputs(matrix, 1), 1)}, ROUNDS)["scores"]
+        results.append({"what": f"scores of {tokens} keys", "bytes": keys.size, "seconds": seconds / copies})
     return results
 
 
 def bandwidth() -> float:
-    """Bytes per second that one thread reads from memory: a dot product of 256 MB."""
-    x = np.ones(32 << 20, np.float32), np.ones(32 << 20, np.float32)
-    return 2 * x[0].nbytes / paired({"dot": lambda: np.dot(*x)}, ROUNDS)["dot"]
+    """Bytes per second that one thread reads from memory: 256 MB of integers, reduced. (BLAS would use more threads.)"""
+    x = np.ones(32 << 20, np.uint64)
+    return x.nbytes / paired({"reduce": lambda: np.bitwise_or.reduce(x)}, ROUNDS)["reduce"]
 
 
 def run() -> dict[str, Any]:
@@ -201,10 +202,10 @@ def run() -> dict[str, Any]:
         for d in DIMS
         if len(some := [r for r in attention if r["isa"] == isa and r["d"] == d and r["fits_l1"]]) > 2
     }
-    across = {
-        isa: rank_correlation(*zip(*((r["words"], r["seconds"]) for r in attention if r["isa"] == isa and r["fits_l1"]), strict=True))
-        for isa in isas
-    }  # fmt: skip
+    across = {}
+    for isa in isas:
+        some = [r for r in attention if r["isa"] == isa and r["fits_l1"]]
+        across[isa] = rank_correlation([r["words"] for r in some], [r["seconds"] for r in some])
     print(
         f"\nrank correlation of words with time, tiles that fit L1: all d {_show(across)}; within one d {_show(within)}"
     )
@@ -214,7 +215,7 @@ def run() -> dict[str, Any]:
     for r in traffic:
         r["predicted_seconds"] = r["bytes"] / (machine.level("DRAM").bandwidth or speed)
     correlation = rank_correlation([r["predicted_seconds"] for r in traffic], [r["seconds"] for r in traffic])
-    print(f"\nBytes per token: predicted = bytes / {speed / 1e9:.1f} GB/s (a dot product's), one thread\n")
+    print(f"\nBytes per token: predicted = bytes / {speed / 1e9:.1f} GB/s (a reduction's), one thread\n")
     cells = [
         [r["what"], f"{r['bytes'] / 1e6:.1f}", f"{1e3 * r['predicted_seconds']:.3f}", f"{1e3 * r['seconds']:.3f}"]
         for r in traffic
