@@ -175,7 +175,7 @@ def measure_bytes(shapes: Sequence[tuple[int, int]] = SHAPES, caches: Sequence[i
 
 
 def bandwidth() -> float:
-    """Bytes per second that one thread reads from memory: 256 MB of integers, reduced. (BLAS would use more threads.)"""
+    """Bytes per second that one thread reads from memory: 256 MB of integers, reduced (BLAS may use more)."""
     x = np.ones(32 << 20, np.uint64)
     return x.nbytes / paired({"reduce": lambda: np.bitwise_or.reduce(x)}, ROUNDS)["reduce"]
 
