@@ -1,8 +1,8 @@
 """The I/O model against measured time on this CPU.
 
 1. Tiled attention in both orders, one thread, d from 64 to 512: time, beside the words that the model says cross the
-   border of the L1 cache. Tiles that the model picks for L1, and others. Cache misses where the CPU's counters can be
-   read (``perf``).
+   border of the cache that holds the tiles. Tiles that the model picks for L1, for L2, and others; once with more
+   tokens, so that keys and values exceed L2. Cache misses where the CPU's counters can be read (``perf``).
 2. Bytes per generated token: products with one token (BF16 weights, plain and compressed) and scores against an exact
    BF16 cache; predicted time = bytes / bandwidth. What counts is the order: rank correlation with the measured times.
 
@@ -25,13 +25,13 @@ from benchmarks.common import gaussian_bf16, paired, save, table
 from benchmarks.cpu_linear import Inputs, Matrix, compressed, make_inputs, own, plain
 from bitforbit import cpu
 from bitforbit.cpu import planes, tiled_attention
-from bitforbit.cpu.caches import level_one_bytes
+from bitforbit.cpu.caches import level_bytes
 from bitforbit.cpu.linear import LANES
 from bitforbit.cpu.tiled_attention import DEPTH, GROUP, WIDTH, Floats
 from bitforbit.iomodel import Tiles, costs, this_cpu
 
-TOKENS = 2048
-DIMS = (64, 128, 256, 512)
+CASES = ((2048, 64), (2048, 128), (2048, 256), (2048, 512), (4096, 512))
+"""(N, d)."""
 ROUNDS = 7
 SHAPES = ((1024, 1024), (2048, 1024), (2048, 2048), (4096, 2048), (4096, 4096), (8192, 4096), (14336, 4096))
 CHANNELS = 128
@@ -42,21 +42,28 @@ BYTES_AT_LEAST = 128 << 20
 
 
 def words(order: str, n: int, d: int, rows: int) -> int:
-    """Words across the border of L1 for native/generic/tiled_attention.hpp, if its tiles fit."""
+    """Words across the border of the cache that holds the tiles of native/generic/tiled_attention.hpp."""
     if order == "flash":
         return costs.flash2(n, d, 0, Tiles(rows, WIDTH, rows, d))
     return costs.improved(n, d, 0, Tiles(rows, WIDTH, rows, WIDTH)) + n * n  # exponentials are written back
 
 
 def working_set(order: str, d: int, rows: int) -> int:
-    """Words that should be in L1 together."""
+    """Words that should be in one cache together."""
     return rows * (2 * d + WIDTH if order == "flash" else WIDTH + DEPTH) + WIDTH * DEPTH
 
 
-def configurations(d: int) -> list[tuple[str, int]]:
-    """Orders and heights of tiles: the model's for L1, and others."""
-    rows = {("flash", tiled_attention.tile_rows("flash", d)), ("square", tiled_attention.tile_rows("square", d))}
-    return sorted(rows | {("flash", GROUP), ("flash", 16), ("flash", 64), ("square", 16)})
+def held_by(order: str, d: int, rows: int) -> str:
+    """The closest cache that holds the tiles."""
+    nbytes = 4 * working_set(order, d, rows)
+    return "L1" if nbytes <= level_bytes(1) else "L2" if nbytes <= level_bytes(2) else "-"
+
+
+def configurations(n: int, d: int) -> list[tuple[str, int]]:
+    """Orders and heights of tiles: the model's for L1 and for L2, and others."""
+    picked = {(order, tiled_attention.tile_rows(order, d, n)) for order in tiled_attention.ORDERS}
+    for_l2 = ("flash", tiled_attention.tile_rows("flash", d, n, level_bytes(2)))
+    return sorted(picked | {for_l2, ("flash", GROUP), ("flash", 64), ("square", 16)})
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
@@ -87,18 +94,18 @@ def check(q: Floats, k: Floats, v: Floats, order: str, rows: int) -> None:
         raise AssertionError(f"{order}, {rows} rows, d = {q.shape[2]}: off by {error}")
 
 
-def misses(order: str, d: int, rows: int) -> float | None:
+def misses(order: str, n: int, d: int, rows: int) -> float | None:
     """L1 misses of one run by the CPU's counters, of five runs less those of none; None where they cannot be read."""
-    counts = [_misses(order, d, rows, runs) for runs in (0, 5)]
+    counts = [_misses(order, n, d, rows, runs) for runs in (0, 5)]
     return None if None in counts else (counts[1] - counts[0]) / 5  # type: ignore[operator]
 
 
-def _misses(order: str, d: int, rows: int, runs: int) -> float | None:
+def _misses(order: str, n: int, d: int, rows: int, runs: int) -> float | None:
     if shutil.which("perf") is None:
         return None
     script = (
         "from benchmarks import io_attention as b; from bitforbit.cpu.tiled_attention import attention as f\n"
-        f"x = b.inputs({TOKENS}, {d})\nfor _ in range({runs}): f(*x, '{order}', rows={rows})"
+        f"x = b.inputs({n}, {d})\nfor _ in range({runs}): f(*x, '{order}', rows={rows})"
     )
     command = ["perf", "stat", "-x", ",", "-e", "L1-dcache-load-misses", sys.executable, "-c", script]
     return parse_perf(subprocess.run(command, capture_output=True, text=True, check=False).stderr)
@@ -113,34 +120,33 @@ def parse_perf(text: str) -> float | None:
     return None
 
 
-def measure_attention(
-    isa: str, n: int = TOKENS, dims: Sequence[int] = DIMS, rounds: int = ROUNDS
-) -> list[dict[str, Any]]:
+def measure_attention(isa: str, cases: Sequence[tuple[int, int]] = CASES, rounds: int = ROUNDS) -> list[dict[str, Any]]:
     """Seconds, GFLOP/s and the model's words of every configuration on one instruction set, one thread."""
     results = []
     with cpu.force(isa):
-        for d in dims:
+        for n, d in cases:
             q, k, v = inputs(n, d)
             functions: dict[str, Callable[[], object]] = {}
-            for order, rows in configurations(d):
+            for order, rows in configurations(n, d):
                 check(q, k, v, order, rows)
                 functions[f"{order} {rows}"] = lambda o=order, r=rows, x=(q, k, v): tiled_attention.attention(
                     *x, o, rows=r
                 )
             seconds = paired(functions, rounds)
-            for order, rows in configurations(d):
+            for order, rows in configurations(n, d):
                 time = seconds[f"{order} {rows}"]
                 results.append(
                     {
-                        "isa": isa, "d": d, "n": n, "order": order, "rows": rows,
-                        "fits_l1": 4 * working_set(order, d, rows) <= level_one_bytes(),
-                        "picked": rows == tiled_attention.tile_rows(order, d),
+                        "isa": isa, "n": n, "d": d, "order": order, "rows": rows,
+                        "held_by": held_by(order, d, rows),
+                        "picked": rows == tiled_attention.tile_rows(order, d, n),
                         "words": words(order, n, d, rows), "seconds": time,
-                        "gflops": round(4 * n * n * d / time / 1e9, 1), "l1_misses": misses(order, d, rows),
+                        "gflops": round(4 * n * n * d / time / 1e9, 1), "l1_misses": misses(order, n, d, rows),
                     }
                 )  # fmt: skip
             print(
-                f"{isa}, d = {d}: " + ", ".join(f"{name} {1e3 * s:.1f} ms" for name, s in seconds.items()), flush=True
+                f"{isa}, N = {n}, d = {d}: " + ", ".join(f"{name} {1e3 * s:.1f} ms" for name, s in seconds.items()),
+                flush=True,
             )
     return results
 
@@ -187,28 +193,22 @@ def run() -> dict[str, Any]:
     attention = [result for isa in isas for result in measure_attention(isa)]
     rows = [
         [
-            r["isa"], r["d"], r["order"], f"{r['rows']}{' *' if r['picked'] else ''}", "yes" if r["fits_l1"] else "no",
+            r["isa"], r["n"], r["d"], r["order"], f"{r['rows']}{' *' if r['picked'] else ''}", r["held_by"],
             f"{r['words'] / 1e6:.0f}", f"{1e3 * r['seconds']:.1f}", r["gflops"],
             "-" if r["l1_misses"] is None else f"{r['l1_misses'] / 1e6:.1f}",
         ]
         for r in attention
     ]  # fmt: skip
-    print(f"\nTiled attention, N = {TOKENS}, one head, one thread (*: the model's tile for L1)\n")
-    headings = ["ISA", "d", "order", "rows", "fits L1", "10^6 words", "ms", "GFLOP/s", "10^6 L1 misses"]
+    print("\nTiled attention, one head, one thread (*: the model's tile for L1)\n")
+    headings = ["ISA", "N", "d", "order", "rows", "held by", "10^6 words", "ms", "GFLOP/s", "10^6 L1 misses"]
     print(table(headings, [[str(cell) for cell in row] for row in rows]))
-    within = {
-        f"{isa} d={d}": rank_correlation([r["words"] for r in some], [r["seconds"] for r in some])
-        for isa in isas
-        for d in DIMS
-        if len(some := [r for r in attention if r["isa"] == isa and r["d"] == d and r["fits_l1"]]) > 2
-    }
-    across = {}
+    correlations = {}
     for isa in isas:
-        some = [r for r in attention if r["isa"] == isa and r["fits_l1"]]
-        across[isa] = rank_correlation([r["words"] for r in some], [r["seconds"] for r in some])
-    print(
-        f"\nrank correlation of words with time, tiles that fit L1: all d {_show(across)}; within one d {_show(within)}"
-    )
+        of_isa = [r for r in attention if r["isa"] == isa and r["held_by"] != "-"]
+        correlations[isa] = _correlation(of_isa)
+        for n, d in CASES:
+            correlations[f"{isa} N={n} d={d}"] = _correlation([r for r in of_isa if (r["n"], r["d"]) == (n, d)])
+    print("\nrank correlation of words with time: " + ", ".join(f"{k} {v:.2f}" for k, v in correlations.items()))
 
     traffic, speed = measure_bytes(), bandwidth()
     machine = this_cpu().with_bandwidths({"DRAM": speed})
@@ -224,15 +224,16 @@ def run() -> dict[str, Any]:
     off = statistics.median(r["seconds"] / r["predicted_seconds"] for r in traffic)
     print(f"\nrank correlation {correlation:.3f}; measured / predicted: median {off:.2f}")
     summary = {
-        "attention": attention, "words_and_time": across, "words_and_time_within_d": within, "bytes": traffic,
-        "bandwidth": speed, "bytes_and_time": correlation,
+        "attention": attention, "words_and_time": correlations,
+        "bytes": traffic, "bandwidth": speed, "bytes_and_time": correlation,
     }  # fmt: skip
     save("io_attention", summary)
     return summary
 
 
-def _show(values: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.2f}" for name, value in values.items())
+def _correlation(results: Sequence[dict[str, Any]]) -> float:
+    """Of words and seconds."""
+    return rank_correlation([r["words"] for r in results], [r["seconds"] for r in results])
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def test_words_are_the_models() -> None:
 
 def test_small_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "misses", lambda *_: None)
-    results = bench.measure_attention(cpu.active(), 70, (16, 72), 1)
+    results = bench.measure_attention(cpu.active(), ((70, 16), (30, 72)), 1)
     assert {r["order"] for r in results} == {"flash", "square"}
     assert all(r["seconds"] > 0 for r in results)
     assert any(r["picked"] for r in results)
