@@ -26,7 +26,7 @@ from bitforbit.kv.spec import KiviSpec
 
 @dataclass(frozen=True)
 class Variant:
-    """A cache to be measured. ``make`` gets the model; ``nominal`` is the bits of an element where nothing is packed."""
+    """A cache to be measured. ``make`` gets the model; ``nominal``: bits of an element where nothing is packed."""
 
     name: str
     make: Callable[[Any], Cache]

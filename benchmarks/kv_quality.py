@@ -1,4 +1,4 @@
-"""Claim: a cache in 4 bits is within 1 % of the 16-bit cache's perplexity, and better than QuantizedCache in as many bits.
+"""Claim: a cache in 4 bits is within 1 % of the 16-bit perplexity, and better than QuantizedCache in as many bits.
 
 Protocol: the first part of each row goes through the model at once, with exact attention, and is handed to every cache
 alike. The rest follows one token at a time, each given whatever was predicted: every step attends to the cache. Scored
@@ -93,7 +93,7 @@ def steps(model: Any, cache: Any, ids: Tensor, prefix: int) -> Iterator[Tensor]:
 
 @dataclass
 class Scores:
-    """Of each step and row, float [B, steps - 1]: loss in nats, KL to the reference, top token right, top token agrees."""
+    """Float [B, steps - 1]: loss in nats, KL to the reference, whether the top token is right, is the reference's."""
 
     loss: Tensor
     kl: Tensor
