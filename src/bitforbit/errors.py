@@ -67,6 +67,10 @@ class NonFiniteKeysError(BitforbitError, ValueError):
     """Keys or values with NaN or infinity were to be quantized."""
 
 
+class AttentionError(UsageError):
+    """Shapes, patterns or masks that an attention function cannot work with."""
+
+
 class IoModelError(UsageError):
     """An algorithm that cannot run in the fast memory given, or sizes that make no sense."""
 

@@ -1,1 +1,1 @@
-"""Attention: over quantized caches, and references of the algorithms."""
+"""Attention beyond what torch brings: references of FlashAttention, block-sparse attention, quantized caches."""

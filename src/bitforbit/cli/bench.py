@@ -35,7 +35,10 @@ def command(
     kv_residual: inference.KvResidual = 128,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, metavar="P", help="Prompt length.")] = 32,
     batch: Annotated[int, typer.Option("--batch", min=1, metavar="B", help="Sequences at a time.")] = 1,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, metavar="R", help="Turns of every variant.")] = 3,
+    rounds: Annotated[
+        int | None,
+        typer.Option("--rounds", min=1, metavar="R", help="Turns of every variant; default: 3, with --kv 1."),
+    ] = None,
     threads: inference.Threads = None,
     device: inference.Device = "auto",
     runtime: inference.Runtime = "auto",
@@ -69,7 +72,7 @@ def command(
             kv_residual,
             tokens=tokens,
             batch=batch,
-            rounds=rounds,
+            rounds=rounds or 1,
             place=inference.choose_place(device, runtime),
             threads=inference.compute_threads(threads),
             silent=quiet or json,
@@ -94,7 +97,7 @@ def command(
     count = inference.compute_threads(threads)
     with inference.spinner("bench ...", silent=quiet or json) as status:
         say = (lambda _: None) if status is None else status.update
-        result = compare(directory, modes, workload, rounds=rounds, threads=count, place=place, say=say)
+        result = compare(directory, modes, workload, rounds=rounds or 3, threads=count, place=place, say=say)
     if json:
         output.print_json(result.to_json())
     else:

@@ -111,7 +111,7 @@ def _cells(one: KvResult, own: KvResult) -> list[str]:
         one.kv.name,
         output.size(cache.num_bytes),
         f"{own.cache.num_bytes / cache.num_bytes:.2f}x" if cache.num_bytes else "-",
-        output.size(cache.bytes_per_token or 0),
+        output.size(round(cache.bytes_per_token or 0)),
         f"{cache.bits_per_element or 0:.2f}",
         "-" if one.peak_bytes is None else output.size(one.peak_bytes),
         output.duration(one.prompt_seconds),

@@ -229,7 +229,7 @@ def _cache(kv: dict[str, Any]) -> str:
         return words
     return (
         f"{words}; {output.size(cache['num_bytes'])} for {cache['tokens']} tokens, "
-        f"{output.size(cache['bytes_per_token'])} per token, {cache['bits_per_element']:.2f} bits per element"
+        f"{output.size(round(cache['bytes_per_token']))} per token, {cache['bits_per_element']:.2f} bits per element"
     )
 
 

@@ -101,14 +101,14 @@ def write_values(record: Tensor, layout: KvLayout, first: int, x: Tensor, params
 
 def read_keys(record: Tensor, layout: KvLayout, first: int, last: int, params: torch.dtype) -> Tensor:
     """Keys ``first`` to ``last``, dequantized: float32 ``[..., last - first, D]``."""
-    spec, size = layout.spec, layout.key_tile_bytes
-    tile, end = first // TILE_TOKENS, -(-last // TILE_TOKENS)
-    codes = unpack_codes("key", record[..., tile * size : end * size], spec.k_bits, layout.head_dim)
+    spec = layout.spec
+    group, end = first // spec.group, -(-last // spec.group)
+    size = spec.group // TILE_TOKENS * layout.key_tile_bytes  # of a group
+    codes = unpack_codes("key", record[..., group * size : end * size], spec.k_bits, layout.head_dim)
     both = record[..., layout.key_params : layout.value_codes].view(params)
-    both = both.unflatten(-1, (-1, 2, layout.head_dim))
-    group = torch.arange(tile * TILE_TOKENS, end * TILE_TOKENS, device=record.device) // spec.group
-    x = dequantize(codes, both[..., 0, :][..., group, :], both[..., 1, :][..., group, :])
-    return x[..., first - tile * TILE_TOKENS : last - tile * TILE_TOKENS, :]
+    both = both.unflatten(-1, (-1, 2, 1, layout.head_dim))[..., group:end, :, :, :]
+    x = dequantize(codes.unflatten(-2, (-1, spec.group)), both[..., 0, :, :], both[..., 1, :, :]).flatten(-3, -2)
+    return x[..., first - group * spec.group : last - group * spec.group, :]
 
 
 def read_values(record: Tensor, layout: KvLayout, first: int, last: int, params: torch.dtype) -> Tensor:

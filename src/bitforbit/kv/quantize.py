@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from bitforbit.errors import NonFiniteKeysError
-from bitforbit.kv import pack
+from bitforbit.kv import kernels, pack
 from bitforbit.kv.layout import SEGMENT_TOKENS
 
 if TYPE_CHECKING:
@@ -23,34 +23,39 @@ def flush_tokens(state: KvState, old_slots: int, new_slots: int, pending: tuple[
     if state.spec.residual is None or new_slots < state.spec.sink + state.spec.residual:
         return
     state.room_for(needed)
-    flush_torch(state, old_slots, new_slots)
+    if not kernels.can_flush(state):
+        flush_torch(state, old_slots, new_slots)
+        return
+    groups = kernels.flush(state, old_slots, new_slots, pending)
+    if groups:
+        raise non_finite(state, groups)
 
 
 def flush_torch(state: KvState, old_slots: int, new_slots: int) -> None:
     """The same in torch, a row and a segment at a time."""
     spec, sink = state.spec, state.spec.sink
-    bad = {"keys": 0, "values": 0}
+    bad = 0
     for row in range(state.batch):
         old, new = state.tokens(row, old_slots), state.tokens(row, new_slots)
-        for segment, begin, end in pack.split(spec.keys_quantized(old), spec.keys_quantized(new)):
-            first = sink + segment * SEGMENT_TOKENS
-            x = state.exact("k", row, first + begin, first + end)
-            found = pack.write_keys(state.segments[segment][row], state.layout, begin, x, state.params)
-            bad["keys"] += int(found.sum())
-        for segment, begin, end in pack.split(spec.values_quantized(old), spec.values_quantized(new)):
-            first = sink + segment * SEGMENT_TOKENS
-            x = state.exact("v", row, first + begin, first + end)
-            found = pack.write_values(state.segments[segment][row], state.layout, begin, x, state.params)
-            bad["values"] += int(found.sum())
-    for what, groups in bad.items():
-        if groups:
-            raise non_finite(state, what, groups)
+        for kind, write, quantized in (
+            ("k", pack.write_keys, spec.keys_quantized),
+            ("v", pack.write_values, spec.values_quantized),
+        ):
+            for segment, begin, end in pack.split(quantized(old), quantized(new)):
+                first = sink + segment * SEGMENT_TOKENS
+                x = state.exact(kind, row, first + begin, first + end)
+                bad += int(write(state.segments[segment][row], state.layout, begin, x, state.params).sum())
+    if bad:
+        raise non_finite(state, bad)
 
 
-def non_finite(state: KvState, what: str, groups: int) -> NonFiniteKeysError:
-    """The error for groups with NaN or infinity."""
-    where = f"{state.name}: " if state.name else ""
+def non_finite(state: KvState, groups: int) -> NonFiniteKeysError:
+    """The error for so many groups with NaN or infinity: keys or values, as the parameters in memory say."""
+    layout, where = state.layout, f"{state.name}: " if state.name else ""
+    keys = slice(layout.key_params, layout.value_codes)
+    in_keys = any(segment[..., keys].view(state.params).isnan().any() for segment in state.segments)
     return NonFiniteKeysError(
-        f"{where}expected finite {what} to quantize, got NaN or infinity in {groups} groups; the model computes them "
-        f"in {state.dtype}: try another dtype, or a cache without quantization for this layer (residual=None)"
+        f"{where}expected finite {'keys' if in_keys else 'values'} to quantize, got NaN or infinity in {groups} "
+        f"groups; the model computes in {state.dtype}: try another dtype, or leave this layer's cache exact "
+        "(residual=None)"
     )

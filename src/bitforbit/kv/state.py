@@ -111,19 +111,18 @@ class KvState:
         self.slots += count
 
     def set_padding(self, mask: Tensor | None) -> None:
-        """Take the padding from the first call's mask, bool or added, ``[B, 1 or Hq, q, T]``, True: seen.
+        """Take the padding from a call's mask, bool (True: seen) or added, ``[B, 1 or Hq, q, slots]``.
 
-        A row starts where its last query sees its first token. No effect after the first call.
+        After ``append``. A row starts where its last query sees its first token; that of a row with tokens stays.
         """
         self._check_alive(within=True)
-        if self.flushed or mask is None:
+        if mask is None or self.flushed > self._padding or self.flushed > max(self.starts, default=0):
             return
         seen = mask[:, 0, -1, : self.slots]
         if seen.dtype is not torch.bool:
             seen = seen > torch.finfo(seen.dtype).min / 2
-        with torch.inference_mode(False):
-            unseen = (~seen).int().cummin(-1).values.sum(-1)
-            self.start.copy_(unseen.to(device=self.device, dtype=torch.int32))
+        unseen = (~seen).int().cummin(-1).values.sum(-1).to(self.start)
+        self.start.copy_(torch.where(self.start < self.flushed, self.start, unseen.clamp_min(self.flushed)))
         self._starts, self._padding = None, self.slots
 
     def flush(self) -> None:
@@ -136,6 +135,7 @@ class KvState:
         self._check_alive(within=True)
         old, new, pending = self.flushed, self.slots, self.pending
         try:
+            self._grow(new)
             flush_tokens(self, old, new, pending)
             if pending is not None:
                 self._store(old, *pending)
@@ -248,9 +248,9 @@ class KvState:
     def crop(self, slots: int) -> None:
         """Forget all but the first slots; what comes back into the exact window is what its codes say.
 
-        Raises KvCacheError for a negative number.
+        Before ``flush`` too: the call's last tokens then leave no trace. Raises KvCacheError for a negative number.
         """
-        self._check_alive()
+        self._check_alive(within=True)
         if slots < 0:
             raise KvCacheError(f"{self._where}expected 0 or more slots to keep, got {slots}")
         if slots >= self.slots:
@@ -258,13 +258,22 @@ class KvState:
         if slots == 0:
             self.reset()
             return
+        kept = max(0, slots - self.flushed)
+        if self.pending is not None:
+            self.pending = (self.pending[0][:, :, :kept], self.pending[1][:, :, :kept]) if kept else None
+        self.slots = max(slots, self.flushed)
+        self._crop_flushed(slots)
+        self.start.clamp_(max=slots)
+        self._starts, self._padding = None, min(self._padding, slots)
+
+    def _crop_flushed(self, slots: int) -> None:
+        if slots >= self.flushed:
+            return
         if self.spec.residual is not None and self.flushed >= self.spec.sink + self.spec.residual:
             for row in range(self.batch):
                 self._crop_row(row, self.tokens(row), self.tokens(row, slots))
             last = self.spec.keys_quantized(slots)
             del self.segments[-(-last // SEGMENT_TOKENS) :]
-        self.start.clamp_(max=slots)
-        self._starts, self._padding = None, min(self._padding, slots)
         self.slots = self.flushed = slots
 
     def _crop_row(self, row: int, old: int, new: int) -> None:

@@ -23,8 +23,10 @@ from bitforbit.integrations.generation.directory import ModelDirectory
 from bitforbit.integrations.generation.kv import OWN, KvChoice
 from bitforbit.integrations.generation.load import LoadedModel, load_tokenizer
 from bitforbit.integrations.transformers.kv import CacheFigures, figures
+from bitforbit.integrations.transformers.kv.model import attention, set_attention
 
 CONTEXTS = (1024, 8192, 32768)
+_WARMUP = 64
 
 
 @dataclass(frozen=True)
@@ -109,15 +111,22 @@ def compare_caches(
         raise UsageError(f"tokens: expected 2 or more, got {new_tokens}")
     lengths = _contexts(loaded.directory, contexts, new_tokens)
     text, prompt = _prompt(loaded, max(lengths), batch)
+    own_attention = attention(loaded.model)
+    for choice in wanted:
+        choice.make(loaded.model)  # what cannot be measured is found before anything is
+        set_attention(loaded.model, own_attention)
+        _run(loaded, choice, prompt[:, :_WARMUP], 2, None)  # what happens only once is not measured
     results: list[KvResult] = []
     for length in lengths:
         runs: dict[KvChoice, list[_Run]] = {choice: [] for choice in wanted}
         for n in range(rounds):
             for choice in wanted:
+                set_attention(loaded.model, own_attention)
                 say(f"{length} tokens, cache {choice.name}, round {n + 1} of {rounds}")
                 forced = runs[OWN][0].tokens if runs[OWN] else None
                 runs[choice].append(_run(loaded, choice, prompt[:, :length], new_tokens, forced))
         results += [_result(choice, length, runs[choice], runs[OWN][0], new_tokens) for choice in wanted]
+    set_attention(loaded.model, own_attention)
     return KvComparison(loaded.directory, loaded.mode, text, batch, new_tokens, rounds, device, threads, results)
 
 
@@ -169,7 +178,7 @@ def _run(loaded: LoadedModel, choice: KvChoice, prompt: torch.Tensor, steps: int
     cache = own if choice.spec is None else choice.make(model)
     gc.collect()
     on_gpu = prompt.is_cuda
-    before = torch.cuda.memory_allocated() if on_gpu else memory.resident_bytes()
+    before = _on_gpus() if on_gpu else memory.resident_bytes()
     was_reset = memory.reset_peak()
     memory.reset_gpu_peak()
     tokens, logits = [], []
@@ -192,6 +201,10 @@ def _run(loaded: LoadedModel, choice: KvChoice, prompt: torch.Tensor, steps: int
         tokens=torch.stack(tokens, 1),
         logits=torch.stack(logits, 1),
     )
+
+
+def _on_gpus() -> int:
+    return sum(torch.cuda.memory_allocated(i) for i in range(torch.cuda.device_count()))
 
 
 def _now(on_gpu: bool) -> float:

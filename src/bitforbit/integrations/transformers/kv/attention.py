@@ -2,7 +2,8 @@
 
 The first call of a cache attends to its own tensors as transformers' ``sdpa`` does; later ones go to
 :mod:`bitforbit.attention.quantized`. Then the cache quantizes what has left its window, as the published code does.
-Layers that are not quantized, and calls without a cache, are computed by ``sdpa``, or by ``exact`` where that cannot.
+Layers that are not quantized, and calls without a cache, are computed by ``sdpa``, or, with what that lacks (a cap of
+the logits, as in Gemma 2, or attention sinks, as in gpt-oss), by :func:`bitforbit.attention.online.attend_exact`.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from bitforbit.attention.online import attend_exact
 from bitforbit.attention.quantized import attend
 from bitforbit.errors import KvCacheError
-from bitforbit.integrations.transformers.kv import exact
 from bitforbit.integrations.transformers.kv.handle import KvHandle
 
 NAME = "bitforbit_kivi"
@@ -112,4 +113,12 @@ def _exact(
     if softcap is None and sinks is None:
         out: torch.Tensor = sdpa_attention_forward(module, query, keys, values, mask, scaling=scaling, **options)[0]
         return out
-    return exact.attend(query, keys, values, mask, scaling=scaling, softcap=softcap, sinks=sinks)
+    if options.get("dropout") or query.requires_grad or keys.requires_grad:
+        raise KvCacheError(
+            "expected no training with this attention where logits are capped or sinks are used; "
+            'model.set_attn_implementation("eager") before, and bitforbit.kivi_cache(model) after it'
+        )
+    is_causal = options.get("is_causal")
+    causal = mask is None and bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    heads, _ = attend_exact(query, keys, values, mask, causal=causal, scaling=scaling, softcap=softcap, sinks=sinks)
+    return heads.transpose(1, 2).contiguous()

@@ -15,12 +15,12 @@ from bitforbit.kv.spec import KiviSpec
 from bitforbit.kv.state import KvState
 
 _OFFLOAD = (
-    "a quantized cache stays where its layer computes, expected no offloading; to keep a cache in the host's memory use "
-    "DynamicCache(offloading=True)"
+    "a quantized cache stays where its layer computes, expected no offloading; to keep a cache in the host's memory "
+    "use DynamicCache(offloading=True)"
 )
 
 
-class KiviLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers may be absent where types are checked
+class KiviLayer(CacheLayerMixin):
     """One layer's quantized keys and values: a :class:`bitforbit.kv.state.KvState`, made when the first tokens come."""
 
     is_sliding = False
@@ -197,7 +197,7 @@ class KiviLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers may be a
         raise KvCacheError(_OFFLOAD)
 
 
-class KiviCache(Cache):  # type: ignore[misc]
+class KiviCache(Cache):
     """A cache for ``generate(past_key_values=...)`` whose full-attention layers are quantized. Lossy.
 
     ``config``: the model's. ``k_bits``, ``v_bits``: 2, 4 or 8. ``group``: tokens (of keys) and channels (of values)
@@ -223,9 +223,9 @@ class KiviCache(Cache):  # type: ignore[misc]
         decoder = plan.decoder_config(config)
         own = plan.own_layers(decoder)
         chosen = plan.specs(decoder, own, self.spec, layers or {})
-        head_dim = _head_dim(decoder)
-        if head_dim is not None:
-            for spec in chosen.values():
+        for index, spec in chosen.items():
+            head_dim = plan.head_dim(decoder, index)
+            if head_dim is not None:
                 plan.fitted(spec, head_dim)
         super().__init__(layers=[KiviLayer(chosen[i], i) if i in chosen else layer for i, layer in enumerate(own)])
 
@@ -240,15 +240,6 @@ class KiviCache(Cache):  # type: ignore[misc]
         from bitforbit.integrations.transformers.kv.figures import layer_bytes
 
         return sum(layer_bytes(layer) for layer in self.layers)
-
-
-def _head_dim(decoder: Any) -> int | None:
-    """The head dimension, where a config has one for all layers."""
-    value = getattr(decoder, "head_dim", None)
-    if value is None:
-        hidden = getattr(decoder, "hidden_size", None)
-        value = hidden // decoder.num_attention_heads if isinstance(hidden, int) else None
-    return value if isinstance(value, int) else None
 
 
 def _words(values: tuple[object, ...]) -> str:

@@ -51,8 +51,10 @@ class KvHandle:
 
 
 # Python looks these up on the class, past __getattr__.
-for _name in (
-    "len bool iter getitem setitem contains float int index array add radd iadd sub rsub isub mul rmul imul truediv "
-    "rtruediv floordiv mod pow rpow matmul rmatmul neg pos abs invert lt le gt ge and or xor"
-).split():
+_OPERATORS = """
+    len bool iter getitem setitem contains float int index array add radd iadd sub rsub isub mul rmul imul truediv
+    rtruediv floordiv mod pow rpow matmul rmatmul neg pos abs invert lt le gt ge and or xor
+"""
+_NAMES = _OPERATORS.split()
+for _name in _NAMES:
     setattr(KvHandle, f"__{_name}__", _refuse)

@@ -26,14 +26,23 @@ def kivi_cache(model: Any, **settings: Any) -> KiviCache:
     return cache
 
 
-def set_attention(model: Any) -> None:
-    """Set the attention of the part of a model that writes text; the others (vision, audio) keep theirs."""
+def attention(model: Any) -> str:
+    """Name of the attention of the part of a model that writes text."""
+    name: str = model.config.get_text_config(decoder=True)._attn_implementation
+    return name
+
+
+def set_attention(model: Any, name: str = NAME) -> None:
+    """Set the attention of the part of a model that writes text; the others (vision, audio) keep theirs.
+
+    Raises KvCacheError if the model's class does not allow it.
+    """
+    if attention(model) == name:
+        return
     config = model.config
     text = config.get_text_config(decoder=True)
-    if text._attn_implementation == NAME:
-        return
-    model.set_attn_implementation(NAME if text is config else {key: NAME for key in _paths(config, text)})
-    if text._attn_implementation != NAME:
+    model.set_attn_implementation(name if text is config else dict.fromkeys(_paths(config, text), name))
+    if attention(model) != name:
         raise KvCacheError(
             f"expected a model whose attention can be set, got {type(model).__name__}, which does not go through "
             "transformers' AttentionInterface; use the model's own cache"

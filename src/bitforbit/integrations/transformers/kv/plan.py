@@ -23,15 +23,32 @@ def decoder_config(config: Any) -> Any:
             "generate() makes when no past_key_values are passed"
         )
     decoder = config.get_text_config(decoder=True)
-    for field in ("num_hidden_layers", "num_attention_heads"):
-        if not isinstance(getattr(decoder, field, None), int):
-            raise KvCacheError(f"expected a config of a model with attention layers, got {name} without {field}")
-    if getattr(decoder, "kv_lora_rank", None) is not None:
+    for field in ("num_hidden_layers", "num_attention_heads", "vocab_size"):
+        if not isinstance(_read(decoder, 0, field), int):
+            raise KvCacheError(
+                f"expected a config of a model that writes text by attention, got {name} without {field}"
+            )
+    if _read(decoder, 0, "kv_lora_rank") is not None:
         raise KvCacheError(
             f"expected keys and values of one head dimension, got multi-head latent attention ({name}); use the "
             "model's own cache"
         )
     return decoder
+
+
+def _read(decoder: Any, index: int, field: str) -> Any:
+    """A field of a layer; None if there is none."""
+    layers = getattr(decoder, "per_layer_config", None)  # where layers differ, only this may be asked
+    return getattr(layers[index] if layers else decoder, field, None)
+
+
+def head_dim(decoder: Any, index: int) -> int | None:
+    """Head dimension of a layer, if the config says."""
+    value = _read(decoder, index, "head_dim")
+    hidden, heads = _read(decoder, index, "hidden_size"), _read(decoder, index, "num_attention_heads")
+    if value is None and isinstance(hidden, int) and isinstance(heads, int):
+        value = hidden // heads
+    return value if isinstance(value, int) else None
 
 
 def own_layers(decoder: Any) -> list[Any]:
@@ -69,7 +86,7 @@ def specs(
             raise KvCacheError(f"layers: expected indices of 0 to {len(layers) - 1}, got {index!r}")
         if spec is not None and index not in can:
             raise KvCacheError(
-                f"layers: expected a layer with full attention of its own, got {index}, a {type(layers[index]).__name__}"
+                f"layers: expected a layer with full attention of its own, got {index}, {type(layers[index]).__name__}"
             )
     chosen = {i: exceptions.get(i, common) for i in can}
     found = {i: spec for i, spec in chosen.items() if spec is not None}
@@ -77,7 +94,7 @@ def specs(
         kinds = sorted({type(layer).__name__ for layer in layers})
         raise KvCacheError(
             f"expected a model with full-attention layers to quantize, got none among {len(layers)} layers "
-            f"({', '.join(kinds)}); windowed and linear layers are small and stay as they are: use the model's own cache"
+            f"({', '.join(kinds)}); windowed and linear layers are small and stay as they are: use the model's cache"
         )
     return found
 
