@@ -2,11 +2,11 @@
 
 Each case is a process of its own, without a model: layers in the shape of Llama-3.1-8B's (8 key-value heads of 128
 channels, 32 query heads) get random keys and values, layer by layer, as a model hands them over. Prefill: all tokens
-but the last 192 in one call, of which the last row is a query (what a model needs beside it is the same for all caches).
-Growth: two calls of 32 tokens. Decode: 128 single tokens: QuantizedCache
-then has half its window full. Bytes are counted from the tensors; peaks are the process's
-high-water mark (VmHWM) in each phase above its resident size before. Large tensors are given back to the system at
-once (MALLOC_MMAP_THRESHOLD_), so that the mark is what was in use, not what the allocator kept.
+but the last 192 in one call, of which the last row is a query (what a model needs beside it is the same for all).
+Growth: two calls of 32 tokens. Decode: 128 single tokens; QuantizedCache has half its window full then. Bytes are
+counted from the tensors; peaks are the process's high-water mark (VmHWM) in each phase above its resident size before.
+Large tensors are given back to the system at once (MALLOC_MMAP_THRESHOLD_), so that the mark is what was in use, not
+what the allocator kept.
 
     python -m benchmarks.kv_memory            minutes
     python -m benchmarks.kv_memory --smoke    seconds; no result file

@@ -30,7 +30,10 @@ from bitforbit.integrations.generation.directory import open_directory
 from bitforbit.integrations.generation.load import load, load_tokenizer
 
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-NAMES = ["apple", "river", "stone", "cloud", "tiger", "piano", "lemon", "rocket", "garden", "silver", "candle", "window", "bridge", "forest", "marble", "planet", "anchor", "basket", "copper", "dragon", "engine", "falcon", "guitar", "hammer", "island", "jacket", "kettle", "ladder", "magnet", "needle", "orange", "pepper"]
+NAMES = """
+    apple river stone cloud tiger piano lemon rocket garden silver candle window bridge forest marble planet anchor
+    basket copper dragon engine falcon guitar hammer island jacket kettle ladder magnet needle orange pepper
+"""
 DIGITS = 4
 
 
@@ -127,7 +130,7 @@ def lookup(source: TestModel, rows: int, prefix: int, steps: int, seed: int = 0)
     pick, newline = random.Random(seed), source.encode("\n")[-1]
     ids, asked = [], []
     for _ in range(rows):
-        values = {name: "".join(pick.choices("0123456789", k=DIGITS)) for name in pick.sample(NAMES, 24)}
+        values = {name: "".join(pick.choices("0123456789", k=DIGITS)) for name in pick.sample(NAMES.split(), 24)}
         lines = [source.encode(f"\n{name} = {value}\n") for name, value in values.items()]
         room = prefix - sum(map(len, lines))
         begin = pick.randrange(len(source.stream) - room)
