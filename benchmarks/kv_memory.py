@@ -146,7 +146,7 @@ def _variant(case: str) -> Any:
     if case == "16":
         return kv_caches.exact()
     k_bits, v_bits = (4, 2) if case == "k4v2" else (int(case), int(case))
-    return kv_caches.kivi(k_bits, v_bits)
+    return kv_caches.kivi(k_bits, v_bits, sink=4)
 
 
 def in_process(case: str, tokens: int, layers: int) -> dict[str, Any]:
