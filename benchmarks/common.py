@@ -50,7 +50,7 @@ def machine() -> dict[str, Any]:
         ),
         platform.processor(),
     )
-    packages = ("bitforbit", "numpy", "zipnn", "zstandard", "torch", "transformers")
+    packages = ("bitforbit", "numpy", "zipnn", "zstandard", "torch", "transformers", "optimum-quanto", "hqq")
     versions = {}
     for package in packages:
         try:

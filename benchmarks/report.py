@@ -1,6 +1,6 @@
-"""Render the README's tables from ``benchmarks/results``: ``python -m benchmarks.report [--write]``.
+"""Render the tables of README and guides from ``benchmarks/results``: ``python -m benchmarks.report [--write]``.
 
-The README holds each table between ``<!-- benchmark: NAME -->`` and ``<!-- end -->``; --write replaces what is between
+A page holds each table between ``<!-- benchmark: NAME -->`` and ``<!-- end -->``; --write replaces what is between
 them. A benchmark without a result file renders as "not measured".
 """
 
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks import plots
+from benchmarks import kv_report, plots
 from benchmarks.common import RESULTS, ROOT, table
 
 Result = dict[str, Any]
@@ -276,7 +276,11 @@ def newest_gpu() -> Result:
     return max(found, key=lambda content: str(content["date"]), default={})
 
 
+PAGES = ("README.md", "docs/guide/kv-cache.md")
+
 SECTIONS: dict[str, Callable[[Result], str]] = {
+    "kv_quality": lambda result: kv_report.quality(result, where),
+    "kv_memory": lambda result: kv_report.memory(result, where),
     "gpu": gpu,
     "codec": codec,
     "df11": df11,
@@ -290,23 +294,36 @@ def render(name: str) -> str:
     """One table, or "not measured"."""
     if name == "gpu":
         return gpu(newest_gpu())
+    if name == "kv":
+        parts = [_stored("kv_quality"), _stored("kv_memory")]
+        return kv_report.summary(*parts, where) if any(parts) else NOT_MEASURED
     path = RESULTS / f"{name}.json"
     return SECTIONS[name](json.loads(path.read_text())) if path.exists() else NOT_MEASURED
 
 
-def main(arguments: list[str]) -> int:
-    """Print all tables, or write them into the README."""
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    for name in SECTIONS:
+def _stored(name: str) -> Result:
+    path = RESULTS / f"{name}.json"
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def fill(text: str) -> str:
+    """A page with its tables as they are now."""
+    for name in (*SECTIONS, "kv"):
         rendered = render(name)
-        if "--write" in arguments:
-            pattern = rf"(<!-- benchmark: {name} -->\n).*?(<!-- end -->)"
-            text = re.sub(pattern, lambda m, body=rendered: f"{m[1]}{body}\n{m[2]}", text, flags=re.DOTALL)  # type: ignore[misc]
-        else:
-            print(f"== {name}\n\n{rendered}\n")
-    if "--write" in arguments:
-        readme.write_text(text)
+        pattern = rf"(<!-- benchmark: {name} -->\n).*?(<!-- end -->)"
+        text = re.sub(pattern, lambda m, body=rendered: f"{m[1]}{body}\n{m[2]}", text, flags=re.DOTALL)  # type: ignore[misc]
+    return text
+
+
+def main(arguments: list[str]) -> int:
+    """Print all tables, or write them into the pages."""
+    if "--write" not in arguments:
+        for name in (*SECTIONS, "kv"):
+            print(f"== {name}\n\n{render(name)}\n")
+    else:
+        for page in (ROOT / name for name in PAGES):
+            page.write_text(fill(page.read_text()))
+        kv_report.picture(_stored("kv_memory"), ROOT / kv_report.PICTURE)
         plots.save(newest_gpu().get("linear", {}), ROOT / GPU_PICTURE)
     return 0
 
