@@ -102,8 +102,8 @@ REGIONS: dict[str, tuple[Region, ...]] = {
         ),
     ),
     "tiles_histogram": (Region("a vector", "tiles_pack.cu", "for (u64 i = thread; i < groups", 8),),
-    "tiles_count": (Region("a tile", "tiles_pack.cu", "tiles_count(const u16* gmem_weights", 32),),
-    "tiles_write": (Region("a tile", "tiles_pack.cu", "tiles_write(const u16* gmem_weights", 32),),
+    "tiles_count": (Region("a tile", "tiles_pack.cu", "tiles_count(const Element* gmem_weights", 32),),
+    "tiles_write": (Region("a tile", "tiles_pack.cu", "tiles_write(const Element* gmem_weights", 32),),
     "fused_linear": (
         Region(
             "a tile, all tokens, with up to 32 escapes", "fused_linear.cu", "for (u32 tile = chunk_begin", 32,
