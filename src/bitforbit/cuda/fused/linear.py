@@ -83,10 +83,10 @@ def linear(
     """Multiply x [tokens, cols] by the matrices of a group. Only enqueues.
 
     x and ``out`` are FP16 for weights of FP16, else BF16. ``out``: [tokens, rows[0]], then [tokens, rows[1]] and so on,
-    one after the other. ``workspace``: address of :func:`workspace_bytes` bytes, a multiple of 16; zeros before its first use. ``variant`` is for measurements: all
-    of one ``instruction`` give the same bits, and only those of the order's give the order's. ``order`` is another than
-    the group's (its workspace is another, too). Raises UsageError for more than 64 tokens, and for a variant that the
-    device cannot run.
+    one after the other. ``workspace``: address of :func:`workspace_bytes` bytes, a multiple of 16; zeros before its
+    first use. ``variant`` is for measurements: all of one ``instruction`` give the same bits, and only those of the
+    order's give the order's. ``order`` is another than the group's (its workspace is another, too). Raises UsageError
+    for more than 64 tokens, and for a variant that the device cannot run.
     """
     if tokens == 0:
         return

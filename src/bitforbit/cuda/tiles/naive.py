@@ -42,7 +42,8 @@ def choose_base(histogram: Ints, kind: Kind = BF16) -> int:
 
 def pack(elements: Elements, kind: Kind = BF16) -> dict[str, Bytes]:
     """The four parts of a matrix, bit patterns [rows, cols]."""
-    layout = TileLayout(*elements.shape, kind)
+    rows, cols = elements.shape
+    layout = TileLayout(rows, cols, kind)
     words = kind.words(elements)
     exponents = ((words & kind.field) >> kind.shift).astype(np.int64)
     histogram = np.bincount(exponents.reshape(-1), minlength=256)
