@@ -127,7 +127,7 @@ def linear(
 ) -> torch.Tensor:
     """``x @ weight.T + bias``, ``[..., rows]``, for x ``[..., cols]`` of the weight's dtype.
 
-    For a weight in FP8, x is in BF16, FP16 or FP32 as well: then it is ``functional.linear(x, weight.to(x.dtype), bias)``.
+    For a weight in FP8, x may be in BF16, FP16 or FP32: ``functional.linear(x, weight.to(x.dtype), bias)``.
 
     Raises UsageError for a wrong dtype, shape or mode, CorruptTensorError.
     """

@@ -2,8 +2,11 @@
 
 The four parts of a weight are one-dimensional uint8 tensors. Layout ``planes`` is that of files (docs/format.md,
 section 3): ``kind`` is the float that is coded, ``dtype`` that of the weight: the same but for F32 coded as BF16;
-``rows``, ``cols`` and ``rows_per_table`` are those of its matrix view. Layouts ``tiles`` (of a ``kind``: BF16, F16 or
-F8_E4M3) and ``df11`` (BF16) are those of the memory of GPUs; a weight in ``df11`` is elements ``begin`` to ``begin + rows * cols`` of a unit of ``elements``.
+``rows``, ``cols`` and ``rows_per_table`` are those of its matrix view. Layouts ``tiles`` and ``df11`` are those of the
+memory of GPUs. Weights in tiles are of a ``kind``: BF16, F16 or F8_E4M3. One in ``df11``, BF16, is elements ``begin``
+to ``begin + rows * cols`` of a unit of ``elements``.
+
+A product has the dtype of x, which is that of the weight; weights in FP8 are cast to that of x, BF16, FP16 or FP32.
 
 ``group``: the rows of all matrices that a product in mode ``"fused"`` may be computed together with, itself among
 them: the order of its sums follows from them, whether it is computed alone or not. Empty: it stands alone.

@@ -51,8 +51,8 @@ def pack_tiles(matrix: torch.Tensor) -> Tensors | None:
     kind = _KINDS.get(matrix.dtype)
     if kind is None or matrix.dim() != 2 or matrix.numel() == 0:
         raise UsageError(
-            f"expected a matrix of a dtype among {', '.join(map(str, _KINDS))} that is not empty, got {matrix.dtype} of "
-            f"shape {tuple(matrix.shape)}"
+            f"expected a matrix that is not empty, of a dtype among {', '.join(map(str, _KINDS))}, got {matrix.dtype} "
+            f"of shape {tuple(matrix.shape)}"
         )
     queue = queues.queue_for(matrix.device)
     matrix = aligned(matrix)
