@@ -90,10 +90,10 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   if (lane == 0) gmem_counts[tile] = count;
 }
 
-// Writes tiles, and the entries of their escapes from gmem_offsets[tile] on. Six blocks at a time: for sm_80, ptxas
-// would spill a register to have eight. gmem_ranks[e]: index of an escaped exponent in the header, for entries of 2
-// bytes.
-extern "C" __global__ void __launch_bounds__(kThreads, 6)
+// Writes tiles, and the entries of their escapes from gmem_offsets[tile] on. Six blocks at a time for BF16: for sm_80,
+// ptxas would spill a register to have eight; other kinds need more registers. gmem_ranks[e]: index of an escaped
+// exponent in the header, for entries of 2 bytes.
+extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_WEIGHTS == 0 ? 6 : 4)
     tiles_write(const Element* gmem_weights, u32 rows, u32 cols, u32 tiles, u32 base, const u8* gmem_ranks,
                 u32 entry_bytes, const u32* gmem_offsets, u8* gmem_tiles, u8* gmem_escapes, u32 entries) {
   const u32 lane = threadIdx.x % kWarp, tile = blockIdx.x * kWarps + threadIdx.x / kWarp;

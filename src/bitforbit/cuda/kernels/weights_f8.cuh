@@ -93,11 +93,10 @@ __device__ __forceinline__ Element to_element(u32 weight) {
 using Eight = uint2;  // eight elements
 
 __device__ __forceinline__ Eight to_elements(uint4 eight) {
-  const auto bytes = [](u32 a, u32 b) {  // the low ones of four half-words
-    const u32 x = (a >> 8 & 0x00800080) | (a >> 4 & 0x007F007F), y = (b >> 8 & 0x00800080) | (b >> 4 & 0x007F007F);
-    return __byte_perm(x, y, 0x6420);
+  const auto four = [](u32 a, u32 b) {  // high bytes: [15] is the sign; four bits further left, [14:8] is the rest
+    return (__byte_perm(a, b, 0x7531) & 0x80808080) | (__byte_perm(a << 4, b << 4, 0x7531) & 0x7F7F7F7F);
   };
-  return make_uint2(bytes(eight.x, eight.y), bytes(eight.z, eight.w));
+  return make_uint2(four(eight.x, eight.y), four(eight.z, eight.w));
 }
 
 #ifdef BITFORBIT_CUDA_SHIM
