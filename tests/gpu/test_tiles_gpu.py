@@ -12,7 +12,7 @@ from helpers.gpu_queue import GpuQueue
 
 torch = pytest.importorskip("torch")
 
-from bitforbit.ops.schema import TILES_DTYPES
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F8_E4M3": torch.float8_e4m3fn}
 
 # Llama-3.1-8B's linears and vocabulary; columns that are no multiple of 8; more weights than 32 bits count.
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (128_256, 4096), (50_257, 769), ((1 << 20) + 5, 4099)]
@@ -37,7 +37,7 @@ def test_large_matrices_of_other_kinds(rows: int, cols: int, name: str, least: f
 
 def round_trip(queue: Any, rows: int, cols: int, device: str, kind: kinds.Kind = kinds.BF16) -> float:
     """Pack Gaussian weights, decode all, some, and rows by number; bits per weight of filled-up tiles."""
-    weights = torch.empty(rows, cols, dtype=torch.bfloat16, device=device).normal_(0, 0.02).to(TILES_DTYPES[kind.name])
+    weights = torch.empty(rows, cols, dtype=torch.bfloat16, device=device).normal_(0, 0.02).to(DTYPES[kind.name])
     bits = torch.uint8 if kind.item_bytes == 1 else torch.int16
     ids = torch.tensor([rows - 1, 0, rows // 2, rows - 1], device=device)
     synchronize(device)
