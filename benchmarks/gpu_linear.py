@@ -9,7 +9,10 @@ moves as many bytes as the compressed weights have. Above 64 tokens fused mode d
 exact mode: by decoding (each weight right before its product, or the next one beside it), and straight from compressed
 weights where a probe finds an order of sums that is cuBLAS's own.
 
-    python -m benchmarks.gpu_linear [--seconds 60 | --full] [--model NAME] [--dry-run] [--json FILE]
+With --kind F16 all is FP16, BF16's columns too; with F8_E4M3 weights are FP8, and torch casts them to BF16 before each
+product. Orders are proven for BF16 alone.
+
+    python -m benchmarks.gpu_linear [--kind F16] [--seconds 60 | --full] [--model NAME] [--dry-run] [--json FILE]
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from benchmarks.gpu_operands import Call, Operands
 from benchmarks.gpu_shapes import MODELS, TOKENS, Shape
 from bitforbit.cuda.fused import plan as plans
 from bitforbit.cuda.fused.plan import MAX_TOKENS
+from bitforbit.cuda.tiles import kinds
 from bitforbit.ops import gpu, stats
 from bitforbit.ops.gpu import Policy
 
@@ -61,7 +65,7 @@ FULL = Size(
     tuple(shape for model in MODELS for shape in model.shapes), TOKENS, (1, 8, 32, 64, 128), DECODE_FULL.copy_bytes
 )
 TINY = Size(
-    (Shape("tiny", "q+k+v", (48, 31, 16), 199), Shape("tiny", "down", (49,), 192)),
+    (Shape("tiny", "q+k+v", (48, 31, 16), 255), Shape("tiny", "down", (47,), 192)),
     (1, 9, 65),
     (1, 65),
     DECODE_TINY.copy_bytes,
@@ -110,7 +114,7 @@ def sides(meter: Meter, operands: Operands, tokens: int, with_exact: bool) -> di
     else:
         graphs["fused"] = exact(meter, operands, tokens, "fused", Policy())
     for name, policy in POLICIES.items() if with_exact else ():
-        if policy.proven_orders and not proven(meter, operands, tokens):
+        if policy.proven_orders and (operands.kind.name != "BF16" or not proven(meter, operands, tokens)):
             continue
         stats.reset()
         graphs[name] = exact(meter, operands, tokens, "exact", policy)
@@ -139,7 +143,7 @@ def products(
     }
     if tokens <= MAX_TOKENS:
         queue, order = gpu.queue_for(meter.device), operands.order
-        plan = plans.plan(shape.rows, order, tokens, queue.properties)
+        plan = plans.plan(shape.rows, order, tokens, queue.properties, None, operands.kind)
         line |= {"way": "fused", "order": vars(order), "variant": vars(plan.variant)}
     return line
 
@@ -159,7 +163,7 @@ def figures(rounds: dict[str, list[float]], nbytes: int, copy_gb_per_s: float | 
     }
 
 
-def measure(meter: Meter, size: Size, report: Report, seconds: float | None) -> None:
+def measure(meter: Meter, size: Size, report: Report, seconds: float | None, kind: str = "BF16") -> None:
     """All of it."""
     begin = time.monotonic()
     copied = report.attempt("copy", lambda: copy_within_memory(meter, size.copy_bytes))
@@ -167,14 +171,14 @@ def measure(meter: Meter, size: Size, report: Report, seconds: float | None) -> 
     lines: list[dict[str, Any]] = []
     errors: dict[str, dict[str, float]] = {}
     skipped: list[str] = []
-    report.put(copy_gb_per_s=speed, products=lines, rms_errors=errors, no_time_for=skipped)
+    report.put(weights=kind, copy_gb_per_s=speed, products=lines, rms_errors=errors, no_time_for=skipped)
     for shape in size.shapes:
         first = shape.model == size.shapes[0].model
         if not first and seconds is not None and time.monotonic() - begin > seconds:
             skipped.append(shape.name)
             report.put()
             continue
-        operands = report.attempt(shape.name, lambda shape=shape: checked(meter, shape, size.tokens, errors))
+        operands = report.attempt(shape.name, lambda shape=shape: checked(meter, shape, size.tokens, errors, kind))
         for tokens in size.tokens if operands is not None else ():
             with_exact = first and len(shape.rows) == 1 and tokens in size.exact_tokens
             line = report.attempt(
@@ -189,9 +193,11 @@ def measure(meter: Meter, size: Size, report: Report, seconds: float | None) -> 
             torch.cuda.empty_cache()
 
 
-def checked(meter: Meter, shape: Shape, tokens: tuple[int, ...], errors: dict[str, dict[str, float]]) -> Operands:
+def checked(
+    meter: Meter, shape: Shape, tokens: tuple[int, ...], errors: dict[str, dict[str, float]], kind: str = "BF16"
+) -> Operands:
     """Weights of a shape that have passed the gate, whose errors are noted. Raises AssertionError."""
-    operands = Operands(meter, shape)
+    operands = Operands(meter, shape, kind=kind)
     errors[shape.name] = operands.check(tokens)
     return operands
 
@@ -227,6 +233,7 @@ def main(arguments: Sequence[str]) -> int:
     options.add_argument(
         "--seconds", type=float, default=SECONDS, help="after so many, no matrix of another model is begun"
     )
+    options.add_argument("--kind", choices=kinds.NAMES, default="BF16", help="of the weights")
     options.add_argument("--full", action="store_true", help="all matrices, whatever it takes")
     options.add_argument("--model", choices=[model.name for model in MODELS], help="its matrices only")
     chosen = options.parse_args(arguments)
@@ -236,7 +243,7 @@ def main(arguments: Sequence[str]) -> int:
         size = Size(model.shapes, size.tokens, size.exact_tokens, size.copy_bytes)
     report = Report(chosen.json)
     with gpu_common.meter(chosen.dry_run) as meter:
-        measure(meter, size, report, None if chosen.full else chosen.seconds)
+        measure(meter, size, report, None if chosen.full else chosen.seconds, chosen.kind)
     print(show(report.result))
     return report.end()
 

@@ -1,4 +1,4 @@
-"""What the benchmarks of fused products multiply: weights in BF16 and in tiles, in several copies, and a gate."""
+"""What the benchmarks of fused products multiply: weights as they are and in tiles, in several copies, and a gate."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from bitforbit.cuda.fused import linear as fused
 from bitforbit.cuda.fused import plan as plans
 from bitforbit.cuda.fused.order import Order
 from bitforbit.cuda.fused.plan import MAX_TOKENS, Variant
+from bitforbit.cuda.tiles import kinds
 from bitforbit.cuda.tiles.layout import TileLayout
 from bitforbit.ops import gpu
 from bitforbit.ops.gpu.queues import addresses
+from bitforbit.ops.schema import TILES_DTYPES
 
 Call = Callable[[], object]
 Parts = tuple[torch.Tensor, ...]
@@ -36,7 +38,7 @@ class Copy:
     """The weights once more, elsewhere in memory."""
 
     joined: torch.Tensor
-    """BF16 [all rows, cols]."""
+    """[all rows, cols]."""
     plain: tuple[torch.Tensor, ...]
     """The matrices, views of ``joined``."""
     parts: tuple[Parts, ...]
@@ -46,10 +48,14 @@ class Copy:
 class Operands:
     """Weights of a shape, as often as it takes for none of them to be in the L2 cache at its turn, and x."""
 
-    def __init__(self, meter: Meter, shape: Shape, seed: int = 0) -> None:
+    def __init__(self, meter: Meter, shape: Shape, seed: int = 0, kind: str = "BF16") -> None:
         self.shape = shape
         self.device = meter.device
-        joined = weights(sum(shape.rows), shape.cols, meter.device, seed)
+        self.kind = kinds.of(kind)
+        """Of the weights."""
+        self.dtype = TILES_DTYPES[self.kind.outputs]
+        """Of x and of the products; torch casts weights in FP8 to it before each product."""
+        joined = weights(sum(shape.rows), shape.cols, meter.device, seed).to(TILES_DTYPES[kind])
         parts = []
         for matrix in joined.split(shape.rows):
             packed = gpu.pack_tiles(matrix)
@@ -62,8 +68,8 @@ class Operands:
             other = joined.clone()
             clones = tuple(tuple(part.clone() for part in matrix) for matrix in parts)
             self.copies.append(Copy(other, other.split(shape.rows), clones))
-        self.x = weights(2 * MAX_TOKENS, shape.cols, meter.device, 99) * 50  # as after a layer norm
-        queue, layouts = gpu.queue_for(self.device), [TileLayout(rows, shape.cols) for rows in shape.rows]
+        self.x = (weights(2 * MAX_TOKENS, shape.cols, meter.device, 99) * 50).to(self.dtype)  # as after a layer norm
+        queue, layouts = gpu.queue_for(self.device), [TileLayout(rows, shape.cols, self.kind) for rows in shape.rows]
         self._groups = [
             fused.prepare(queue, [(addresses(p), layout, 0) for p, layout in zip(copy.parts, layouts, strict=True)])
             for copy in self.copies
@@ -89,7 +95,7 @@ class Operands:
 
     def torch_joined(self, tokens: int) -> list[Call]:
         """Torch's products with all matrices as one, for each copy."""
-        return [partial(functional.linear, self.x[:tokens], copy.joined) for copy in self.copies]
+        return [partial(_product, self.x[:tokens], copy.joined) for copy in self.copies]
 
     def operator_products(self, tokens: int, mode: str) -> list[Call]:
         """The operator's products with the matrices one after the other, for each copy."""
@@ -139,16 +145,20 @@ class Operands:
             return []
         if (tokens, order) not in self._sums:
             queue = gpu.queue_for(self.device)
-            sums = [torch.empty(tokens, rows, dtype=torch.bfloat16, device=self.device) for rows in self.shape.rows]
+            sums = [torch.empty(tokens, rows, dtype=self.dtype, device=self.device) for rows in self.shape.rows]
             for matrix, out in zip(self.copies[0].plain, sums, strict=True):
-                fused.plain(queue, matrix.data_ptr(), len(matrix), order, 0, self.x.data_ptr(), tokens, out.data_ptr())
+                cast = matrix.to(self.dtype)
+                fused.plain(
+                    queue, cast.data_ptr(), len(cast), order, 0, self.x.data_ptr(), tokens, out.data_ptr(),
+                    self.kind.outputs,
+                )  # fmt: skip
             self._sums[tokens, order] = sums
         return self._sums[tokens, order]
 
     def _product(self, group: fused.Group, tokens: int, order: Order, variant: Variant | None) -> torch.Tensor:
-        out = torch.empty(tokens * sum(self.shape.rows), dtype=torch.bfloat16, device=self.device)
+        out = torch.empty(tokens * sum(self.shape.rows), dtype=self.dtype, device=self.device)
         queue = gpu.queue_for(self.device)
-        plan = plans.plan(group.rows, order, tokens, queue.properties, variant)
+        plan = plans.plan(group.rows, order, tokens, queue.properties, variant, self.kind)
         workspace = self._workspace(plan.workspace_bytes)
         fused.linear(queue, group, self.x.data_ptr(), tokens, out.data_ptr(), workspace.data_ptr(), variant, order)
         return out
@@ -161,7 +171,7 @@ class Operands:
     def _operator(self, tokens: int, mode: str, copy: Copy) -> list[torch.Tensor]:
         linear = torch.ops.bitforbit.tiles_linear
         return [
-            linear(self.x[:tokens], *parts, None, rows, self.shape.cols, mode)
+            linear(self.x[:tokens], *parts, None, rows, self.shape.cols, mode, [], self.kind.name)
             for rows, parts in zip(self.shape.rows, copy.parts, strict=True)
         ]
 
@@ -170,10 +180,14 @@ class Operands:
         x, total = self.x[: got.shape[0]].double(), 0.0
         matrix = self.copies[0].joined
         for begin in range(0, len(matrix), FP64_ROWS):
-            exact = x @ matrix[begin : begin + FP64_ROWS].double().T
+            exact = x @ matrix[begin : begin + FP64_ROWS].to(self.dtype).double().T
             total += float((got[:, begin : begin + FP64_ROWS].double() - exact).square().sum())
         return (total / got.numel()) ** 0.5
 
 
 def _each(x: torch.Tensor, matrices: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
-    return [functional.linear(x, matrix) for matrix in matrices]
+    return [_product(x, matrix) for matrix in matrices]
+
+
+def _product(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    return functional.linear(x, matrix.to(x.dtype))

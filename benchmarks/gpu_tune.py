@@ -85,7 +85,7 @@ def search(
     choice, measured = tune.tune(shape.rows, shape.cols, watch.properties, watch.microseconds, size.rooms)
     order = Order(shape.cols, choice.splits or measured[0].case.order.splits)  # of the instruction that they have
     for variant in size.extra:
-        if variant.tokens in size.rooms and variant.shared_bytes <= watch.properties.shared_bytes_per_block:
+        if variant.tokens in size.rooms and variant.shared_bytes() <= watch.properties.shared_bytes_per_block:
             case = Case(shape.rows, order, variant.tokens, variant)
             time = report.attempt(f"{shape.name}, {variant}", lambda case=case: watch.microseconds(case))
             extra += [] if time is None else [Measured(case, time)]

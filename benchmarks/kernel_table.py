@@ -101,9 +101,12 @@ REGIONS: dict[str, tuple[Region, ...]] = {
             without=(("tiles_rows.cu", "for (u32 col = lane; col < cols_left"),),
         ),
     ),
-    "tiles_histogram": (Region("a vector", "tiles_pack.cu", "for (u64 i = thread; i < groups", 8),),
-    "tiles_count": (Region("a tile", "tiles_pack.cu", "tiles_count(const u16* gmem_weights", 32),),
-    "tiles_write": (Region("a tile", "tiles_pack.cu", "tiles_write(const u16* gmem_weights", 32),),
+    "tiles_histogram": (
+        # 16 bytes, which are twice as many weights for BITFORBIT_WEIGHTS=2
+        Region("a vector", "tiles_pack.cu", "for (u64 i = thread; i < groups", 8, "BITFORBIT_WEIGHTS"),
+    ),
+    "tiles_count": (Region("a tile", "tiles_pack.cu", "tiles_count(const Element* gmem_weights", 32),),
+    "tiles_write": (Region("a tile", "tiles_pack.cu", "tiles_write(const Element* gmem_weights", 32),),
     "fused_linear": (
         Region(
             "a tile, all tokens, with up to 32 escapes", "fused_linear.cu", "for (u32 tile = chunk_begin", 32,

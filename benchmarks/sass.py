@@ -150,12 +150,12 @@ def _first_end(text: str) -> int:
 def counted(function: Function, lines: Lines, loop: bool, without: Iterable[Lines] = ()) -> dict[str, int]:
     """Instructions per pipe of a block: of its loop, or of all that comes from its lines.
 
-    A loop is the outermost one of machine instructions that come from the block, but for an eighth (the first such
+    A loop is the outermost one of machine instructions that come from the block, but for a seventh (the first such
     loop, where the compiler made several). Instructions from the lines of ``without`` are not counted.
     """
     code: Sequence[Instruction] = function.usual
     if loop:
-        mostly = [r for r in function.loops() if 8 * sum(not code[i].lines & lines for i in r) <= len(r)]
+        mostly = [r for r in function.loops() if 7 * sum(not code[i].lines & lines for i in r) <= len(r)]
         outer = [r for r in mostly if not any(r != o and o.start <= r.start and r.stop <= o.stop for o in mostly)]
         if not outer:
             raise ValueError(f"expected a loop among the instructions of lines {sorted(lines)[:2]}..., got none")

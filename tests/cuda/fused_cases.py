@@ -14,6 +14,7 @@ from bitforbit.cuda.fused import plan as plans
 from bitforbit.cuda.fused.order import Order
 from bitforbit.cuda.fused.plan import ARRIVED_BYTES, Variant
 from bitforbit.cuda.tiles import naive
+from bitforbit.cuda.tiles.kinds import BF16, Kind
 from bitforbit.cuda.tiles.layout import PARTS, TileLayout
 from helpers.tile_cases import Words, gaussian
 
@@ -61,6 +62,8 @@ class DeviceGroup:
         biases: Sequence[Words | None] | None = None,
         *,
         splits: int | None = None,
+        kind: Kind = BF16,
+        bias_types: Sequence[str] | None = None,
         parts: Sequence[dict[str, Bytes]] | None = None,
     ) -> None:
         self.queue = queue
@@ -68,11 +71,11 @@ class DeviceGroup:
         self._order: Order | None = None
         described = []
         for i, words in enumerate(matrices):
-            packed = naive.pack(words) if parts is None else parts[i]
+            packed = naive.pack(words, kind) if parts is None else parts[i]
             at = [(self._upload(packed[name].tobytes()), packed[name].nbytes) for name in PARTS]
             bias = None if biases is None else biases[i]
-            described.append((at, TileLayout(*words.shape), 0 if bias is None else self._upload(bias.tobytes())))
-        self.group = linear.prepare(queue, described, splits)
+            described.append((at, TileLayout(*words.shape, kind), 0 if bias is None else self._upload(bias.tobytes())))
+        self.group = linear.prepare(queue, described, splits, bias_types)
         if hasattr(queue, "relocate"):
             queue.relocate(self.group.table.address)
         self._workspace = queue.zeros(linear.workspace_bytes(self.group, queue.properties))
@@ -107,13 +110,16 @@ class DeviceGroup:
         return int(self._buffers[-1].address)
 
 
-def plain(queue: Any, words: Words, x: Words, order: Any, bias: Words | None = None) -> Words:
-    """The product by the kernel that reads BF16."""
+def plain(
+    queue: Any, words: Words, x: Words, order: Any, bias: Any | None = None, outputs: str = "BF16",
+    bias_type: str | None = None,
+) -> Words:  # fmt: skip
+    """The product by the kernel that reads plain weights."""
     weights, memory = queue.upload(words.tobytes()), queue.upload(x.tobytes())
     on_device = None if bias is None else queue.upload(bias.tobytes())
     out = queue.empty(2 * len(x) * len(words))
     linear.plain(
         queue, weights.address, len(words), order, 0 if on_device is None else on_device.address, memory.address,
-        len(x), out.address,
+        len(x), out.address, outputs, bias_type,
     )  # fmt: skip
     return np.frombuffer(queue.download(out), np.uint16).reshape(len(x), len(words))

@@ -188,7 +188,7 @@ def test_offsets_that_lie(lie: list[int]) -> None:
 def test_the_compiler_keeps_products_asynchronous(variant: Hopper) -> None:
     """No warning C75xx, which says that it waits for each; no spills."""
     pytest.importorskip("cuda.bindings.nvrtc")
-    kernel = variant.kernel
+    kernel = variant.kernel()
     text = sources.text(kernel.source)
     _, log = compiler.compile_with_log(text, "sm_90a", kernel.defines, ["--ptxas-options=-v"], kernel.source)
     assert " 0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in log
@@ -199,7 +199,7 @@ def test_the_compiler_keeps_products_asynchronous(variant: Hopper) -> None:
 @ids
 def test_blocks_find_room(variant: Hopper) -> None:
     """As many as the variant says, in the 228 KiB of shared memory of an H100's or H200's multiprocessor."""
-    assert variant.blocks * (variant.shared_bytes + 1024) <= 228 << 10
+    assert variant.blocks * (variant.shared_bytes() + 1024) <= 228 << 10
     assert variant.warps % 8 == 0
     assert variant.unit_rows == 16 * variant.warps
 

@@ -53,8 +53,8 @@ def test_nothing_is_no_group() -> None:
 def test_every_device_has_a_variant_that_fits(tokens: int, device: DeviceProperties) -> None:
     variant = plans.choose_variant(tokens, device)
     assert variant.tokens >= tokens > variant.tokens // 2 * (variant.tokens > 8)
-    assert variant.shared_bytes <= device.shared_bytes_per_block
-    resident = min(variant.blocks, device.shared_bytes_per_block // variant.shared_bytes)
+    assert variant.shared_bytes() <= device.shared_bytes_per_block
+    resident = min(variant.blocks, device.shared_bytes_per_block // variant.shared_bytes())
     # Little's law: bytes that must be on their way for each multiprocessor of an H200 to keep its memory busy.
     assert resident * variant.warps * variant.stripes * variant.stages * 1408 >= 29_000 or device is RTX4090
 

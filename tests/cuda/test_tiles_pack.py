@@ -10,6 +10,7 @@ import pytest
 from bitforbit.codecs.base import Bytes
 from bitforbit.cuda.kernel import DeviceProperties
 from bitforbit.cuda.tiles import naive, pack
+from bitforbit.cuda.tiles.kinds import BF16
 from bitforbit.cuda.tiles.layout import PARTS, TileLayout
 from bitforbit.errors import UsageError
 from cuda_shim.emulation import EmulatedQueue, run_everywhere
@@ -64,7 +65,11 @@ def test_few_weights_at_any_address(queue: Any) -> None:
     for count in range(1, 9):
         data, bins = queue.upload(bytes(6) + bytes([0x80, 0x3F]) * count), queue.zeros(2048)
         queue.launch(
-            pack.HISTOGRAM, pack.histogram_config(count, queue.properties), data.address + 6, count, bins.address
+            pack.BY_KIND[BF16].histogram,
+            pack.histogram_config(count, queue.properties),
+            data.address + 6,
+            count,
+            bins.address,
         )
         found = np.frombuffer(queue.download(bins), "<u8")
         assert (found[127], found.sum()) == (count, count)

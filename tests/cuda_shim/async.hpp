@@ -57,14 +57,25 @@ inline uint4 ldmatrix_x4(const void* row, SHIM_SITE) {
 // --- mma.cuh
 // -----------------------------------------------------------------------------------------------------------
 
-inline void mma_bf16(float (&c)[4], uint4 a, unsigned b0, unsigned b1, SHIM_SITE) {
+inline float from_f16(unsigned short word) {
+  _Float16 value;
+  std::memcpy(&value, &word, 2);
+  return float(value);
+}
+
+// 16 bits of a word, [15:0] first, as a number.
+inline float element_of(uint64_t word, unsigned at, bool is_f16) {
+  const auto bits = static_cast<unsigned short>(word >> (16 * at));
+  return is_f16 ? from_f16(bits) : __uint_as_float(unsigned(bits) << 16);
+}
+
+inline void mma_any(const shim::Site& site, bool is_f16, float (&c)[4], uint4 a, unsigned b0, unsigned b1) {
   const uint64_t words[3] = {a.x | uint64_t(a.y) << 32, a.z | uint64_t(a.w) << 32, b0 | uint64_t(b1) << 32};
-  const shim::Collective& all = shim::meet({"mma_bf16", file, line}, 0xFFFFFFFFu, words, 3);
-  if (all.arrived != 0xFFFFFFFFu) shim::fail("mma_bf16: a lane has exited");
+  const shim::Collective& all = shim::meet(site, 0xFFFFFFFFu, words, 3);
+  if (all.arrived != 0xFFFFFFFFu) shim::fail(site, "a lane has exited");
   const unsigned q = shim::g_context.lane / 4, t = shim::g_context.lane % 4;
-  // 16 bits of a word that a lane gave, [15:0] first.
   auto element = [&](unsigned lane, unsigned word, unsigned at) {
-    return __uint_as_float(unsigned(all.values[lane][word] >> (16 * at)) << 16);
+    return element_of(all.values[lane][word], at, is_f16);
   };
   for (unsigned e = 0; e < 4; ++e) {
     const unsigned row = q + 8 * (e / 2), column = 2 * t + e % 2;
@@ -77,13 +88,30 @@ inline void mma_bf16(float (&c)[4], uint4 a, unsigned b0, unsigned b1, SHIM_SITE
   }
 }
 
+inline void mma_bf16(float (&c)[4], uint4 a, unsigned b0, unsigned b1, SHIM_SITE) {
+  mma_any({"mma_bf16", file, line}, false, c, a, b0, b1);
+}
+inline void mma_f16(float (&c)[4], uint4 a, unsigned b0, unsigned b1, SHIM_SITE) {
+  mma_any({"mma_f16", file, line}, true, c, a, b0, b1);
+}
+
 // Zeros in the other half of the columns change nothing in these sums, but for the sign of a zero: c is never -0 here.
 inline void mma_bf16_half(float (&c)[4], unsigned a0, unsigned a1, unsigned b0, SHIM_SITE) {
   mma_bf16(c, make_uint4(a0, a1, 0, 0), b0, 0, file, line);
+}
+inline void mma_f16_half(float (&c)[4], unsigned a0, unsigned a1, unsigned b0, SHIM_SITE) {
+  mma_f16(c, make_uint4(a0, a1, 0, 0), b0, 0, file, line);
 }
 
 // To the nearest, ties to even; NaNs become 0x7FFF.
 inline unsigned short to_bf16(float value) {
   const unsigned bits = __float_as_uint(value);
   return value != value ? 0x7FFF : static_cast<unsigned short>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+inline unsigned short to_f16(float value) {
+  const auto rounded = static_cast<_Float16>(value);
+  unsigned short word;
+  std::memcpy(&word, &rounded, 2);
+  return value != value ? 0x7FFF : word;
 }

@@ -76,12 +76,12 @@ void fence_async();
 
 // Products of warpgroups: wgmma.cpp. wgmma.cuh says what they do.
 unsigned shared_address(const void* smem);
-void wgmma(const Site& site, float* sum, unsigned tiles, const unsigned* a, uint64_t descriptor);
+void wgmma(const Site& site, float* sum, unsigned tiles, const unsigned* a, uint64_t descriptor, bool is_f16);
 void wgmma_fence(const Site& site);
 void wgmma_commit(const Site& site);
 void wgmma_wait(const Site& site, unsigned groups);
 
-// A row of A times a column of B, added to c. Products of BF16 are exact in FP32. How the hardware sums is not
+// A row of A times a column of B, added to c. Products of BF16 or FP16 are exact in FP32. How the hardware sums is not
 // documented; here in FP64, first c, then the products in the order of k, rounded once; or, if the launch asks for it,
 // so in FP32.
 extern bool g_mma_rounds_each;

@@ -38,6 +38,7 @@ struct Product {
   unsigned tiles;             // of 8 columns
   const unsigned* registers;  // of a, which must stay
   uint64_t b;                 // its descriptor
+  bool is_f16;                // a and b are, not BF16
   unsigned given[4]{};
   float a[2][16]{};  // this lane's rows
   bool made = false;

@@ -51,15 +51,21 @@ struct Descriptor {
   }
 };
 
-static float bf16(uint64_t words, unsigned at) {
-  const uint32_t bits = uint32_t(words >> (16 * at)) << 16;
+static float number(uint64_t words, unsigned at, bool is_f16) {
+  const auto word = static_cast<uint16_t>(words >> (16 * at));
+  if (is_f16) {
+    _Float16 value;
+    std::memcpy(&value, &word, 2);
+    return float(value);
+  }
+  const uint32_t bits = uint32_t(word) << 16;
   float value;
   std::memcpy(&value, &bits, 4);
   return value;
 }
 
 // One column of b, its 16 rows.
-static void load_column(const State& s, const Descriptor& b, unsigned n, float (&column)[16]) {
+static void load_column(const State& s, const Descriptor& b, unsigned n, bool is_f16, float (&column)[16]) {
   for (unsigned piece = 0; piece < 2; ++piece) {
     const unsigned at = b.at(n, piece), offset = at - window(s);
     if (at < window(s) || offset + 16 > s.dynamic_bytes) fail("wgmma: b lies outside of shared memory");
@@ -67,7 +73,7 @@ static void load_column(const State& s, const Descriptor& b, unsigned n, float (
     if (g_races.access_by_proxy != nullptr) g_races.access_by_proxy(source, 16);
     uint64_t words[2];
     std::memcpy(words, source, 16);
-    for (unsigned k = 0; k < 8; ++k) column[8 * piece + k] = bf16(words[k / 4], k % 4);
+    for (unsigned k = 0; k < 8; ++k) column[8 * piece + k] = number(words[k / 4], k % 4, is_f16);
   }
 }
 
@@ -77,7 +83,7 @@ static void add(const State& s, const Product& product, float* sum) {
   for (unsigned n = 0; n < 8 * product.tiles; ++n) {
     if (n % 8 / 2 != s.current->lane % 4) continue;
     float column[16];
-    load_column(s, b, n, column);
+    load_column(s, b, n, product.is_f16, column);
     for (unsigned half = 0; half < 2; ++half) {
       float& value = sum[4 * (n / 8) + 2 * half + n % 2];
       value = dot16(product.a[half], column, value);
@@ -118,19 +124,19 @@ bool products_are_issued(const State& s, const Fibre& f) {
   return std::all_of(std::begin(issued), std::end(issued), [&](unsigned count) { return count >= f.products; });
 }
 
-void wgmma(const Site& site, float* sum, unsigned tiles, const unsigned* a, uint64_t descriptor) {
+void wgmma(const Site& site, float* sum, unsigned tiles, const unsigned* a, uint64_t descriptor, bool is_f16) {
   State& s = *g_state;
   Fibre& me = *s.current;
   if (!me.products_fenced) fail(site, "no wgmma_fence since the last wait");
   join(s, site, descriptor);
-  Product product{site, sum, tiles, a, descriptor};
+  Product product{site, sum, tiles, a, descriptor, is_f16};
   std::memcpy(product.given, a, sizeof(product.given));
   const uint64_t words[2] = {a[0] | uint64_t(a[1]) << 32, a[2] | uint64_t(a[3]) << 32};
   const Collective& all = meet(site, 0xFFFFFFFFu, words, 2);
   if (all.arrived != 0xFFFFFFFFu) fail(site, "a lane has exited");
   for (unsigned half = 0; half < 2; ++half) {
     for (unsigned k = 0; k < 16; ++k) {
-      product.a[half][k] = bf16(all.values[me.lane / 4 * 4 + k % 8 / 2][k / 8], 2 * half + k % 2);
+      product.a[half][k] = number(all.values[me.lane / 4 * 4 + k % 8 / 2][k / 8], 2 * half + k % 2, is_f16);
     }
   }
   if (std::none_of(me.sums.begin(), me.sums.end(), [&](const PendingSums& p) { return p.at == sum; })) {

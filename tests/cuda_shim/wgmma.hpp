@@ -13,7 +13,11 @@ T kept(T value) {
 
 template <unsigned kTiles>
 void wgmma_bf16(float (&sum)[kTiles][4], const uint4& a, unsigned long long b, SHIM_SITE) {
-  shim::wgmma({"wgmma_bf16", file, line}, &sum[0][0], kTiles, &a.x, b);
+  shim::wgmma({"wgmma_bf16", file, line}, &sum[0][0], kTiles, &a.x, b, false);
+}
+template <unsigned kTiles>
+void wgmma_f16(float (&sum)[kTiles][4], const uint4& a, unsigned long long b, SHIM_SITE) {
+  shim::wgmma({"wgmma_f16", file, line}, &sum[0][0], kTiles, &a.x, b, true);
 }
 inline void wgmma_fence(SHIM_SITE) { shim::wgmma_fence({"wgmma_fence", file, line}); }
 inline void wgmma_commit(SHIM_SITE) { shim::wgmma_commit({"wgmma_commit", file, line}); }

@@ -89,6 +89,25 @@ def test_batches(batch: int, directories: Directories, emulated: EmulatedLaunche
     assert len(kernels) == 16  # 2 layers of 7 linears, the head, the rows of the embedding
 
 
+def test_fp16(tmp_path: Path) -> None:
+    """A checkpoint in FP16: exact outputs and files, and fused products as close as FP16 is."""
+    plain, native = tmp_path / "plain", tmp_path / "native"
+    zoo.write("llama", plain, torch.float16)
+    bitforbit.compress(plain, native)
+    model = tf.AutoModelForCausalLM.from_pretrained(native, quantization_config=BitforbitConfig(runtime="tiles"))
+    assert model.dtype == torch.float16
+    assert layouts(model) == {"tiles"}
+    assert_same_outputs(model, plain, "llama", 1, 8)
+    assert_saved(model, plain, tmp_path)
+    quick = tf.AutoModelForCausalLM.from_pretrained(
+        native, quantization_config=BitforbitConfig(runtime="tiles", mode="fused")
+    )
+    stats.reset()
+    got, expected = zoo.logits(quick, "llama", 1), zoo.logits(model, "llama", 1)
+    assert stats.snapshot()["fused"].linears
+    torch.testing.assert_close(got, expected, atol=5e-3, rtol=5e-3)
+
+
 @pytest.mark.parametrize("name", ["llama-tied", "mixtral"])
 def test_compressed_on_the_gpu_while_loading(name: str, directories: Directories) -> None:
     plain, native = directories(name)

@@ -113,11 +113,10 @@ def test_back_to_planes_gives_the_same_bytes():
 
 @pytest.mark.usefixtures("emulated")
 def test_what_stays_planes():
-    for dtype in (torch.float16, torch.float32):
-        model, plain = pair(dtype)
-        bnn.set_layout(model, "tiles")
-        assert layouts(model) == ["planes"] * 3
-        assert_same_bits(model(IDS), plain(IDS))
+    model, plain = pair(torch.float32)
+    bnn.set_layout(model, "tiles")
+    assert layouts(model) == ["planes"] * 3
+    assert_same_bits(model(IDS), plain(IDS))
     linear = nn.Linear(64, 64, bias=False, dtype=torch.bfloat16)
     bnn.compress_parameter(linear, "weight")
     values = random_bits((64, 64), torch.bfloat16)

@@ -9,6 +9,7 @@ from bitforbit.cuda.planes import decode as planes_decode
 from bitforbit.cuda.planes import encode as planes_encode
 from bitforbit.cuda.tiles import decode as tiles_decode
 from bitforbit.cuda.tiles import pack as tiles_pack
+from bitforbit.cuda.tiles.kinds import KINDS
 
 KERNELS: tuple[Kernel, ...] = (
     *planes_decode.KERNELS,
@@ -20,7 +21,8 @@ KERNELS: tuple[Kernel, ...] = (
 )
 
 STACK: dict[Kernel, str] = {
-    variant.kernel: "sums of 64 tokens fill the registers: ptxas spills a few of them on sm_100a and sm_120a"
+    variant.kernel(kind): "sums of 64 tokens fill the registers: ptxas spills a few of them on sm_100a and sm_120a"
+    for kind in KINDS
     for variant in fused.VARIANTS
     if (variant.tokens, variant.stripes) == (64, 1)
 }

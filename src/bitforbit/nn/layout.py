@@ -1,8 +1,9 @@
 """Layouts of compressed parameters in memory, and their conversion in place.
 
-A parameter is ``planes`` in CPU memory. On a GPU one in BF16 becomes ``tiles``, converted there matrix by matrix; other
-dtypes stay ``planes``, as does what tiles would not make smaller. ``df11`` parameters come from DFloat11 checkpoints
-only. Whatever leaves the process or the GPU is converted back to ``planes``, to the bytes that the files have.
+A parameter is ``planes`` in CPU memory. On a GPU one in BF16, FP16 or FP8 (E4M3) becomes ``tiles``, converted there
+matrix by matrix; other dtypes stay ``planes``, as does what tiles would not make smaller. ``df11`` parameters come from
+DFloat11 checkpoints only. Whatever leaves the process or the GPU is converted back to ``planes``, to the bytes that the
+files have.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from bitforbit.codecs.planes import PlanesCodec
 from bitforbit.codecs.planes.layout import matrix_view
 from bitforbit.cpu import default_threads
 from bitforbit.errors import UsageError
-from bitforbit.nn.gpu_specs import TilesSpec
+from bitforbit.nn.gpu_specs import TILES_KINDS, TilesSpec
 from bitforbit.nn.spec import PARTS, CompressedSpec, PlanesSpec, part_name
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ def _to_tiles(
 ) -> tuple[TilesSpec, Mapping[str, torch.Tensor]] | None:
     from bitforbit.ops import gpu
 
-    if spec.dtype != torch.bfloat16:
+    if spec.dtype not in TILES_KINDS:
         return None
     rows, cols = spec.matrix_shape()
     if isinstance(spec, PlanesSpec):
@@ -187,8 +188,8 @@ def _to_planes(spec: CompressedSpec, parts: Sequence[torch.Tensor]) -> tuple[Pla
 
     rows, cols = spec.matrix_shape()
     if isinstance(spec, TilesSpec):
-        rows_per_table, tensors = gpu.tiles_to_planes(tuple(parts), rows, cols)
-        return PlanesSpec(spec.dtype, spec.shape, "BF16", rows, cols, rows_per_table), tensors
+        rows_per_table, tensors = gpu.tiles_to_planes(tuple(parts), rows, cols, spec.kind)
+        return PlanesSpec(spec.dtype, spec.shape, spec.kind, rows, cols, rows_per_table), tensors
     return planes_of(spec.decode(parts, 0, rows).view(spec.shape))
 
 
@@ -217,10 +218,10 @@ def planes_on_gpu(tensor: torch.Tensor) -> tuple[PlanesSpec, Mapping[str, torch.
 
 
 def tiles_on_gpu(tensor: torch.Tensor) -> tuple[TilesSpec, Mapping[str, torch.Tensor]] | None:
-    """A plain tensor in GPU memory as tiles; None if it is not BF16 or would not get smaller."""
+    """A plain tensor in GPU memory as tiles; None if there are none of its dtype, or it would not get smaller."""
     from bitforbit.ops import gpu
 
-    if tensor.dtype != torch.bfloat16 or tensor.numel() == 0:
+    if tensor.dtype not in TILES_KINDS or tensor.numel() == 0:
         return None
     shape = tuple(tensor.shape)
     rows, cols = matrix_view(shape)

@@ -55,8 +55,10 @@ def find(model: nn.Module) -> None:
             linears = [each for each in found if isinstance(each, Linear)]
             if len(linears) < 2 or any(each._bitforbit_siblings is not None for each in linears):
                 continue
-            shapes = [each._bitforbit_specs["weight"].matrix_shape() for each in linears]
-            if len({cols for _, cols in shapes}) == 1 and len({id(each) for each in linears}) == len(linears):
+            specs = [each._bitforbit_specs["weight"] for each in linears]
+            shapes = [spec.matrix_shape() for spec in specs]
+            alike = len({(spec.dtype, cols) for spec, (_, cols) in zip(specs, shapes, strict=True)}) == 1
+            if alike and len({id(each) for each in linears}) == len(linears):
                 family = Family(tuple(rows for rows, _ in shapes))
                 for place, each in enumerate(linears):
                     each.__dict__["_bitforbit_siblings"] = Sibling(family, place)
@@ -97,6 +99,7 @@ class Sibling:
             or not policy.grouped
             or not direct.is_ordinary_call(x, bias)
             or not 0 < x.numel() <= fused.MAX_TOKENS * spec.cols
+            or (spec.kind == "F8_E4M3" and x.dtype is not torch.bfloat16)
             or (x.is_inference() and not policy.grouped_in_inference_mode)
         ):
             return spec.linear(x, own, bias, "fused", self.group)
@@ -123,7 +126,7 @@ class _Member(NamedTuple):
     @property
     def matrix(self) -> Matrix:
         """It, to be multiplied."""
-        return Matrix(self.tensors[:4], self.spec.rows, self.tensors[4])
+        return Matrix(self.tensors[:4], self.spec.rows, self.tensors[4], self.spec.kind)
 
 
 def _member(spec: TilesSpec, own: Parameters, bias: torch.Tensor | None) -> _Member:
@@ -233,7 +236,7 @@ class _Calls:
         for place in run[1:]:
             note = one.family.notes.get(place)
             other = None if note is None else note.member()
-            if other is None or other.spec.cols != member.spec.cols:
+            if other is None or (other.spec.cols, other.spec.dtype) != (member.spec.cols, member.spec.dtype):
                 one.family.runs.pop(one.place, None)
                 return {}
             found[place] = other

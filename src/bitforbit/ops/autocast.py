@@ -10,8 +10,11 @@ import torch
 from torch.nn import functional
 
 from bitforbit.ops.autograd import DECODERS, FIELDS, Decoder, one_by_one
-from bitforbit.ops.schema import LIBRARY
+from bitforbit.ops.checks import multiplies
+from bitforbit.ops.schema import LIBRARY, TILES_DTYPES
 
+_KIND = "BF16"
+"""Of tiles, where a call leaves it out: the dispatcher drops what is as by default."""
 _DEVICES = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 
@@ -26,21 +29,28 @@ def register() -> None:
 
 
 def _linear(
-    op: Callable[..., torch.Tensor], decode: Decoder, count: int, device: str, x: torch.Tensor, *arguments: Any
+    op: Callable[..., torch.Tensor],
+    decode: Decoder,
+    fields: tuple[int, ...],
+    device: str,
+    x: torch.Tensor,
+    *arguments: Any,
 ) -> torch.Tensor:
     *parts, bias = arguments[:5]
-    fields, rest = arguments[5 : 5 + count], arguments[5 + count :]
+    rest = arguments[5:]
+    weight = tuple(rest[field] if field < len(rest) else _KIND for field in fields)
     target = torch.get_autocast_dtype(device)
     with torch.autocast(device, enabled=False):
         x, bias = _cast(x, target), None if bias is None else _cast(bias, target)
-        if _dtype(fields) == x.dtype:
-            return op(x, *parts, bias, *fields, *rest)
-        return functional.linear(x, _cast(decode(tuple(parts), fields), target), bias)
+        if multiplies(x.dtype, _dtype(weight)):
+            return op(x, *parts, bias, *rest)
+        return functional.linear(x, _cast(decode(tuple(parts), weight), target), bias)
 
 
-def _dtype(fields: tuple[Any, ...]) -> torch.dtype:
-    """Dtype of a weight: the last field where it can be any, BF16 in the layouts of GPUs."""
-    return fields[-1] if isinstance(fields[-1], torch.dtype) else torch.bfloat16
+def _dtype(weight: tuple[Any, ...]) -> torch.dtype:
+    """Dtype of a weight: the last field where it can be any, that of its kind in tiles, BF16 in DF11."""
+    last = weight[-1]
+    return last if isinstance(last, torch.dtype) else TILES_DTYPES.get(last, torch.bfloat16)
 
 
 def _cast(tensor: torch.Tensor, target: torch.dtype) -> torch.Tensor:

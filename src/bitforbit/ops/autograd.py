@@ -23,8 +23,8 @@ Decoder = Callable[[tuple[torch.Tensor, ...], tuple[Any, ...]], torch.Tensor]
 _PARTS = slice(1, 5)
 _BIAS = 5
 _FIRST_FIELD = 6
-FIELDS = {"linear": 5, "tiles_linear": 2, "df11_linear": 4}
-"""How many inputs describe the weight."""
+FIELDS = {"linear": (0, 1, 2, 3, 4), "tiles_linear": (0, 1, 4), "df11_linear": (0, 1, 2, 3)}
+"""Which of the inputs after the bias describe the weight."""
 
 
 def register() -> None:
@@ -43,26 +43,26 @@ def register() -> None:
 
 def _tiles_linears(
     x: torch.Tensor, parts: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], rows: Sequence[int],
-    cols: int, mode: str, group: Sequence[int] = (),
+    cols: int, mode: str, group: Sequence[int] = (), kind: str = "BF16",
 ) -> list[torch.Tensor]:  # fmt: skip
     """Several products of one x: where a gradient is needed, those that there is one for."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *biases)):
-        return one_by_one(x, parts, biases, rows, cols, mode, group)
+        return one_by_one(x, parts, biases, rows, cols, mode, group, kind)
     with torch._C._AutoDispatchBelowAutograd():
         together: list[torch.Tensor] = torch.ops.bitforbit.tiles_linears.default(
-            x, parts, biases, rows, cols, mode, group
+            x, parts, biases, rows, cols, mode, group, kind
         )
         return together
 
 
 def one_by_one(
     x: torch.Tensor, parts: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], rows: Sequence[int],
-    cols: int, mode: str, group: Sequence[int] = (),
+    cols: int, mode: str, group: Sequence[int] = (), kind: str = "BF16",
 ) -> list[torch.Tensor]:  # fmt: skip
     """What ``tiles_linears`` computes, by operators for one product each, with the same bits."""
     op, group = torch.ops.bitforbit.tiles_linear.default, list(group) or list(rows)
     return [
-        op(x, *parts[4 * i : 4 * i + 4], bias, count, cols, mode, group)
+        op(x, *parts[4 * i : 4 * i + 4], bias, count, cols, mode, group, kind)
         for i, (count, bias) in enumerate(zip(rows, biases, strict=True))
     ]
 
@@ -72,8 +72,8 @@ def _planes(parts: tuple[torch.Tensor, ...], weight: tuple[Any, ...]) -> torch.T
 
 
 def _tiles(parts: tuple[torch.Tensor, ...], weight: tuple[Any, ...]) -> torch.Tensor:
-    rows, cols = weight
-    return torch.ops.bitforbit.tiles_decode.default(*parts, rows, cols, 0, rows)
+    rows, cols, kind = weight
+    return torch.ops.bitforbit.tiles_decode.default(*parts, rows, cols, 0, rows, kind)
 
 
 def _df11(parts: tuple[torch.Tensor, ...], weight: tuple[Any, ...]) -> torch.Tensor:
@@ -85,10 +85,10 @@ DECODERS: dict[str, Decoder] = {"linear": _planes, "tiles_linear": _tiles, "df11
 """How each linear's weight is decoded."""
 
 
-def _setup_context(fields: int, ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _setup_context(fields: tuple[int, ...], ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     x, bias = inputs[0], inputs[_BIAS]
     ctx.save_for_backward(*inputs[_PARTS])
-    ctx.weight = tuple(inputs[_FIRST_FIELD : _FIRST_FIELD + fields])
+    ctx.weight = tuple(inputs[_FIRST_FIELD + field] for field in fields)
     ctx.inputs = len(inputs)
     ctx.x_shape, ctx.x_stride, ctx.x_contiguous = x.shape, x.stride(), x.is_contiguous()
     ctx.has_bias = bias is not None
@@ -97,7 +97,7 @@ def _setup_context(fields: int, ctx: Any, inputs: tuple[Any, ...], output: torch
 def _backward(decode: Decoder, ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        weight = decode(ctx.saved_tensors, ctx.weight)
+        weight = decode(ctx.saved_tensors, ctx.weight).to(grad.dtype)  # FP8 has been multiplied so
         flattened = ctx.has_bias and ctx.x_contiguous
         grad_x = _grad_x(grad, weight, ctx.x_shape, ctx.x_stride, flattened)
     if ctx.has_bias and ctx.needs_input_grad[_BIAS]:

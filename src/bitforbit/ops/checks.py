@@ -20,6 +20,14 @@ _LARGE_BYTES = 1 << 22
 Bytes = npt.NDArray[np.uint8]
 Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def multiplies(x: torch.dtype, weight: torch.dtype) -> bool:
+    """Whether x can be multiplied by a weight of a dtype: its own, or, for FP8, what ``weight.to(x.dtype)`` gives."""
+    return x == weight or (weight.itemsize == 1 and weight.is_floating_point and x in FLOATS)
+
+
 PARTS = ("code", "digits", "sign_mantissa", "tails")
 """Names of the parts of a compressed weight, in their order."""
 

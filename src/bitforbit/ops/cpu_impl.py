@@ -127,13 +127,15 @@ def linear(
 ) -> torch.Tensor:
     """``x @ weight.T + bias``, ``[..., rows]``, for x ``[..., cols]`` of the weight's dtype.
 
+    For a weight in FP8, x may be in BF16, FP16 or FP32: ``functional.linear(x, weight.to(x.dtype), bias)``.
+
     Raises UsageError for a wrong dtype, shape or mode, CorruptTensorError.
     """
     checks.layout(kind, rows, cols, rows_per_table, dtype)
     if mode not in MODES:
         raise UsageError(f"expected a mode among {', '.join(MODES)}, got {mode!r}")
     shape = x.shape
-    if x.dtype != dtype or not shape or shape[-1] != cols:
+    if not checks.multiplies(x.dtype, dtype) or not shape or shape[-1] != cols:
         raise UsageError(
             f"expected x of dtype {dtype} and shape [..., {cols}], got {x.dtype} and {tuple(shape)}; "
             "cast x, or decompress the model and cast that"
@@ -165,7 +167,7 @@ def _decoded(x: torch.Tensor, parts: checks.Parts, bias: torch.Tensor | None, we
     buffer = SCRATCH.borrow(nbytes)
     try:
         _decode(parts, weight, 0, rows, buffer.bytes(nbytes))
-        return functional.linear(x, buffer.matrix(rows, cols, dtype), bias)
+        return functional.linear(x, buffer.matrix(rows, cols, dtype).to(x.dtype), bias)
     finally:
         SCRATCH.give_back(buffer)
 

@@ -47,11 +47,11 @@ def embedding(
 
 def tiles_linear(
     x: Tensor, tiles_: Tensor, escapes: Tensor, offsets: Tensor, header: Tensor, bias: Tensor | None,
-    rows: int, cols: int, mode: str, group: Sequence[int] = (),
+    rows: int, cols: int, mode: str, group: Sequence[int] = (), kind: str = "BF16",
 ) -> Tensor:  # fmt: skip
     """As ``torch.ops.bitforbit.tiles_linear``."""
     op = tiles.linear if _is_plain_call(x, bias) else torch.ops.bitforbit.tiles_linear.default
-    result: Tensor = op(x, tiles_, escapes, offsets, header, bias, rows, cols, mode, group)
+    result: Tensor = op(x, tiles_, escapes, offsets, header, bias, rows, cols, mode, group, kind)
     return result
 
 
@@ -63,17 +63,18 @@ def ordinary_tiles_linears(x: Tensor, matrices: Sequence[Matrix], cols: int, gro
     if not torch._C._autograd._profiler_enabled():
         return fused.linears(x, matrices, cols, group)
     parts, biases = [part for matrix in matrices for part in matrix.parts], [matrix.bias for matrix in matrices]
-    rows = [matrix.rows for matrix in matrices]
-    result: list[Tensor] = torch.ops.bitforbit.tiles_linears.default(x, parts, biases, rows, cols, "fused", group)
+    rows, kind = [matrix.rows for matrix in matrices], matrices[0].kind
+    result: list[Tensor] = torch.ops.bitforbit.tiles_linears.default(x, parts, biases, rows, cols, "fused", group, kind)
     return result
 
 
 def tiles_embedding(
-    ids: Tensor, tiles_: Tensor, escapes: Tensor, offsets: Tensor, header: Tensor, rows: int, cols: int
-) -> Tensor:
+    ids: Tensor, tiles_: Tensor, escapes: Tensor, offsets: Tensor, header: Tensor, rows: int, cols: int,
+    kind: str = "BF16",
+) -> Tensor:  # fmt: skip
     """As ``torch.ops.bitforbit.tiles_embedding``."""
     op = tiles.embedding if _is_plain_call(ids, None) else torch.ops.bitforbit.tiles_embedding.default
-    result: Tensor = op(ids, tiles_, escapes, offsets, header, rows, cols)
+    result: Tensor = op(ids, tiles_, escapes, offsets, header, rows, cols, kind)
     return result
 
 

@@ -2,8 +2,11 @@
 
 The four parts of a weight are one-dimensional uint8 tensors. Layout ``planes`` is that of files (docs/format.md,
 section 3): ``kind`` is the float that is coded, ``dtype`` that of the weight: the same but for F32 coded as BF16;
-``rows``, ``cols`` and ``rows_per_table`` are those of its matrix view. Layouts ``tiles`` and ``df11`` hold BF16 in the
-memory of GPUs; a weight in ``df11`` is elements ``begin`` to ``begin + rows * cols`` of a unit of ``elements``.
+``rows``, ``cols`` and ``rows_per_table`` are those of its matrix view. Layouts ``tiles`` and ``df11`` are those of the
+memory of GPUs. Weights in tiles are of a ``kind``: BF16, F16 or F8_E4M3. One in ``df11``, BF16, is elements ``begin``
+to ``begin + rows * cols`` of a unit of ``elements``.
+
+A product has the dtype of x, which is that of the weight; weights in FP8 are cast to that of x, BF16, FP16 or FP32.
 
 ``group``: the rows of all matrices that a product in mode ``"fused"`` may be computed together with, itself among
 them: the order of its sums follows from them, whether it is computed alone or not. Empty: it stands alone.
@@ -19,6 +22,9 @@ from torch import Tensor
 MODES = ("exact", "fused")
 """``"exact"``: torch's own bits. ``"fused"``: products from the compressed weight, FP32 sums in our fixed order."""
 
+TILES_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F8_E4M3": torch.float8_e4m3fn}
+"""Of the weights in tiles, by kind."""
+
 LIBRARY = torch.library.Library("bitforbit", "DEF")
 
 _PLANES = "Tensor code, Tensor digits, Tensor sign_mantissa, Tensor tails"
@@ -30,11 +36,12 @@ _SCHEMAS = (
     f"decode({_PLANES}, {_PLANES_WEIGHT}, int begin, int end) -> Tensor",
     f"embedding(Tensor ids, {_PLANES}, {_PLANES_WEIGHT}) -> Tensor",
     f"linear(Tensor x, {_PLANES}, Tensor? bias, {_PLANES_WEIGHT}, str mode) -> Tensor",
-    f"tiles_decode({_TILES}, int rows, int cols, int begin, int end) -> Tensor",
-    f"tiles_embedding(Tensor ids, {_TILES}, int rows, int cols) -> Tensor",
-    f"tiles_linear(Tensor x, {_TILES}, Tensor? bias, int rows, int cols, str mode, int[] group=[]) -> Tensor",
-    "tiles_linears(Tensor x, Tensor[] parts, Tensor?[] biases, int[] rows, int cols, str mode, int[] group=[])"
-    " -> Tensor[]",
+    f"tiles_decode({_TILES}, int rows, int cols, int begin, int end, str kind='BF16') -> Tensor",
+    f"tiles_embedding(Tensor ids, {_TILES}, int rows, int cols, str kind='BF16') -> Tensor",
+    f"tiles_linear(Tensor x, {_TILES}, Tensor? bias, int rows, int cols, str mode, int[] group=[], str kind='BF16')"
+    " -> Tensor",
+    "tiles_linears(Tensor x, Tensor[] parts, Tensor?[] biases, int[] rows, int cols, str mode, int[] group=[], "
+    "str kind='BF16') -> Tensor[]",
     f"df11_decode({_DF11}, int elements, int begin, int end) -> Tensor",
     f"df11_embedding(Tensor ids, {_DF11}, int elements, int begin, int rows, int cols) -> Tensor",
     f"df11_linear(Tensor x, {_DF11}, Tensor? bias, int elements, int begin, int rows, int cols, str mode) -> Tensor",
@@ -73,27 +80,29 @@ def _linear(
 
 
 def _tiles_decode(
-    tiles: Tensor, escapes: Tensor, offsets: Tensor, header: Tensor, rows: int, cols: int, begin: int, end: int
-) -> Tensor:
-    return tiles.new_empty((end - begin, cols), dtype=torch.bfloat16)
+    tiles: Tensor, escapes: Tensor, offsets: Tensor, header: Tensor, rows: int, cols: int, begin: int, end: int,
+    kind: str = "BF16",
+) -> Tensor:  # fmt: skip
+    return tiles.new_empty((end - begin, cols), dtype=TILES_DTYPES[kind])
 
 
 def _tiles_embedding(
-    ids: Tensor, tiles: Tensor, escapes: Tensor, offsets: Tensor, header: Tensor, rows: int, cols: int
-) -> Tensor:
-    return tiles.new_empty((*ids.shape, cols), dtype=torch.bfloat16)
+    ids: Tensor, tiles: Tensor, escapes: Tensor, offsets: Tensor, header: Tensor, rows: int, cols: int,
+    kind: str = "BF16",
+) -> Tensor:  # fmt: skip
+    return tiles.new_empty((*ids.shape, cols), dtype=TILES_DTYPES[kind])
 
 
 def _tiles_linear(
     x: Tensor, tiles: Tensor, escapes: Tensor, offsets: Tensor, header: Tensor, bias: Tensor | None,
-    rows: int, cols: int, mode: str, group: Sequence[int] = (),
+    rows: int, cols: int, mode: str, group: Sequence[int] = (), kind: str = "BF16",
 ) -> Tensor:  # fmt: skip
     return _product(x, rows, cols)
 
 
 def _tiles_linears(
     x: Tensor, parts: Sequence[Tensor], biases: Sequence[Tensor | None], rows: Sequence[int], cols: int, mode: str,
-    group: Sequence[int] = (),
+    group: Sequence[int] = (), kind: str = "BF16",
 ) -> list[Tensor]:  # fmt: skip
     return [_product(x, count, cols) for count in rows]
 

@@ -190,8 +190,9 @@ def test_fakes():
 def test_refusals():
     case = tiles(gaussian((ROWS, COLS)))
     x = x_of((5, COLS))
-    with pytest.raises(UsageError, match=r"expected a bias of dtype torch.bfloat16 and shape \(40,\)"):
-        case.linear(x, gaussian((ROWS,), torch.float32), "fused")
+    for bias in (gaussian((ROWS,), torch.float64), gaussian((ROWS + 1,))):
+        with pytest.raises(UsageError, match=r"expected a bias in BF16, FP16 or FP32 of shape \(40,\)"):
+            case.linear(x, bias, "fused")
     with pytest.raises(UsageError, match=r"shape \[..., 200\]"):
         case.linear(x[:, 1:], None, "fused")
     with pytest.raises(UsageError, match="a mode among exact, fused"):

@@ -9,11 +9,14 @@ from typing import ClassVar
 from bitforbit.cuda.fused import tuned
 from bitforbit.cuda.fused.order import Order
 from bitforbit.cuda.kernel import U32, DeviceProperties, Kernel, LaunchConfig, Pointer
-from bitforbit.cuda.tiles.layout import SIZE_LIMIT, TILE_BYTES, TILE_COLS, TILE_ROWS, TILE_WEIGHTS
+from bitforbit.cuda.tiles.kinds import BF16, F16, KINDS, Kind
+from bitforbit.cuda.tiles.layout import SIZE_LIMIT, TILE_COLS, TILE_ROWS, TILE_WEIGHTS
 from bitforbit.errors import UsageError
 
 MAX_TOKENS = 64
 MMA_TOKENS = 8
+MOST_SHARED_BYTES = 227 << 10
+"""Of a block, on any GPU."""
 LIST_BYTES = 512
 """Of a chunk's escapes in shared memory; longer lists are read from device memory."""
 SWIZZLE_BYTES = 1024
@@ -47,22 +50,20 @@ class Variant:
     capability: ClassVar[tuple[int, int] | None] = None
     """The only compute capability that it runs on, if it does not run on all."""
 
-    @property
-    def kernel(self) -> Kernel:
-        """Its entry point."""
+    def kernel(self, kind: Kind = BF16) -> Kernel:
+        """Its entry point for a kind of weights."""
         defines = tuple((f"BITFORBIT_{field.name.upper()}", str(getattr(self, field.name))) for field in fields(self))
-        return Kernel("fused_linear", "fused_linear.cu", PARAMETERS, defines)
+        return Kernel("fused_linear", "fused_linear.cu", PARAMETERS, defines + kind.defines)
 
     @property
     def unit_rows(self) -> int:
         """Rows of a block."""
         return self.warps * self.stripes * TILE_ROWS
 
-    @property
-    def shared_bytes(self) -> int:
+    def shared_bytes(self, kind: Kind = BF16) -> int:
         """Of a block."""
         chunk = 2 * self.tokens * (self.stages * TILE_COLS + 8)
-        warp = self.stripes * (self.stages * TILE_BYTES + 2 * TILE_WEIGHTS + 2 * LIST_BYTES) + 8 * self.stages
+        warp = self.stripes * (self.stages * kind.tile_bytes + 2 * TILE_WEIGHTS + 2 * LIST_BYTES) + 8 * self.stages
         return 2 * chunk + self.warps * warp
 
 
@@ -72,10 +73,9 @@ class HalfSteps(Variant):
 
     instruction: ClassVar[str] = "mma.m16n8k8"
 
-    @property
-    def kernel(self) -> Kernel:
-        """Its entry point."""
-        whole = super().kernel
+    def kernel(self, kind: Kind = BF16) -> Kernel:
+        """Its entry point for a kind of weights."""
+        whole = super().kernel(kind)
         return replace(whole, defines=(*whole.defines, ("BITFORBIT_K_STEP", "8")))
 
 
@@ -92,18 +92,16 @@ class Hopper(Variant):
     instruction: ClassVar[str] = "wgmma.m64nNk16"
     capability: ClassVar[tuple[int, int] | None] = (9, 0)
 
-    @property
-    def kernel(self) -> Kernel:
-        """Its entry point."""
+    def kernel(self, kind: Kind = BF16) -> Kernel:
+        """Its entry point for a kind of weights."""
         names = ("tokens", "warps", "stages", "blocks", "chunk")
         defines = tuple((f"BITFORBIT_{name.upper()}", str(getattr(self, name))) for name in names)
-        return Kernel("fused_hopper", "fused_hopper.cu", PARAMETERS, defines)
+        return Kernel("fused_hopper", "fused_hopper.cu", PARAMETERS, defines + kind.defines)
 
-    @property
-    def shared_bytes(self) -> int:
+    def shared_bytes(self, kind: Kind = BF16) -> int:
         """Of a block."""
         chunk = 2 * self.tokens * self.chunk * TILE_COLS
-        ring = self.stages // 2 * (2 * TILE_BYTES + 16)  # two tiles and their barrier
+        ring = self.stages // 2 * (2 * kind.tile_bytes + 16)  # two tiles and their barrier
         warp = ring + 2 * TILE_WEIGHTS + 2 * self.chunk * (LIST_BYTES // 4 + 8)
         return SWIZZLE_BYTES + 2 * chunk + TABLE_BYTES + self.warps * warp
 
@@ -129,8 +127,23 @@ HOPPER = (
 )
 """So are these, and to be compared with the others, on GPUs of compute capability 9.0."""
 ALL = VARIANTS + BULK + HALF_STEPS + HOPPER
-PLAIN = Kernel("fused_plain", "fused_plain.cu", (Pointer,) * 4 + (U32,) * 6)
-KERNELS = (*(variant.kernel for variant in ALL), PLAIN)
+_PLAIN_PARAMETERS = (Pointer,) * 4 + (U32,) * 7
+PLAIN = {kind.outputs: Kernel("fused_plain", "fused_plain.cu", _PLAIN_PARAMETERS, kind.defines) for kind in (BF16, F16)}
+"""By what weights and activations are."""
+
+
+def has(variant: Variant, kind: Kind) -> bool:
+    """Whether there is a binary for a kind of weights.
+
+    Half steps are for libraries' orders, which are proven for BF16 alone; some blocks would be too large for any GPU.
+    """
+    return kind == BF16 or (variant not in HALF_STEPS and variant.shared_bytes(kind) <= MOST_SHARED_BYTES)
+
+
+KERNELS = (
+    *(variant.kernel(kind) for kind in KINDS for variant in ALL if has(variant, kind)),
+    *PLAIN.values(),
+)
 
 
 @dataclass(frozen=True)
@@ -144,28 +157,34 @@ class Plan:
     """ARRIVED_BYTES, and after them FP32 sums."""
 
 
-def choose_variant(tokens: int, properties: DeviceProperties, instruction: str = Variant.instruction) -> Variant:
+def choose_variant(
+    tokens: int, properties: DeviceProperties, instruction: str = Variant.instruction, kind: Kind = BF16
+) -> Variant:
     """The variant for so many tokens: the last of those of an instruction that fit into the device's shared memory."""
-    return [variant for variant in variants(tokens, properties, instruction) if variant not in BULK][-1]
+    return [variant for variant in variants(tokens, properties, instruction, kind) if variant not in BULK][-1]
 
 
-def variants(tokens: int, properties: DeviceProperties, instruction: str = Variant.instruction) -> tuple[Variant, ...]:
+def variants(
+    tokens: int, properties: DeviceProperties, instruction: str = Variant.instruction, kind: Kind = BF16
+) -> tuple[Variant, ...]:
     """All of an instruction that are made for so many tokens and run on the device, at least one. Raises UsageError."""
     if not 1 <= tokens <= MAX_TOKENS:
         raise UsageError(f"expected 1 to {MAX_TOKENS} tokens, got {tokens}; decode the matrix for more")
-    known = [v for v in _of(properties) if v.instruction == instruction and v.tokens >= tokens]
+    known = [v for v in _of(properties) if v.instruction == instruction and v.tokens >= tokens and has(v, kind)]
     if not known:
-        raise UsageError(f"expected an instruction of {properties.name}, got {instruction}")
+        raise UsageError(f"expected an instruction of {properties.name} for {kind.name}, got {instruction}")
     room = min(variant.tokens for variant in known)
-    fits = [v for v in known if v.tokens == room and v.shared_bytes <= properties.shared_bytes_per_block]
+    fits = [v for v in known if v.tokens == room and v.shared_bytes(kind) <= properties.shared_bytes_per_block]
     if not fits:
         raise UsageError(f"expected a GPU with more than {properties.shared_bytes_per_block} bytes of shared memory")
     return tuple(fits)
 
 
-def tuned_variant(rows: tuple[int, ...], order: Order, tokens: int, properties: DeviceProperties) -> Variant | None:
+def tuned_variant(
+    rows: tuple[int, ...], order: Order, tokens: int, properties: DeviceProperties, kind: Kind = BF16
+) -> Variant | None:
     """The one that was measured to be the fastest for a shape; None if none of this version's was, for such orders."""
-    fits = variants(tokens, properties, order.instruction)
+    fits = variants(tokens, properties, order.instruction, kind)
     fields = tuned.find(rows, order.cols, properties).variants.get(fits[0].tokens)
     return next((variant for variant in fits if asdict(variant) == fields), None)
 
@@ -183,11 +202,14 @@ def _of(properties: DeviceProperties) -> list[Variant]:
 
 @lru_cache(maxsize=4096)
 def plan(
-    rows: tuple[int, ...], order: Order, tokens: int, properties: DeviceProperties, variant: Variant | None = None
-) -> Plan:
+    rows: tuple[int, ...], order: Order, tokens: int, properties: DeviceProperties, variant: Variant | None = None,
+    kind: Kind = BF16,
+) -> Plan:  # fmt: skip
     """The launch for matrices of so many rows each that share x [tokens, order.cols]. Raises UsageError."""
-    chosen = variant or tuned_variant(rows, order, tokens, properties)
-    chosen = chosen or choose_variant(tokens, properties, order.instruction)
+    chosen = variant or tuned_variant(rows, order, tokens, properties, kind)
+    chosen = chosen or choose_variant(tokens, properties, order.instruction, kind)
+    if not has(chosen, kind):
+        raise UsageError(f"expected a variant that there is for {kind.name}, got {chosen}")
     if tokens > chosen.tokens:
         raise UsageError(f"expected at most {chosen.tokens} tokens for {chosen}, got {tokens}")
     if chosen.capability not in (None, properties.compute_capability):
@@ -197,8 +219,8 @@ def plan(
     if max(blocks, sum(rows)) >= SIZE_LIMIT or (order.splits > 1 and 4 * units > ARRIVED_BYTES):
         raise UsageError(f"expected fewer rows in one launch, got {sum(rows)}: multiply by fewer matrices at once")
     sums = 4 * blocks * chosen.unit_rows * chosen.tokens if order.splits > 1 else 0
-    config = LaunchConfig.linear(blocks, 32 * chosen.warps, chosen.shared_bytes)
-    return Plan(chosen, chosen.kernel, config, ARRIVED_BYTES + sums)
+    config = LaunchConfig.linear(blocks, 32 * chosen.warps, chosen.shared_bytes(kind))
+    return Plan(chosen, chosen.kernel(kind), config, ARRIVED_BYTES + sums)
 
 
 @lru_cache(maxsize=4096)

@@ -11,7 +11,7 @@
 // Safe for any content of the parts: what comes from memory is clamped before it becomes an address or a count.
 //
 // BITFORBIT_TOKENS (8, 16, 32, 64), BITFORBIT_WARPS, BITFORBIT_STAGES, BITFORBIT_BLOCKS and BITFORBIT_CHUNK: see
-// cuda/fused/plan.py.
+// cuda/fused/plan.py; BITFORBIT_WEIGHTS: tiles.cuh.
 #include "fused_splits.cuh"
 #include "wgmma.cuh"
 
@@ -130,18 +130,23 @@ struct Lists {
 constexpr u32 kFragments = kTileWeights / 256, kFragmentStep = kWarp;
 
 // Decodes this lane's part of a tile, words and codes, into shared memory; escapes are still missing.
-__device__ __forceinline__ void decode(const u8* smem_words, const u8* smem_codes, uint4* smem_fragment,
-                                       u32 base_pair) {
-  const uint4 low = *reinterpret_cast<const uint4*>(smem_words);
-  const uint4 high = *reinterpret_cast<const uint4*>(smem_words + 16 * kWarp);
-  const u32 word[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-  u32 code[3], pair[kPairs];
-#pragma unroll
-  for (u32 w = 0; w < 3; ++w) code[w] = *reinterpret_cast<const u32*>(smem_codes + 4 * kWarp * w);
-  decode_lane(word, code, base_pair, pair);
+__device__ __forceinline__ void decode(const u8* smem_words, const u8* smem_codes, uint4* smem_fragment, u32 base) {
+  Lane share;
+  u32 pair[kPairs];
+  read_lane(smem_words, smem_codes, Resident{}, share);
+  decode_lane(share, base, pair);
 #pragma unroll
   for (u32 i = 0; i < kFragments; ++i) {
     smem_fragment[i * kFragmentStep] = make_uint4(pair[4 * i], pair[4 * i + 1], pair[4 * i + 2], pair[4 * i + 3]);
+  }
+}
+
+template <u32 kTiles>
+__device__ __forceinline__ void multiply_async(float (&sum)[kTiles][4], const uint4& a, u64 b) {
+  if constexpr (kF16) {
+    wgmma_f16(sum, a, b);
+  } else {
+    wgmma_bf16(sum, a, b);
   }
 }
 
@@ -163,7 +168,8 @@ __device__ __forceinline__ void patch_elsewhere(u16* smem_decoded, const u16* sm
 #pragma unroll 1
   for (u32 i = lane; i < run.y - kElsewhere; i += kWarp) {
     const u32 entry = load_entry(gmem_escapes, run.x + i, wide);
-    const u32 exponent = wide ? (entry >> 16 & 0xFF) << 7 : smem_table[entry >> 10];  // [23:16] of a wide one
+    const u32 exponent =
+        wide ? (entry >> 16 & 0xFF) << kExponentShift : smem_table[entry >> 10];  // [23:16] of a wide one
     u16* weight = smem_decoded + (entry & (kTileWeights - 1));
     *weight = static_cast<u16>((*weight & ~kExponentBits) | exponent);
   }
@@ -181,7 +187,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
   u32 stripes = 0, stripe = unit * kWarps;
   const Matrix* gmem_matrix = gmem_matrices;
   for (u32 m = 0;; ++m, ++gmem_matrix) {
-    stripes = static_cast<u32>((gmem_matrix->rows + kTileRows - 1) / kTileRows);
+    stripes = (gmem_matrix->rows + kTileRows - 1) / kTileRows;
     const u32 units = (stripes - 1) / kWarps + 1;
     if (stripe < units * kWarps || m + 1 == matrices) break;
     stripe -= units * kWarps;
@@ -229,7 +235,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
   x.load(0, tokens, cols, begin * kTileCols, end * kTileCols, aligned);
   const Header header = load_header(matrix.gmem_header, lane);
   const u32 capacity = entry_capacity(matrix.escapes_bytes, header.wide);
-  if (threadIdx.x < 64) smem_table[threadIdx.x] = static_cast<u16>(__ldg(matrix.gmem_header + threadIdx.x) << 7);
+  if (threadIdx.x < 64)
+    smem_table[threadIdx.x] = static_cast<u16>(__ldg(matrix.gmem_header + threadIdx.x) << kExponentShift);
   lists.advance(matrix.gmem_escapes, header.wide, capacity, smem_lists, smem_runs, begin + kChunk, end, lane);
   commit_copies();
 
@@ -256,7 +263,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
       const u32 ring_end = kept(min(tile + kStages, chunk_end));
       u8* smem_step = kept(smem_ring);
       const u8* smem_words = kept(smem_ring + 16 * lane);
-      const u8* smem_codes = kept(smem_ring + kTileCodes + 4 * lane);
+      const u8* smem_codes = kept(smem_ring + kTileCodes + kLaneCodeBytes * lane);
 #pragma unroll 1
       for (; tile < ring_end; tile += kStepTiles) {
         mbarrier_wait(barrier_of(smem_step), phase);
@@ -264,7 +271,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
         for (u32 j = 0; j < kStepTiles; ++j) {
           if (j != 0 && tile + j >= end) break;
           const uint2 run = smem_run[j];
-          decode(smem_words + j * kTileBytes, smem_codes + j * kTileBytes, smem_fragment, header.base_pair);
+          decode(smem_words + j * kTileBytes, smem_codes + j * kTileBytes, smem_fragment, header.base);
           __syncwarp();  // the slot is read, the tile written
           if (j == kStepTiles - 1 && tile + kStages < end) copy_step(smem_step, tile + kStages);
           if (run.y < kElsewhere) {
@@ -275,10 +282,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
           __syncwarp();
           wgmma_wait<0>();  // the products of the tile before: their weights' registers are free
 #pragma unroll
-          for (u32 i = 0; i < 4; ++i) a[i] = smem_fragment[i * kFragmentStep];
+          for (u32 i = 0; i < 4; ++i) a[i] = operand(smem_fragment[i * kFragmentStep]);
           wgmma_fence();
 #pragma unroll
-          for (u32 i = 0; i < 4; ++i) wgmma_bf16(sum, a[i], b + i * kDescriptorStep);
+          for (u32 i = 0; i < 4; ++i) multiply_async(sum, a[i], b + i * kDescriptorStep);
           wgmma_commit();
           b += kTileXBytes / 16;
         }
@@ -295,10 +302,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
   if (splits > 1 && !add_splits<kThreads>(sum, gmem_sums, gmem_arrived + unit, unit, split, splits, rules, smem)) {
     return;
   }
+  const Bias bias = load_bias(matrix, stripe, lane);
 #pragma unroll
   for (u32 n = 0; n < kTokenTiles; ++n) {
-    store_sums(sum[n], matrix.gmem_bias, gmem_out + matrix.rows_before * tokens, stripe, static_cast<u32>(matrix.rows),
-               n * kMmaTokens, tokens, lane, rules);
+    store_sums(sum[n], bias, gmem_out + matrix.rows_before * tokens, stripe, matrix.rows, n * kMmaTokens, tokens, lane,
+               rules);
   }
 }
 

@@ -9,7 +9,7 @@
 // Safe for any content of the parts: what comes from memory is clamped before it becomes an address or a count.
 //
 // BITFORBIT_TOKENS (8, 16, 32, 64), BITFORBIT_STRIPES, BITFORBIT_WARPS, BITFORBIT_STAGES, BITFORBIT_BLOCKS,
-// BITFORBIT_BULK and BITFORBIT_K_STEP (16, 8): see cuda/fused/plan.py.
+// BITFORBIT_BULK and BITFORBIT_K_STEP (16, 8): see cuda/fused/plan.py; BITFORBIT_WEIGHTS: tiles.cuh.
 #include "async.cuh"
 #include "fused_splits.cuh"
 #include "ldmatrix.cuh"
@@ -90,9 +90,10 @@ struct Tiles {
 #pragma unroll
     for (u32 s = 0; s < kStripes; ++s) {
       u8* smem = smem_stage + s * kSlotBytes + 16 * lane;
-      copy_async(smem, gmem[s]);
-      copy_async(smem + 512, gmem[s] + 512);
-      if (lane < kTileBytes / 16 - 2 * kWarp) copy_async(smem + 1024, gmem[s] + 1024);
+#pragma unroll
+      for (u32 b = 0; b < kTileBytes; b += 16 * kWarp) {
+        if (b + 16 * kWarp <= kTileBytes || lane < (kTileBytes - b) / 16) copy_async(smem + b, gmem[s] + b);
+      }
       gmem[s] += kTileBytes;
     }
   }
@@ -139,23 +140,18 @@ __device__ __forceinline__ u32 list_entry(const u8* smem_list, const u8* gmem_es
   return word >> (8 * (at & 2));  // narrow ones have garbage above [15:0]
 }
 
-__device__ __forceinline__ void load_slot(const u8* smem_slot, u32 lane, u32 (&word)[8], u32 (&code)[3]) {
-  const uint4 low = reinterpret_cast<const uint4*>(smem_slot)[lane];
-  const uint4 high = reinterpret_cast<const uint4*>(smem_slot)[32 + lane];
-  word[0] = low.x, word[1] = low.y, word[2] = low.z, word[3] = low.w;
-  word[4] = high.x, word[5] = high.y, word[6] = high.z, word[7] = high.w;
-#pragma unroll
-  for (u32 w = 0; w < 3; ++w) code[w] = reinterpret_cast<const u32*>(smem_slot + kTileCodes)[32 * w + lane];
+__device__ __forceinline__ void load_slot(const u8* smem_slot, u32 lane, Lane& share) {
+  read_lane(smem_slot + 16 * lane, smem_slot + kTileCodes + kLaneCodeBytes * lane, Resident{}, share);
 }
 
 using Sums = float[kStripes * kTokenTiles][4];  // of a lane, as mma has them, stripe after stripe
 
 __device__ __forceinline__ void multiply_step(float (&sum)[4], uint4 a, u32 b0, u32 b1) {
   if constexpr (BITFORBIT_K_STEP == 16) {
-    mma_bf16(sum, a, b0, b1);
+    multiply_whole(sum, a, b0, b1);
   } else {
-    mma_bf16_half(sum, a.x, a.y, b0);
-    mma_bf16_half(sum, a.z, a.w, b1);
+    multiply_half(sum, a.x, a.y, b0);
+    multiply_half(sum, a.z, a.w, b1);
   }
 }
 
@@ -170,8 +166,8 @@ __device__ __forceinline__ void multiply(const u16* smem_decoded, const u16* sme
     for (u32 s = 0; s < kStripes; ++s) {
 #pragma unroll
       for (u32 j = 0; j < 2; ++j) {
-        a[s][j] =
-            *reinterpret_cast<const uint4*>(smem_decoded + s * kTileWeights + 256 * (i + j) + (8 * lane ^ 8 * (i + j)));
+        const u16* smem_a = smem_decoded + s * kTileWeights + 256 * (i + j) + (8 * lane ^ 8 * (i + j));
+        a[s][j] = operand(*reinterpret_cast<const uint4*>(smem_a));
       }
     }
 #pragma unroll
@@ -198,7 +194,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
   u32 stripes = 0, first_stripe = unit * kWarps * kStripes;
   const Matrix* gmem_matrix = gmem_matrices;
   for (u32 m = 0;; ++m, ++gmem_matrix) {
-    stripes = static_cast<u32>((gmem_matrix->rows + kTileRows - 1) / kTileRows);
+    stripes = (gmem_matrix->rows + kTileRows - 1) / kTileRows;
     const u32 units = (stripes - 1) / (kWarps * kStripes) + 1;
     if (first_stripe < units * kWarps * kStripes || m + 1 == matrices) break;
     first_stripe -= units * kWarps * kStripes;
@@ -275,14 +271,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
       u32 first[kStripes], entries[kStripes], entry[kStripes];
 #pragma unroll
       for (u32 s = 0; s < kStripes; ++s) {
-        u32 word[8], code[3], pair[kPairs];
-        load_slot(smem_slot + s * kSlotBytes, lane, word, code);
+        Lane share;
+        u32 pair[kPairs];
+        load_slot(smem_slot + s * kSlotBytes, lane, share);
         const int j = static_cast<int>(tile - chunk_begin);
         first[s] = __shfl_sync(kAllLanes, lists[s].now.first, j);
         entries[s] = __shfl_sync(kAllLanes, lists[s].now.count, j);
         entry[s] = list_entry(smem_list + s * kListBytes, matrix.gmem_escapes, lists[s].now_begin, first[s], entries[s],
                               header.wide, lane);
-        decode_lane(word, code, header.base_pair, pair);
+        decode_lane(share, header.base, pair);
         stage(pair, smem_decoded + s * kTileWeights, lane);
       }
       __syncwarp();  // the slots are read, the tiles written
@@ -304,10 +301,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
   }
 #pragma unroll
   for (u32 s = 0; s < kStripes; ++s) {
+    const Bias bias = load_bias(matrix, first_stripe + s, lane);
 #pragma unroll
     for (u32 n = 0; n < kTokenTiles; ++n) {
-      store_sums(sum[s * kTokenTiles + n], matrix.gmem_bias, gmem_out + matrix.rows_before * tokens, first_stripe + s,
-                 static_cast<u32>(matrix.rows), n * kMmaTokens, tokens, lane, rules);
+      store_sums(sum[s * kTokenTiles + n], bias, gmem_out + matrix.rows_before * tokens, first_stripe + s, matrix.rows,
+                 n * kMmaTokens, tokens, lane, rules);
     }
   }
 }

@@ -1,5 +1,5 @@
-// The product of a BF16 matrix as it is, in the order of the fused kernels: what they are compared with on a GPU. As
-// plain as can be: a warp has 16 rows, 8 tokens and all columns.
+// The product of a plain matrix, BF16 or FP16,, in the order of the fused kernels: what they are compared with on a
+// GPU. As plain as can be: a warp has 16 rows, 8 tokens and all columns.
 #include "fused.cuh"
 
 constexpr u32 kMostTreeSplits = 32;
@@ -24,8 +24,8 @@ __device__ __forceinline__ void add_tree(float4* smem_parts, u32 splits, Rules r
 }
 
 extern "C" __global__ void __launch_bounds__(kWarp)
-    fused_plain(const u16* gmem_weights, const u16* gmem_bias, const u16* gmem_x, u16* gmem_out, u32 rows, u32 cols,
-                u32 tokens, u32 splits, u32 split_tiles, u32 order_rules) {
+    fused_plain(const u16* gmem_weights, const void* gmem_bias, const u16* gmem_x, u16* gmem_out, u32 rows, u32 cols,
+                u32 tokens, u32 splits, u32 split_tiles, u32 order_rules, u32 bias_type) {
   SHARED(float4, smem_parts, kMostTreeSplits * kWarp);
   const Rules rules = {order_rules};
   const u32 lane = threadIdx.x, stripe = blockIdx.x, token = kMmaTokens * blockIdx.y;
@@ -44,10 +44,10 @@ extern "C" __global__ void __launch_bounds__(kWarp)
       const u32 b0 = load_pair(gmem_x, token + lane / 4, tokens, at, cols);
       const u32 b1 = load_pair(gmem_x, token + lane / 4, tokens, at + 8, cols);
       if (rules.half_steps()) {
-        mma_bf16_half(sum, a.x, a.y, b0);
-        mma_bf16_half(sum, a.z, a.w, b1);
+        multiply_half(sum, a.x, a.y, b0);
+        multiply_half(sum, a.z, a.w, b1);
       } else {
-        mma_bf16(sum, a, b0, b1);
+        multiply_whole(sum, a, b0, b1);
       }
     }
     for (u32 e = 0; e < 4; ++e) {
@@ -61,5 +61,7 @@ extern "C" __global__ void __launch_bounds__(kWarp)
     const float4 sum = smem_parts[lane];
     total[0] = sum.x, total[1] = sum.y, total[2] = sum.z, total[3] = sum.w;
   }
-  store_sums(total, gmem_bias, gmem_out, stripe, rows, token, tokens, lane, rules);
+  Matrix matrix = {};
+  matrix.gmem_bias = gmem_bias, matrix.bias_type = bias_type, matrix.rows = rows;
+  store_sums(total, load_bias(matrix, stripe, lane), gmem_out, stripe, rows, token, tokens, lane, rules);
 }

@@ -1,4 +1,5 @@
-// Products of BF16 fragments (PTX ISA: mma.m16n8k16, mma.m16n8k8; sm_80 and later), and rounding to BF16.
+// Products of BF16 or FP16 fragments with FP32 sums (PTX ISA: mma.m16n8k16, mma.m16n8k8; sm_80 and later), and rounding
+// to these.
 #pragma once
 #include "portable.cuh"
 
@@ -16,9 +17,22 @@ __device__ __forceinline__ void mma_bf16(float (&c)[4], uint4 a, u32 b0, u32 b1)
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
+__device__ __forceinline__ void mma_f16(float (&c)[4], uint4 a, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+}
+
 // c += a * b for half of the columns, A [16, 8] and B [8, 8]: fragments as above, without z, w and b1.
 __device__ __forceinline__ void mma_bf16_half(float (&c)[4], u32 a0, u32 a1, u32 b0) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(b0));
+}
+
+__device__ __forceinline__ void mma_f16_half(float (&c)[4], u32 a0, u32 a1, u32 b0) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(b0));
 }
@@ -28,6 +42,18 @@ __device__ __forceinline__ u16 to_bf16(float value) {
   u16 word;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(word) : "f"(value));
   return word;
+}
+
+__device__ __forceinline__ u16 to_f16(float value) {
+  u16 word;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(word) : "f"(value));
+  return word;
+}
+
+__device__ __forceinline__ float from_f16(u16 word) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(word));
+  return value;
 }
 
 #endif

@@ -2,13 +2,8 @@
 #pragma once
 #include "portable.cuh"
 
-constexpr u32 kTileRows = 16, kTileCols = 64, kTileWeights = 1024, kTileBytes = 1408;
-constexpr u32 kTileCodes = 1024;  // byte at which the codes begin
-constexpr u32 kPairs = 16;        // of a lane: two weights in a register, in the order of the matrix instruction
-
-constexpr u32 kExponentBits = 0x7F80;          // of a BF16 weight: [14:7]
-constexpr u32 kSignMantissaPair = 0x807F807F;  // of a pair: [31], [22:16], [15], [6:0]
-constexpr u32 kExponentPair = 0x00800080;      // a pair of ones at the exponents' lowest bits
+constexpr u32 kTileRows = 16, kTileCols = 64, kTileWeights = 1024;
+constexpr u32 kPairs = 16;  // of a lane: two weights in a register, in the order of the matrix instruction
 
 constexpr u32 kHeaderBase = 64, kHeaderEntryBytes = 68;
 constexpr u32 kWideBytes = 4;  // of an entry; narrow ones have 2
@@ -32,46 +27,32 @@ __device__ __forceinline__ u32 multiply_add(u32 value, u32 addend) {
 
 #endif
 
-// Lane `lane`'s words of sign and mantissa, and of codes: two loads of 16 bytes, three of 4, coalesced.
-__device__ __forceinline__ void load_lane(const u8* gmem_tile, u32 lane, u32 (&word)[8], u32 (&code)[3]) {
-  const uint4 low = load_once(reinterpret_cast<const uint4*>(gmem_tile) + lane);
-  const uint4 high = load_once(reinterpret_cast<const uint4*>(gmem_tile) + 32 + lane);
-  word[0] = low.x, word[1] = low.y, word[2] = low.z, word[3] = low.w;
-  word[4] = high.x, word[5] = high.y, word[6] = high.z, word[7] = high.w;
-#pragma unroll
-  for (u32 w = 0; w < 3; ++w) code[w] = load_once(reinterpret_cast<const u32*>(gmem_tile + kTileCodes) + 32 * w + lane);
-}
+// The kind of weights: BITFORBIT_WEIGHTS is 0 (BF16), 1 (FP16) or 2 (FP8 E4M3).
+#ifndef BITFORBIT_WEIGHTS
+#define BITFORBIT_WEIGHTS 0
+#endif
+#include "weights_bf16.cuh"
+#include "weights_f16.cuh"
+#include "weights_f8.cuh"
 
-// Sign and mantissa of pair p, at their places; the exponents' bits are garbage.
-__device__ __forceinline__ u32 sign_mantissa_pairs(const u32 (&word)[8], u32 p) {
-  return p % 2 == 0 ? word[p / 2] : __byte_perm(word[p / 2], 0, 0x0321);  // rotated right by 8
-}
+// Loads for read_lane: of tiles in device memory, and of those in shared memory.
+struct Streamed {
+  template <class T>
+  __device__ __forceinline__ T operator()(const T* gmem) const {
+    return load_once(gmem);
+  }
+};
 
-// Exponents of pair p, at [14:7] and [30:23]: base_pair (base * kExponentPair) plus the codes. A mask, then a
-// multiplication by a power of two, which moves the codes to [9:7] and [25:23] and adds the base in the same
-// instruction, on the pipe that the other instructions leave free.
-__device__ __forceinline__ u32 exponents(const u32 (&code)[3], u32 p, u32 base_pair) {
-  if (p == 15) {  // one bit of each word: [16] and [0]
-    const u32 bits = multiply_add<4>(code[2] & 0x00010001, multiply_add<2>(code[1] & 0x00010001, code[0] & 0x00010001));
-    return multiply_add<128>(bits, base_pair);
+struct Resident {
+  template <class T>
+  __device__ __forceinline__ T operator()(const T* smem) const {
+    return *smem;
   }
-  const u32 word = code[p / 5];
-  switch (p % 5) {
-    case 0: return multiply_add<64>(word & 0x000E000E, base_pair);       // [3:1] and [19:17]
-    case 1: return multiply_add<8>(word & 0x00700070, base_pair);        // [6:4] and [22:20]
-    case 2: return (word & 0x03800380) + base_pair;                      // [9:7] and [25:23]
-    case 3: return multiply_add<64>(word >> 9 & 0x000E000E, base_pair);  // [12:10] and [28:26]
-    default: return multiply_add<8>(word >> 9 & 0x00700070, base_pair);  // [15:13] and [31:29]
-  }
-}
+};
 
-// A lane's 32 weights: pair[4i + r] is register r of step i. Escapes have the base as their exponent.
-__device__ __forceinline__ void decode_lane(const u32 (&word)[8], const u32 (&code)[3], u32 base_pair,
-                                            u32 (&pair)[kPairs]) {
-#pragma unroll
-  for (u32 p = 0; p < kPairs; ++p) {
-    pair[p] = (sign_mantissa_pairs(word, p) & kSignMantissaPair) | exponents(code, p, base_pair);
-  }
+// Lane `number`'s share of a tile.
+__device__ __forceinline__ void load_lane(const u8* gmem_tile, u32 number, Lane& lane) {
+  read_lane(gmem_tile + 16 * number, gmem_tile + kTileCodes + kLaneCodeBytes * number, Streamed{}, lane);
 }
 
 // Where a tile's weights lie in shared memory, as half-word indices. A lane's four registers of a step stay side by
@@ -89,14 +70,14 @@ __device__ __forceinline__ void stage(const u32 (&pair)[kPairs], u16* smem_tile,
 }
 
 struct Header {
-  u32 base_pair;  // base at [14:7] and [30:23]
-  u32 wide;       // entries are 4 bytes
-  u32 table;      // lane l: exponents 4 * (l mod 16) to + 3 of the table
+  u32 base;   // as decode_lane takes it
+  u32 wide;   // entries are 4 bytes
+  u32 table;  // lane l: exponents 4 * (l mod 16) to + 3 of the table
 };
 
 __device__ __forceinline__ Header load_header(const u8* gmem_header, u32 lane) {
   const u32* words = reinterpret_cast<const u32*>(gmem_header);
-  return {(__ldg(words + kHeaderBase / 4) & 0xFF) * kExponentPair,
+  return {base_word(__ldg(words + kHeaderBase / 4) & 0xFF),
           __ldg(words + kHeaderEntryBytes / 4) == kWideBytes ? 1u : 0u, __ldg(words + lane % 16)};
 }
 
@@ -120,7 +101,7 @@ __device__ __forceinline__ u32 entry_exponent(u32 entry, const Header& header) {
 }
 
 __device__ __forceinline__ u16 with_exponent(u16 weight, u32 exponent) {
-  return static_cast<u16>((weight & ~kExponentBits) | exponent << 7);
+  return static_cast<u16>((weight & ~kExponentBits) | exponent << kExponentShift);
 }
 
 // A run's escapes: lane j has the first entry and the number of entries of the run's tile j. At most 31 tiles.

@@ -1,37 +1,39 @@
-// BF16 rows to tiles, in four steps between which the host chooses the window: how often each exponent occurs; the
-// escapes of each tile; their running sum (tiles_scan.cu); tiles and escapes. A warp per tile, which reads its weights
-// as they lie in the registers of the matrix instruction.
+// Rows of plain weights to tiles, in four steps between which the host chooses the window: how often each exponent
+// occurs; the escapes of each tile; their running sum (tiles_scan.cu); tiles and escapes. A warp per tile, which reads
+// its weights as they lie in the registers of the matrix instruction.
 #include "tiles.cuh"
 
 constexpr u32 kThreads = 256, kWarps = kThreads / kWarp;
 constexpr u32 kExponents = 256;
 constexpr u32 kWindow = 8;
 
-__device__ __forceinline__ u32 exponent_of(u32 weight) { return weight >> 7 & 0xFF; }  // [14:7]
+constexpr u32 kVector = 16 / sizeof(Element);  // weights in 16 bytes
+
+__device__ __forceinline__ u32 exponent_of(u32 weight) { return (weight & kExponentBits) >> kExponentShift; }
 
 // gmem_bins[e] += number of weights with exponent e. Each warp counts for itself in shared memory.
 extern "C" __global__ void __launch_bounds__(kThreads)
-    tiles_histogram(const u16* gmem_weights, u64 count, u64* gmem_bins) {
+    tiles_histogram(const Element* gmem_weights, u64 count, u64* gmem_bins) {
   SHARED(u32, smem_bins, kWarps * kExponents);
   for (u32 i = threadIdx.x; i < kWarps * kExponents; i += kThreads) smem_bins[i] = 0;
   __syncthreads();
   u32* smem_own = smem_bins + threadIdx.x / kWarp * kExponents;
   const u64 thread = static_cast<u64>(blockIdx.x) * kThreads + threadIdx.x;
   const u64 threads = static_cast<u64>(gridDim.x) * kThreads;
-  // Up to 7 weights before the first 16-byte boundary, whole groups of 8, up to 7 after them.
-  const u64 head = min(count, (16 - reinterpret_cast<u64>(gmem_weights) % 16) / 2 % 8);
-  const u64 groups = (count - head) / 8, tail = head + 8 * groups;
+  // Some weights before the first 16-byte boundary, whole vectors, some after them.
+  const u64 head = min(count, (16 - reinterpret_cast<u64>(gmem_weights) % 16) / sizeof(Element) % kVector);
+  const u64 groups = (count - head) / kVector, tail = head + kVector * groups;
   for (u64 i = thread; i < groups; i += threads) {
-    const uint4 eight = __ldg(reinterpret_cast<const uint4*>(gmem_weights + head) + i);
-    const u32 pair[4] = {eight.x, eight.y, eight.z, eight.w};
+    const uint4 vector = __ldg(reinterpret_cast<const uint4*>(gmem_weights + head) + i);
+    const u32 word[4] = {vector.x, vector.y, vector.z, vector.w};
 #pragma unroll
-    for (u32 j = 0; j < 4; ++j) {
-      atomicAdd(smem_own + exponent_of(pair[j]), 1u);
-      atomicAdd(smem_own + exponent_of(pair[j] >> 16), 1u);
+    for (u32 j = 0; j < kVector; ++j) {
+      const u32 element = word[j / (kVector / 4)] >> 8 * sizeof(Element) * (j % (kVector / 4));
+      atomicAdd(smem_own + exponent_of(from_element(static_cast<Element>(element))), 1u);
     }
   }
-  if (thread < head) atomicAdd(smem_own + exponent_of(gmem_weights[thread]), 1u);
-  if (thread < count - tail) atomicAdd(smem_own + exponent_of(gmem_weights[tail + thread]), 1u);
+  if (thread < head) atomicAdd(smem_own + exponent_of(from_element(gmem_weights[thread])), 1u);
+  if (thread < count - tail) atomicAdd(smem_own + exponent_of(from_element(gmem_weights[tail + thread])), 1u);
   __syncthreads();
   for (u32 e = threadIdx.x; e < kExponents; e += kThreads) {
     u64 sum = 0;
@@ -54,20 +56,20 @@ __device__ __forceinline__ Corner corner_of(u32 tile, u32 cols, u32 lane) {
 
 // A lane's 32 weights of a tile, in the order of the matrix instruction. What is outside of the matrix has the window's
 // first exponent and no other bit.
-__device__ __forceinline__ void gather_pairs(const u16* gmem_weights, u32 rows, u32 cols, Corner corner, u32 base,
+__device__ __forceinline__ void gather_pairs(const Element* gmem_weights, u32 rows, u32 cols, Corner corner, u32 base,
                                              u32 (&pair)[kPairs]) {
 #pragma unroll
   for (u32 p = 0; p < kPairs; ++p) {
     const u64 row = corner.row + 8 * (p % 2);
     const u32 col = corner.col + 8 * (p / 2);  // 16 * step + 8 * (register div 2)
-    const u16* gmem = gmem_weights + row * cols + col;
+    const Element* gmem = gmem_weights + row * cols + col;
     pair[p] = base * kExponentPair;
     if (row >= rows || col >= cols) continue;
-    if (col + 1 < cols && reinterpret_cast<u64>(gmem) % 4 == 0) {
+    if (sizeof(Element) == 2 && col + 1 < cols && reinterpret_cast<u64>(gmem) % 4 == 0) {
       pair[p] = __ldg(reinterpret_cast<const u32*>(gmem));
     } else {
-      const u32 high = col + 1 < cols ? __ldg(gmem + 1) : base << 7;
-      pair[p] = __ldg(gmem) | high << 16;
+      const u32 high = col + 1 < cols ? from_element(__ldg(gmem + 1)) : base << kExponentShift;
+      pair[p] = from_element(__ldg(gmem)) | high << 16;
     }
   }
 }
@@ -76,7 +78,7 @@ __device__ __forceinline__ bool escapes(u32 weight, u32 base) { return exponent_
 
 // gmem_counts[t] = number of escapes of tile t.
 extern "C" __global__ void __launch_bounds__(kThreads)
-    tiles_count(const u16* gmem_weights, u32 rows, u32 cols, u32 tiles, u32 base, u32* gmem_counts) {
+    tiles_count(const Element* gmem_weights, u32 rows, u32 cols, u32 tiles, u32 base, u32* gmem_counts) {
   const u32 lane = threadIdx.x % kWarp, tile = blockIdx.x * kWarps + threadIdx.x / kWarp;
   if (tile >= tiles) return;
   u32 pair[kPairs], count = 0;
@@ -88,19 +90,19 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   if (lane == 0) gmem_counts[tile] = count;
 }
 
-// Writes tiles, and the entries of their escapes from gmem_offsets[tile] on. Six blocks at a time: for sm_80, ptxas
-// would spill a register to have eight. gmem_ranks[e]: index of an escaped exponent in the header, for entries of 2
-// bytes.
-extern "C" __global__ void __launch_bounds__(kThreads, 6)
-    tiles_write(const u16* gmem_weights, u32 rows, u32 cols, u32 tiles, u32 base, const u8* gmem_ranks, u32 entry_bytes,
-                const u32* gmem_offsets, u8* gmem_tiles, u8* gmem_escapes, u32 entries) {
+// Writes tiles, and the entries of their escapes from gmem_offsets[tile] on. Six blocks at a time for BF16: for sm_80,
+// ptxas would spill a register to have eight; other kinds need more registers. gmem_ranks[e]: index of an escaped
+// exponent in the header, for entries of 2 bytes.
+extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_WEIGHTS == 0 ? 6 : 4)
+    tiles_write(const Element* gmem_weights, u32 rows, u32 cols, u32 tiles, u32 base, const u8* gmem_ranks,
+                u32 entry_bytes, const u32* gmem_offsets, u8* gmem_tiles, u8* gmem_escapes, u32 entries) {
   const u32 lane = threadIdx.x % kWarp, tile = blockIdx.x * kWarps + threadIdx.x / kWarp;
   if (tile >= tiles) return;
   const Corner corner = corner_of(tile, cols, lane);
   u32 pair[kPairs];
   gather_pairs(gmem_weights, rows, cols, corner, base, pair);
 
-  u32 word[8], code[3] = {};
+  Lane share = {};
   u32 escaped = 0;  // [2p + h]: half h of pair p, which is the order of positions within a step
 #pragma unroll
   for (u32 p = 0; p < kPairs; ++p) {
@@ -114,24 +116,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 6)
         codes |= (exponent_of(weight) - base) << 16 * h;
       }
     }
-    const u32 rest = pair[p] & kSignMantissaPair;
-    if (p % 2 == 0) {
-      word[p / 2] = rest;
-    } else {
-      word[p / 2] |= __byte_perm(rest, 0, 0x2103);  // rotated left by 8
-    }
-    if (p < 15) {
-      code[p / 5] |= codes << (3 * (p % 5) + 1);
-    } else {
-#pragma unroll
-      for (u32 w = 0; w < 3; ++w) code[w] |= codes >> w & 0x00010001;
-    }
+    encode_pair(share, p, pair[p] & kSignMantissaPair, codes);
   }
   u8* gmem_tile = gmem_tiles + static_cast<u64>(tile) * kTileBytes;
-  reinterpret_cast<uint4*>(gmem_tile)[lane] = make_uint4(word[0], word[1], word[2], word[3]);
-  reinterpret_cast<uint4*>(gmem_tile)[32 + lane] = make_uint4(word[4], word[5], word[6], word[7]);
-#pragma unroll
-  for (u32 w = 0; w < 3; ++w) reinterpret_cast<u32*>(gmem_tile + kTileCodes)[32 * w + lane] = code[w];
+  write_lane(gmem_tile + 16 * lane, gmem_tile + kTileCodes + kLaneCodeBytes * lane, share);
 
   // Escapes of steps 0-3 at [15:0], [31:16], [47:32], [63:48], at most 256 each: of this lane, then of it and all
   // before.
@@ -154,7 +142,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 6)
       const u32 j = static_cast<u32>(__ffs(static_cast<i32>(left))) - 1;  // [2:1] register, [0] half
       const u64 row = corner.row + 8 * (j >> 1 & 1);
       const u32 col = corner.col + 16 * i + 8 * (j >> 2) + (j & 1);
-      const u32 position = 256 * i + 8 * lane + j, exponent = exponent_of(__ldg(gmem_weights + row * cols + col));
+      const u32 position = 256 * i + 8 * lane + j,
+                exponent = exponent_of(from_element(__ldg(gmem_weights + row * cols + col)));
       if (entry_bytes == kWideBytes) {
         reinterpret_cast<u32*>(gmem_escapes)[at] = position | exponent << 16;
       } else {

@@ -16,8 +16,8 @@ __device__ __forceinline__ u64 load_id(const void* gmem_ids, u32 id_bytes, u64 i
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     tiles_rows(const u8* gmem_tiles, const u8* gmem_escapes, u64 escapes_bytes, const u32* gmem_offsets,
-               const u8* gmem_header, const void* gmem_ids, u32 id_bytes, u64 count, u16* gmem_out, u32 rows, u32 cols,
-               u32* gmem_status) {
+               const u8* gmem_header, const void* gmem_ids, u32 id_bytes, u64 count, Element* gmem_out, u32 rows,
+               u32 cols, u32* gmem_status) {
   SHARED(u16, smem_rows, kWarps * kWarpTiles * kTilePitch);
   u16* smem_row = smem_rows + threadIdx.x / kWarp * (kWarpTiles * kTilePitch);
   const u32 lane = threadIdx.x % kWarp, tiles_per_stripe = (cols - 1) / kTileCols + 1;
@@ -36,10 +36,10 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   u32 pair[kPairs] = {};
   Header header = {};
   if (valid) {
-    u32 word[8], code[3];
-    load_lane(gmem_tiles + tile * kTileBytes, 4 * quad + t, word, code);
+    Lane share;
+    load_lane(gmem_tiles + tile * kTileBytes, 4 * quad + t, share);
     header = load_header(gmem_header, lane);
-    decode_lane(word, code, header.base_pair, pair);
+    decode_lane(share, header.base, pair);
   }
 #pragma unroll
   for (u32 i = 0; i < 4; ++i) {
@@ -64,16 +64,16 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     }
   }
   __syncwarp();
-  u16* gmem = gmem_out + index * cols + static_cast<u64>(group) * kWarpCols;
+  Element* gmem = gmem_out + index * cols + static_cast<u64>(group) * kWarpCols;
   const u32 cols_left = min(cols - group * kWarpCols, kWarpCols);
   if (cols % 8 == 0) {
     for (u32 col = 8 * lane; col < cols_left; col += 8 * kWarp) {
       const u16* smem = smem_row + col / kTileCols * kTilePitch + col % kTileCols;
-      store_once(reinterpret_cast<uint4*>(gmem + col), *reinterpret_cast<const uint4*>(smem));
+      store_once(reinterpret_cast<Eight*>(gmem + col), to_elements(*reinterpret_cast<const uint4*>(smem)));
     }
   } else {
     for (u32 col = lane; col < cols_left; col += kWarp) {
-      store_once(gmem + col, smem_row[col / kTileCols * kTilePitch + col % kTileCols]);
+      store_once(gmem + col, to_element(smem_row[col / kTileCols * kTilePitch + col % kTileCols]));
     }
   }
 }

@@ -8,8 +8,8 @@
 #pragma once
 #include "async.cuh"
 
-// b as the columns of a matrix [N, 64] of BF16 in shared memory, on 1024 bytes (PTX ISA: "Shared Memory Matrix Layout",
-// K-major, 128-byte swizzle): rows of 128 bytes, in which the pieces of 16 bytes change places by the row.
+// b as the columns of a matrix [N, 64] of BF16 or FP16 in shared memory, on 1024 bytes (PTX ISA: "Shared Memory Matrix
+// Layout", K-major, 128-byte swizzle): rows of 128 bytes, in which the pieces of 16 bytes change places by the row.
 constexpr u32 kSwizzleBytes = 1024;  // eight rows: the pattern's period
 
 // Byte at which piece `piece` (0-7) of row `row` lies: bits [6:4] are XORed with bits [9:7].
@@ -43,58 +43,67 @@ __device__ __forceinline__ T* kept(T* smem) {
 
 // sum += a * b for N = 8 times its first dimension. Lane 4q + t of warp w has of a the fragment of mma_bf16 (mma.cuh)
 // for rows 16w to 16w + 15, and of sum[n] what mma_bf16 has of c, for columns 8n to 8n + 7.
-__device__ __forceinline__ void wgmma_bf16(float (&sum)[1][4], const uint4& a, u64 b) {
-  asm volatile(
-      "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3"
-      "}, {%4, %5, %6, %7}, %8, add, 1, 1, 0;\n}"
-      : "+f"(sum[0][0]), "+f"(sum[0][1]), "+f"(sum[0][2]), "+f"(sum[0][3])
-      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b)
-      : "memory");
-}
+#define BITFORBIT_WGMMA(NAME, TYPE)                                                                             \
+  __device__ __forceinline__ void NAME(float (&sum)[1][4], const uint4& a, u64 b) {                             \
+    asm volatile(                                                                                               \
+        "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"                                                          \
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32." TYPE "." TYPE                                              \
+        " {"                                                                                                    \
+        "%0, %1, %2, %3"                                                                                        \
+        "}, {%4, %5, %6, %7}, %8, add, 1, 1, 0;\n}"                                                             \
+        : "+f"(sum[0][0]), "+f"(sum[0][1]), "+f"(sum[0][2]), "+f"(sum[0][3])                                    \
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b)                                                        \
+        : "memory");                                                                                            \
+  }                                                                                                             \
+                                                                                                                \
+  __device__ __forceinline__ void NAME(float (&sum)[2][4], const uint4& a, u64 b) {                             \
+    asm volatile(                                                                                               \
+        "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"                                                          \
+        "wgmma.mma_async.sync.aligned.m64n16k16.f32." TYPE "." TYPE                                             \
+        " {"                                                                                                    \
+        "%0, %1, %2, %3, %4, %5, %6, %7"                                                                        \
+        "}, {%8, %9, %10, %11}, %12, add, 1, 1, 0;\n}"                                                          \
+        : "+f"(sum[0][0]), "+f"(sum[0][1]), "+f"(sum[0][2]), "+f"(sum[0][3]), "+f"(sum[1][0]), "+f"(sum[1][1]), \
+          "+f"(sum[1][2]), "+f"(sum[1][3])                                                                      \
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b)                                                        \
+        : "memory");                                                                                            \
+  }                                                                                                             \
+                                                                                                                \
+  __device__ __forceinline__ void NAME(float (&sum)[4][4], const uint4& a, u64 b) {                             \
+    asm volatile(                                                                                               \
+        "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"                                                          \
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32." TYPE "." TYPE                                             \
+        " {"                                                                                                    \
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"                                  \
+        "}, {%16, %17, %18, %19}, %20, add, 1, 1, 0;\n}"                                                        \
+        : "+f"(sum[0][0]), "+f"(sum[0][1]), "+f"(sum[0][2]), "+f"(sum[0][3]), "+f"(sum[1][0]), "+f"(sum[1][1]), \
+          "+f"(sum[1][2]), "+f"(sum[1][3]), "+f"(sum[2][0]), "+f"(sum[2][1]), "+f"(sum[2][2]), "+f"(sum[2][3]), \
+          "+f"(sum[3][0]), "+f"(sum[3][1]), "+f"(sum[3][2]), "+f"(sum[3][3])                                    \
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b)                                                        \
+        : "memory");                                                                                            \
+  }                                                                                                             \
+                                                                                                                \
+  __device__ __forceinline__ void NAME(float (&sum)[8][4], const uint4& a, u64 b) {                             \
+    asm volatile(                                                                                               \
+        "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"                                                          \
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE                                             \
+        " {"                                                                                                    \
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                \
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"                        \
+        "}, {%32, %33, %34, %35}, %36, add, 1, 1, 0;\n}"                                                        \
+        : "+f"(sum[0][0]), "+f"(sum[0][1]), "+f"(sum[0][2]), "+f"(sum[0][3]), "+f"(sum[1][0]), "+f"(sum[1][1]), \
+          "+f"(sum[1][2]), "+f"(sum[1][3]), "+f"(sum[2][0]), "+f"(sum[2][1]), "+f"(sum[2][2]), "+f"(sum[2][3]), \
+          "+f"(sum[3][0]), "+f"(sum[3][1]), "+f"(sum[3][2]), "+f"(sum[3][3]), "+f"(sum[4][0]), "+f"(sum[4][1]), \
+          "+f"(sum[4][2]), "+f"(sum[4][3]), "+f"(sum[5][0]), "+f"(sum[5][1]), "+f"(sum[5][2]), "+f"(sum[5][3]), \
+          "+f"(sum[6][0]), "+f"(sum[6][1]), "+f"(sum[6][2]), "+f"(sum[6][3]), "+f"(sum[7][0]), "+f"(sum[7][1]), \
+          "+f"(sum[7][2]), "+f"(sum[7][3])                                                                      \
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b)                                                        \
+        : "memory");                                                                                            \
+  }
 
-__device__ __forceinline__ void wgmma_bf16(float (&sum)[2][4], const uint4& a, u64 b) {
-  asm volatile(
-      "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7"
-      "}, {%8, %9, %10, %11}, %12, add, 1, 1, 0;\n}"
-      : "+f"(sum[0][0]), "+f"(sum[0][1]), "+f"(sum[0][2]), "+f"(sum[0][3]), "+f"(sum[1][0]), "+f"(sum[1][1]),
-        "+f"(sum[1][2]), "+f"(sum[1][3])
-      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b)
-      : "memory");
-}
-
-__device__ __forceinline__ void wgmma_bf16(float (&sum)[4][4], const uint4& a, u64 b) {
-  asm volatile(
-      "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-      "}, {%16, %17, %18, %19}, %20, add, 1, 1, 0;\n}"
-      : "+f"(sum[0][0]), "+f"(sum[0][1]), "+f"(sum[0][2]), "+f"(sum[0][3]), "+f"(sum[1][0]), "+f"(sum[1][1]),
-        "+f"(sum[1][2]), "+f"(sum[1][3]), "+f"(sum[2][0]), "+f"(sum[2][1]), "+f"(sum[2][2]), "+f"(sum[2][3]),
-        "+f"(sum[3][0]), "+f"(sum[3][1]), "+f"(sum[3][2]), "+f"(sum[3][3])
-      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b)
-      : "memory");
-}
-
-__device__ __forceinline__ void wgmma_bf16(float (&sum)[8][4], const uint4& a, u64 b) {
-  asm volatile(
-      "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-      "}, {%32, %33, %34, %35}, %36, add, 1, 1, 0;\n}"
-      : "+f"(sum[0][0]), "+f"(sum[0][1]), "+f"(sum[0][2]), "+f"(sum[0][3]), "+f"(sum[1][0]), "+f"(sum[1][1]),
-        "+f"(sum[1][2]), "+f"(sum[1][3]), "+f"(sum[2][0]), "+f"(sum[2][1]), "+f"(sum[2][2]), "+f"(sum[2][3]),
-        "+f"(sum[3][0]), "+f"(sum[3][1]), "+f"(sum[3][2]), "+f"(sum[3][3]), "+f"(sum[4][0]), "+f"(sum[4][1]),
-        "+f"(sum[4][2]), "+f"(sum[4][3]), "+f"(sum[5][0]), "+f"(sum[5][1]), "+f"(sum[5][2]), "+f"(sum[5][3]),
-        "+f"(sum[6][0]), "+f"(sum[6][1]), "+f"(sum[6][2]), "+f"(sum[6][3]), "+f"(sum[7][0]), "+f"(sum[7][1]),
-        "+f"(sum[7][2]), "+f"(sum[7][3])
-      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b)
-      : "memory");
-}
+BITFORBIT_WGMMA(wgmma_bf16, "bf16")
+BITFORBIT_WGMMA(wgmma_f16, "f16")
+#undef BITFORBIT_WGMMA
 
 // Between ordinary accesses to the registers of products and the products.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

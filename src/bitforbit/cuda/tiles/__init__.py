@@ -1,1 +1,1 @@
-"""The tile layout of BF16 matrices in GPU memory."""
+"""The tile layout of BF16, FP16 and FP8 matrices in GPU memory."""

@@ -8,16 +8,34 @@ from functools import lru_cache
 
 from bitforbit.cuda.kernel import U32, U64, DeviceProperties, Kernel, LaunchConfig, Pointer
 from bitforbit.cuda.queue import Queue
+from bitforbit.cuda.tiles.kinds import KINDS, Kind
 from bitforbit.cuda.tiles.layout import ALIGNMENT, HEADER_BYTES, TILE_ROWS, TileLayout
 from bitforbit.errors import CorruptTensorError, UsageError
 
 _RANGE = (Pointer, Pointer, U64, Pointer, Pointer, Pointer, U32, U32, U32, U32, U32, U32)
 _IDS = (Pointer, Pointer, U64, Pointer, Pointer, Pointer, U32, U64, Pointer, U32, U32, Pointer)
 
-DECODE = Kernel("tiles_decode", "tiles_decode.cu", _RANGE)
-DECODE_ANY = Kernel("tiles_decode_any", "tiles_decode.cu", _RANGE)
-ROWS = Kernel("tiles_rows", "tiles_rows.cu", _IDS)
-KERNELS = (DECODE, DECODE_ANY, ROWS)
+
+@dataclass(frozen=True)
+class Kernels:
+    """Of a kind of weights."""
+
+    decode: Kernel
+    decode_any: Kernel
+    """For rows of any length."""
+    rows: Kernel
+
+
+def _kernels(kind: Kind) -> Kernels:
+    return Kernels(
+        Kernel("tiles_decode", "tiles_decode.cu", _RANGE, kind.defines),
+        Kernel("tiles_decode_any", "tiles_decode.cu", _RANGE, kind.defines),
+        Kernel("tiles_rows", "tiles_rows.cu", _IDS, kind.defines),
+    )
+
+
+BY_KIND = {kind: _kernels(kind) for kind in KINDS}
+KERNELS = tuple(kernel for kernels in BY_KIND.values() for kernel in vars(kernels).values())
 
 THREADS = 256
 WARPS = THREADS // 32
@@ -59,7 +77,8 @@ def decode_plan(layout: TileLayout, begin: int, end: int, properties: DeviceProp
     run = run_tiles(layout, stripes, properties)
     runs_per_stripe = -(-layout.tiles_per_stripe // run)
     runs = stripes * runs_per_stripe
-    kernel = DECODE if layout.cols % WIDE_STORE == 0 else DECODE_ANY
+    kernels = BY_KIND[layout.kind]
+    kernel = kernels.decode if layout.cols % WIDE_STORE == 0 else kernels.decode_any
     return DecodePlan(kernel, LaunchConfig.linear(-(-runs // WARPS), THREADS), run, runs_per_stripe, runs)
 
 
@@ -74,7 +93,7 @@ def rows_config(layout: TileLayout, count: int) -> LaunchConfig:
 
 
 def decode(queue: Queue, parts: Parts, layout: TileLayout, begin: int, end: int, out: int) -> None:
-    """Decode rows [begin, end) to ``out``, BF16 [end - begin, cols] in device memory.
+    """Decode rows [begin, end) to ``out``, plain weights [end - begin, cols] in device memory.
 
     ``parts``: address and bytes of tiles, escapes, offsets, header; addresses are multiples of 16, as is ``out``.
     Raises UsageError for rows outside the matrix and other alignments, CorruptTensorError for parts of wrong lengths.
@@ -94,7 +113,7 @@ def decode(queue: Queue, parts: Parts, layout: TileLayout, begin: int, end: int,
 def rows(
     queue: Queue, parts: Parts, layout: TileLayout, ids: int, id_bytes: int, count: int, out: int, status: int = 0
 ) -> None:
-    """Decode the rows of ``count`` ids to ``out``, BF16 [count, cols] in device memory.
+    """Decode the rows of ``count`` ids to ``out``, plain weights [count, cols] in device memory.
 
     ``ids``: address of int32 (``id_bytes`` 4) or int64 (8) in device memory. An id outside the matrix gives a row of
     zeros and sets bit 2 of the u32 at ``status`` (0: nowhere). Parts and errors as for :func:`decode`.
@@ -106,8 +125,8 @@ def rows(
         return
     (tiles, _), (escapes, escapes_bytes), (offsets, _), (header, _) = parts
     queue.launch(
-        ROWS, rows_config(layout, count), tiles, escapes, escapes_bytes, offsets, header, ids, id_bytes, count, out,
-        layout.rows, layout.cols, status,
+        BY_KIND[layout.kind].rows, rows_config(layout, count), tiles, escapes, escapes_bytes, offsets, header, ids,
+        id_bytes, count, out, layout.rows, layout.cols, status,
     )  # fmt: skip
 
 
@@ -122,7 +141,8 @@ def check_parts(parts: Parts, layout: TileLayout, out: int) -> None:
     expected = _expected_bytes(layout)
     if (tiles, offsets, header) != expected:
         raise CorruptTensorError(
-            f"expected {expected} bytes in parts tiles, offsets, header of a [{layout.rows}, {layout.cols}] matrix, "
+            f"expected {expected} bytes in parts tiles, offsets, header of a [{layout.rows}, {layout.cols}] matrix of "
+            f"{layout.kind.name}, "
             f"got {(tiles, offsets, header)}"
         )
     if escapes < ALIGNMENT or escapes % ALIGNMENT:

@@ -12,54 +12,50 @@ import numpy as np
 import numpy.typing as npt
 
 from bitforbit.codecs.base import Bytes
+from bitforbit.cuda.tiles.kinds import BF16, WINDOW, Elements, Kind, Words
 from bitforbit.cuda.tiles.layout import (
     HEADER_BASE,
     HEADER_BYTES,
     HEADER_ENTRIES,
-    MAX_BASE,
     NARROW_BYTES,
     NARROW_EXPONENTS,
-    SIGN_MANTISSA_BYTES,
-    TILE_BYTES,
     TILE_COLS,
     TILE_ROWS,
     TILE_WEIGHTS,
-    WINDOW,
     TileLayout,
 )
 
-Words = npt.NDArray[np.uint16]
 Ints = npt.NDArray[np.int64]
 
 _STEP, _LANE, _REGISTER, _HALF = np.indices((4, 32, 4, 2))
 _ROW = _LANE // 4 + 8 * (_REGISTER % 2)
 _COL = 16 * _STEP + 2 * (_LANE % 4) + 8 * (_REGISTER // 2) + _HALF
+_SIGN = 15
 
 
-def choose_base(histogram: Ints) -> int:
+def choose_base(histogram: Ints, kind: Kind = BF16) -> int:
     """The window's first exponent, from the number of weights of each of the 256 exponents."""
-    inside = [int(histogram[base : base + WINDOW].sum()) for base in range(MAX_BASE + 1)]
-    return inside.index(max(inside))
+    bases = range(0, kind.max_base + 1, kind.base_step)
+    inside = [int(histogram[base : base + WINDOW].sum()) for base in bases]
+    return bases[inside.index(max(inside))]
 
 
-def pack(words: Words) -> dict[str, Bytes]:
-    """The four parts of a BF16 matrix, bit patterns [rows, cols]."""
-    layout = TileLayout(*words.shape)
-    exponents = (words >> 7 & 0xFF).astype(np.int64)
+def pack(elements: Elements, kind: Kind = BF16) -> dict[str, Bytes]:
+    """The four parts of a matrix, bit patterns [rows, cols]."""
+    rows, cols = elements.shape
+    layout = TileLayout(rows, cols, kind)
+    words = kind.words(elements)
+    exponents = ((words & kind.field) >> kind.shift).astype(np.int64)
     histogram = np.bincount(exponents.reshape(-1), minlength=256)
-    base = choose_base(histogram)
+    base = choose_base(histogram, kind)
     escaped = [e for e in range(256) if histogram[e] and not base <= e < base + WINDOW]
     narrow = len(escaped) <= NARROW_EXPONENTS
 
     exponent = _fragments(exponents, layout, fill=base)
-    sign = _fragments((words >> 15).astype(np.int64), layout)
-    mantissa = _fragments((words & 0x7F).astype(np.int64), layout)
+    rest = _fragments((words & ~np.uint16(kind.field)).astype(np.int64), layout)
     escapes = (exponent < base) | (exponent >= base + WINDOW)
     code = np.where(escapes, 0, exponent - base)
-
-    tiles = np.zeros((layout.tiles, TILE_BYTES), np.uint8)
-    tiles[:, :SIGN_MANTISSA_BYTES] = _pack_sign_mantissa(sign, mantissa)
-    tiles[:, SIGN_MANTISSA_BYTES:] = _pack_codes(code)
+    tiles = _pack_bits(rest | code << kind.shift, kind)
 
     tile, position = np.nonzero(escapes.reshape(layout.tiles, TILE_WEIGHTS))
     missing = exponent.reshape(layout.tiles, TILE_WEIGHTS)[tile, position]
@@ -80,20 +76,53 @@ def pack(words: Words) -> dict[str, Bytes]:
     }
 
 
-def decode(parts: Mapping[str, Bytes], layout: TileLayout) -> Words:
+def decode(parts: Mapping[str, Bytes], layout: TileLayout) -> Elements:
     """The bit patterns [rows, cols] of a matrix, from parts that are right."""
-    tiles = parts["tiles"].reshape(layout.tiles, TILE_BYTES)
-    header = parts["header"]
+    kind, header = layout.kind, parts["header"]
     base, entry_bytes, count = (int(v) for v in header[HEADER_BASE : HEADER_ENTRIES + 4].view("<u4"))
-    sign, mantissa = _unpack_sign_mantissa(tiles[:, :SIGN_MANTISSA_BYTES])
-    exponent = base + _unpack_codes(tiles[:, SIGN_MANTISSA_BYTES:])
+    words = _unpack_bits(parts["tiles"].reshape(layout.tiles, kind.tile_bytes), kind) + (base << kind.shift)
 
     entries = parts["escapes"][: count * entry_bytes].view(f"<u{entry_bytes}").astype(np.int64)
     offsets = parts["offsets"].view("<u4")[: layout.tiles + 1].astype(np.int64)
     tile = np.repeat(np.arange(layout.tiles), np.diff(offsets))
     missing = header[entries >> 10 & 0x3F] if entry_bytes == NARROW_BYTES else entries >> 16 & 0xFF
-    exponent.reshape(layout.tiles, TILE_WEIGHTS)[tile, entries & 0x3FF] = missing
-    return _matrix((sign << 15 | exponent << 7 | mantissa).astype(np.uint16), layout)
+    flat = words.reshape(layout.tiles, TILE_WEIGHTS)
+    flat[tile, entries & 0x3FF] &= ~kind.field
+    flat[tile, entries & 0x3FF] |= missing.astype(np.int64) << kind.shift
+    return kind.elements(_matrix(words.astype(np.uint16), layout))
+
+
+def place(kind: Kind, pair: int, half: int, bit: int) -> tuple[int, int]:
+    """Word of the lane and bit there at which a bit of a weight is; that of the exponent is one of its code."""
+    places = {"BF16": _place_bf16, "F16": _place_f16, "F8_E4M3": _place_f8}
+    return places[kind.name](pair, half, bit)
+
+
+def _place_bf16(pair: int, half: int, bit: int) -> tuple[int, int]:
+    if bit < 7 or bit == _SIGN:  # the odd pairs are rotated left by 8
+        return pair // 2, (16 * half + bit + 8 * (pair % 2)) % 32
+    if pair == 15:
+        return 8 + bit - 7, 16 * half
+    return 8 + pair // 5, 16 * half + 3 * (pair % 5) + 1 + bit - 7
+
+
+def _place_f16(pair: int, half: int, bit: int) -> tuple[int, int]:
+    if pair < 14:
+        return pair, 16 * half + bit
+    at = 13 if bit == _SIGN else bit
+    return 7 * (pair - 14) + at // 2, 16 * half + 13 + at % 2
+
+
+def _place_f8(pair: int, half: int, bit: int) -> tuple[int, int]:
+    k, byte = pair // 2, 2 * (pair % 2) + half
+    if bit < 8:
+        return k // 2, 8 * byte + bit - 4 * (k % 2)
+    at = 7 if bit == _SIGN else bit - 8
+    if k < 3:
+        return 4 + k, 8 * byte + at
+    if k < 6:
+        return 1 + k, (8 * byte + at + 3) % 32
+    return (6, 8 * byte + 12 - k) if bit == _SIGN else (k - 2, 8 * byte + 5 + at)
 
 
 def _fragments(values: Ints, layout: TileLayout, fill: int = 0) -> Ints:
@@ -122,52 +151,37 @@ def _unpairs(values: Ints) -> Ints:
     return np.ascontiguousarray(values.reshape(len(values), 32, 4, 4, 2).swapaxes(1, 2))
 
 
-def _pack_sign_mantissa(sign: Ints, mantissa: Ints) -> Bytes:
-    s, m = _pairs(sign), _pairs(mantissa)
-    words = np.zeros((len(s), 32, 8), np.int64)
-    for j in range(8):
-        a, b = 2 * j, 2 * j + 1
-        words[:, :, j] = (
-            m[:, :, a, 0] | s[:, :, b, 1] << 7 | m[:, :, b, 0] << 8 | s[:, :, a, 0] << 15
-            | m[:, :, a, 1] << 16 | s[:, :, b, 0] << 23 | m[:, :, b, 1] << 24 | s[:, :, a, 1] << 31
-        )  # fmt: skip
-    halves = words.astype("<u4").reshape(-1, 32, 2, 4).swapaxes(1, 2)  # [tile, words 0-3 or 4-7, lane, word mod 4]
-    return np.ascontiguousarray(halves).reshape(len(s), -1).view(np.uint8)
+def _stored(kind: Kind) -> list[tuple[int, int, int, int, int]]:
+    """(pair, half, bit, word, bit there) of all bits of a lane's weights."""
+    bits = (*kind.mantissa, kind.shift, kind.shift + 1, kind.shift + 2, _SIGN)
+    return [(p, h, bit, *place(kind, p, h, bit)) for p in range(16) for h in range(2) for bit in bits]
 
 
-def _unpack_sign_mantissa(data: Bytes) -> tuple[Ints, Ints]:
-    halves = np.ascontiguousarray(data).view("<u4").reshape(-1, 2, 32, 4).astype(np.int64)
-    words = halves.swapaxes(1, 2).reshape(-1, 32, 8)
-    s, m = np.zeros((len(words), 32, 16, 2), np.int64), np.zeros((len(words), 32, 16, 2), np.int64)
-    for j in range(8):
-        word, a, b = words[:, :, j], 2 * j, 2 * j + 1
-        m[:, :, a, 0], m[:, :, b, 0] = word & 0x7F, word >> 8 & 0x7F
-        m[:, :, a, 1], m[:, :, b, 1] = word >> 16 & 0x7F, word >> 24 & 0x7F
-        s[:, :, a, 0], s[:, :, b, 0] = word >> 15 & 1, word >> 23 & 1
-        s[:, :, a, 1], s[:, :, b, 1] = word >> 31 & 1, word >> 7 & 1
-    return _unpairs(s), _unpairs(m)
+def _pack_bits(weights: Ints, kind: Kind) -> Bytes:
+    """[tile, i, l, r, h] without the base -> bytes of tiles."""
+    pairs = weights.swapaxes(1, 2).reshape(len(weights), 32, 16, 2)
+    words = np.zeros((len(weights), 32, kind.lane_words), np.int64)
+    for pair, half, bit, word, at in _stored(kind):
+        words[:, :, word] |= (pairs[:, :, pair, half] >> bit & 1) << at
+    runs, begin = [], 0
+    for nbytes in kind.word_bytes:
+        run = np.ascontiguousarray(words[:, :, begin : begin + nbytes // 4].astype("<u4"))
+        runs.append(run.reshape(len(weights), -1).view(np.uint8))
+        begin += nbytes // 4
+    return np.concatenate(runs, 1)
 
 
-def _pack_codes(code: Ints) -> Bytes:
-    c = _pairs(code)
-    words = np.zeros((len(c), 3, 32), np.int64)
-    for w in range(3):
-        for j in range(5):
-            words[:, w] |= c[:, :, 5 * w + j, 0] << (3 * j + 1) | c[:, :, 5 * w + j, 1] << (3 * j + 17)
-        words[:, w] |= c[:, :, 15, 0] >> w & 1 | (c[:, :, 15, 1] >> w & 1) << 16
-    return words.astype("<u4").reshape(len(c), -1).view(np.uint8)
-
-
-def _unpack_codes(data: Bytes) -> Ints:
-    words = np.ascontiguousarray(data).view("<u4").reshape(-1, 3, 32).astype(np.int64)
-    c = np.zeros((len(words), 32, 16, 2), np.int64)
-    for w in range(3):
-        for j in range(5):
-            c[:, :, 5 * w + j, 0] = words[:, w] >> (3 * j + 1) & 7
-            c[:, :, 5 * w + j, 1] = words[:, w] >> (3 * j + 17) & 7
-        c[:, :, 15, 0] |= (words[:, w] & 1) << w
-        c[:, :, 15, 1] |= (words[:, w] >> 16 & 1) << w
-    return _unpairs(c)
+def _unpack_bits(data: Bytes, kind: Kind) -> Ints:
+    runs, begin = [], 0
+    for nbytes in kind.word_bytes:
+        run = np.ascontiguousarray(data[:, 32 * begin : 32 * (begin + nbytes)])
+        runs.append(run.view("<u4").reshape(len(data), 32, nbytes // 4))
+        begin += nbytes
+    words = np.concatenate(runs, 2).astype(np.int64)
+    pairs = np.zeros((len(data), 32, 16, 2), np.int64)
+    for pair, half, bit, word, at in _stored(kind):
+        pairs[:, :, pair, half] |= (words[:, :, word] >> at & 1) << bit
+    return np.ascontiguousarray(pairs.reshape(len(data), 32, 4, 4, 2).swapaxes(1, 2))
 
 
 def _padded(values: npt.NDArray[np.uint16] | npt.NDArray[np.uint32], nbytes: int) -> Bytes:

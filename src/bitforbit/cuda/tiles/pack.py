@@ -1,4 +1,4 @@
-"""Packing of BF16 matrices into tiles on the GPU. For preparations: the host waits for the device."""
+"""Packing of matrices into tiles on the GPU. For preparations: the host waits for the device."""
 
 from __future__ import annotations
 
@@ -9,28 +9,44 @@ import numpy as np
 from bitforbit.codecs.base import Bytes
 from bitforbit.cuda.kernel import U32, U64, DeviceProperties, Kernel, LaunchConfig, Pointer
 from bitforbit.cuda.queue import Buffer, Queue
+from bitforbit.cuda.tiles.kinds import BF16, KINDS, WINDOW, Kind
 from bitforbit.cuda.tiles.layout import (
     HEADER_BASE,
     HEADER_BYTES,
     HEADER_ENTRIES,
-    MAX_BASE,
     NARROW_BYTES,
     NARROW_EXPONENTS,
     WIDE_BYTES,
-    WINDOW,
     TileLayout,
 )
 from bitforbit.errors import UsageError
 
-HISTOGRAM = Kernel("tiles_histogram", "tiles_pack.cu", (Pointer, U64, Pointer))
-COUNT = Kernel("tiles_count", "tiles_pack.cu", (Pointer, U32, U32, U32, U32, Pointer))
-WRITE = Kernel(
-    "tiles_write", "tiles_pack.cu", (Pointer, U32, U32, U32, U32, Pointer, U32, Pointer, Pointer, Pointer, U32)
-)
+
+@dataclass(frozen=True)
+class Kernels:
+    """Of a kind of weights."""
+
+    histogram: Kernel
+    count: Kernel
+    write: Kernel
+
+
+_WRITE = (Pointer, U32, U32, U32, U32, Pointer, U32, Pointer, Pointer, Pointer, U32)
+
+
+def _kernels(kind: Kind) -> Kernels:
+    return Kernels(
+        Kernel("tiles_histogram", "tiles_pack.cu", (Pointer, U64, Pointer), kind.defines),
+        Kernel("tiles_count", "tiles_pack.cu", (Pointer, U32, U32, U32, U32, Pointer), kind.defines),
+        Kernel("tiles_write", "tiles_pack.cu", _WRITE, kind.defines),
+    )
+
+
+BY_KIND = {kind: _kernels(kind) for kind in KINDS}
 CHUNK_SUMS = Kernel("tiles_chunk_sums", "tiles_scan.cu", (Pointer, U32, Pointer))
 SCAN_SUMS = Kernel("tiles_scan_sums", "tiles_scan.cu", (Pointer, U32))
 SCAN = Kernel("tiles_scan", "tiles_scan.cu", (Pointer, U32, Pointer))
-KERNELS = (HISTOGRAM, COUNT, WRITE, CHUNK_SUMS, SCAN_SUMS, SCAN)
+KERNELS = (*(k for kernels in BY_KIND.values() for k in vars(kernels).values()), CHUNK_SUMS, SCAN_SUMS, SCAN)
 
 THREADS = 256
 WARPS = THREADS // 32
@@ -59,12 +75,13 @@ class Window:
         return NARROW_BYTES if len(self.escaped) <= NARROW_EXPONENTS else WIDE_BYTES
 
     @classmethod
-    def choose(cls, histogram: list[int]) -> Window:
+    def choose(cls, histogram: list[int], kind: Kind = BF16) -> Window:
         """The lowest of the windows with the fewest escapes, for 256 numbers of weights."""
-        inside = [sum(histogram[base : base + WINDOW]) for base in range(MAX_BASE + 1)]
-        base = inside.index(max(inside))
+        bases = range(0, kind.max_base + 1, kind.base_step)
+        inside = [sum(histogram[base : base + WINDOW]) for base in bases]
+        base = bases[inside.index(max(inside))]
         escaped = [e for e in range(EXPONENTS) if histogram[e] and not base <= e < base + WINDOW]
-        return cls(base, tuple(escaped), sum(histogram) - inside[base])
+        return cls(base, tuple(escaped), sum(histogram) - max(inside))
 
     def header(self) -> Bytes:
         """The part ``header``."""
@@ -92,33 +109,34 @@ def tile_config(layout: TileLayout) -> LaunchConfig:
     return LaunchConfig.linear(-(-layout.tiles // WARPS), THREADS)
 
 
-def pack(queue: Queue, data: int, rows: int, cols: int) -> dict[str, Buffer] | None:
-    """Pack BF16 [rows, cols] at the address ``data`` (a multiple of 2) into the four parts; None if not smaller.
+def pack(queue: Queue, data: int, rows: int, cols: int, kind: Kind = BF16) -> dict[str, Buffer] | None:
+    """Pack weights [rows, cols] at the address ``data`` (on their own size) into the four parts; None if not smaller.
 
     The bytes are those of :func:`bitforbit.cuda.tiles.naive.pack`. Raises UsageError for a matrix without weights, or
     with 2^31 or more rows, columns or tiles.
     """
     if rows < 1 or cols < 1:
         raise UsageError(f"expected a matrix with at least one row and one column, got [{rows}, {cols}]")
-    layout = TileLayout(rows, cols)
+    layout = TileLayout(rows, cols, kind)
     layout.check_size()
+    kernels = BY_KIND[kind]
     bins = queue.zeros(8 * EXPONENTS)
-    queue.launch(HISTOGRAM, histogram_config(rows * cols, queue.properties), data, rows * cols, bins.address)
-    window = Window.choose(np.frombuffer(queue.download(bins), "<u8").tolist())
-    if layout.nbytes(window.entries, window.entry_bytes) >= 2 * rows * cols:
+    queue.launch(kernels.histogram, histogram_config(rows * cols, queue.properties), data, rows * cols, bins.address)
+    window = Window.choose(np.frombuffer(queue.download(bins), "<u8").tolist(), kind)
+    if layout.nbytes(window.entries, window.entry_bytes) >= layout.matrix_bytes:
         return None
     if window.entries > ENTRY_LIMIT:
         raise UsageError(f"expected at most {ENTRY_LIMIT} weights outside the window, got {window.entries}")
 
     offsets = queue.zeros(layout.offsets_bytes)
     config = tile_config(layout)
-    queue.launch(COUNT, config, data, rows, cols, layout.tiles, window.base, offsets.address)
+    queue.launch(kernels.count, config, data, rows, cols, layout.tiles, window.base, offsets.address)
     running_sum(queue, offsets.address, layout.tiles)
     tiles = queue.empty(layout.tiles_bytes)
     escapes = queue.zeros(layout.escapes_bytes(window.entries, window.entry_bytes))
     ranks = queue.upload(window.ranks().tobytes())
     queue.launch(
-        WRITE, config, data, rows, cols, layout.tiles, window.base, ranks.address, window.entry_bytes,
+        kernels.write, config, data, rows, cols, layout.tiles, window.base, ranks.address, window.entry_bytes,
         offsets.address, tiles.address, escapes.address, window.entries,
     )  # fmt: skip
     header = queue.upload(window.header().tobytes())

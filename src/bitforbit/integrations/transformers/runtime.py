@@ -79,9 +79,9 @@ def tiles_share(spec: CompressedSpec, nbytes: int) -> float:
     """Bytes of a parameter as tiles, as is to be expected, per byte of its planes; at least 1."""
     from bitforbit.nn import gpu_specs
 
-    if spec.layout != "planes" or spec.dtype != torch.bfloat16 or not nbytes:
+    if spec.layout != "planes" or spec.dtype not in gpu_specs.TILES_KINDS or not nbytes:
         return 1.0
-    return max(1.0, min(spec.nbytes, gpu_specs.expected_tiles_bytes(*spec.matrix_shape())) / nbytes)
+    return max(1.0, min(spec.nbytes, gpu_specs.expected_tiles_bytes(*spec.matrix_shape(), spec.dtype)) / nbytes)
 
 
 def compressed_element_size(tensor: torch.Tensor) -> float:
@@ -89,7 +89,7 @@ def compressed_element_size(tensor: torch.Tensor) -> float:
     from bitforbit.codecs.planes.layout import matrix_view
     from bitforbit.nn import gpu_specs
 
-    if tensor.dtype != torch.bfloat16 or not tensor.numel():
+    if tensor.dtype not in gpu_specs.TILES_KINDS or not tensor.numel():
         return float(tensor.element_size())
-    expected = gpu_specs.expected_tiles_bytes(*matrix_view(tuple(tensor.shape)))
-    return min(2.0, expected / int(tensor.numel()))
+    expected = gpu_specs.expected_tiles_bytes(*matrix_view(tuple(tensor.shape)), tensor.dtype)
+    return min(float(tensor.element_size()), expected / int(tensor.numel()))

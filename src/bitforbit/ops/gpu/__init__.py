@@ -1,7 +1,7 @@
 """Compressed weights on NVIDIA GPUs: operators through CUDA kernels, decoding ahead, fused products, conversions.
 
-Weights lie in the layouts ``tiles`` (BF16), ``df11`` (BF16 of DFloat11 checkpoints) or ``planes`` (any kind, as in
-files). On CPU tensors the kernels run in an emulation, if a test has installed one (:func:`emulate`).
+Weights lie in the layouts ``tiles`` (BF16, FP16, FP8), ``df11`` (BF16 of DFloat11 checkpoints) or ``planes`` (any kind,
+as in files). On CPU tensors the kernels run in an emulation, if a test has installed one (:func:`emulate`).
 """
 
 from __future__ import annotations

@@ -17,14 +17,18 @@ from bitforbit.cuda import df11 as df11_kernels
 from bitforbit.cuda.df11 import Df11Geometry
 from bitforbit.cuda.planes import encode as planes_encode
 from bitforbit.cuda.queue import Buffer
+from bitforbit.cuda.tiles import kinds
 from bitforbit.cuda.tiles import pack as tiles_pack
 from bitforbit.errors import UsageError
 from bitforbit.ops.checks import Parts, dtype_name
 from bitforbit.ops.gpu import df11, planes, queues, tiles
 from bitforbit.ops.gpu.queues import TensorBuffer
 from bitforbit.ops.gpu.weights import aligned
+from bitforbit.ops.schema import TILES_DTYPES
 
 Tensors = dict[str, torch.Tensor]
+
+_KINDS = {dtype: kind for kind, dtype in TILES_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -40,35 +44,43 @@ class EncodedOnDevice:
 
 
 def pack_tiles(matrix: torch.Tensor) -> Tensors | None:
-    """A BF16 matrix ``[rows, cols]`` in tiles: its four parts; None if they are not smaller. Raises UsageError."""
-    if matrix.dtype is not torch.bfloat16 or matrix.dim() != 2 or matrix.numel() == 0:
-        raise UsageError(f"expected a BF16 matrix that is not empty, got {matrix.dtype} of shape {tuple(matrix.shape)}")
+    """A matrix ``[rows, cols]`` in BF16, FP16 or FP8 (E4M3) in tiles: its four parts; None if they are not smaller.
+
+    Raises UsageError.
+    """
+    kind = _KINDS.get(matrix.dtype)
+    if kind is None or matrix.dim() != 2 or matrix.numel() == 0:
+        raise UsageError(
+            f"expected a matrix that is not empty, of a dtype among {', '.join(map(str, _KINDS))}, got {matrix.dtype} "
+            f"of shape {tuple(matrix.shape)}"
+        )
     queue = queues.queue_for(matrix.device)
     matrix = aligned(matrix)
-    packed = tiles_pack.pack(queue, matrix.data_ptr(), *matrix.shape)
+    rows, cols = matrix.shape
+    packed = tiles_pack.pack(queue, matrix.data_ptr(), rows, cols, kinds.of(kind))
     return None if packed is None else _tensors(packed)
 
 
 def planes_to_tiles(
     parts: Parts, kind: str, rows: int, cols: int, rows_per_table: int, dtype: torch.dtype
 ) -> Tensors | None:
-    """The tiles of a weight in planes, on its device; None if it is not BF16 or tiles are not smaller than BF16.
+    """The tiles of a weight in planes, on its device; None if there are none of its dtype, or if they are not smaller.
 
     Takes the memory of the decoded weight meanwhile. Raises CorruptTensorError, UsageError.
     """
-    if kind != "BF16" or dtype is not torch.bfloat16:
+    if kind != _KINDS.get(dtype):
         return None
     return pack_tiles(planes.decode(*parts, kind, rows, cols, rows_per_table, dtype, 0, rows))
 
 
-def tiles_to_planes(parts: Parts, rows: int, cols: int) -> tuple[int, Tensors]:
+def tiles_to_planes(parts: Parts, rows: int, cols: int, kind: str = "BF16") -> tuple[int, Tensors]:
     """The planes of a weight in tiles, on its device: (rows per table, parts), the bytes that the CPU's encoder gives.
 
     Takes the memory of the decoded weight meanwhile. Raises CorruptTensorError, UsageError.
     """
-    matrix = tiles.decode(*parts, rows, cols, 0, rows)
+    matrix = tiles.decode(*parts, rows, cols, 0, rows, kind)
     queue = queues.queue_for(matrix.device)
-    encoded = planes_encode.encode(queue, matrix.data_ptr(), "BF16", False, rows, cols, always=True)
+    encoded = planes_encode.encode(queue, matrix.data_ptr(), kind, False, rows, cols, always=True)
     assert encoded is not None
     return encoded[0], _tensors(encoded[1])
 

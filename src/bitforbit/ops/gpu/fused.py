@@ -22,6 +22,7 @@ from bitforbit.cuda.fused.linear import Group
 from bitforbit.cuda.fused.order import Order, choose_order
 from bitforbit.cuda.fused.plan import ARRIVED_BYTES, MAX_TOKENS
 from bitforbit.cuda.kernel import DeviceProperties
+from bitforbit.cuda.tiles import kinds
 from bitforbit.cuda.tiles.layout import ALIGNMENT, PARTS, TileLayout
 from bitforbit.errors import CorruptTensorError, UsageError
 from bitforbit.ops import stats
@@ -30,8 +31,12 @@ from bitforbit.ops.gpu import queues, runtime
 from bitforbit.ops.gpu.queues import TensorQueue, addresses
 from bitforbit.ops.gpu.runtime import Place
 from bitforbit.ops.gpu.weights import checked_parts
+from bitforbit.ops.schema import TILES_DTYPES
 
 __all__ = ["MAX_TOKENS", "Matrix", "clear", "linears", "order_of", "prepare"]
+
+
+_BIAS_TYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
 class Matrix(NamedTuple):
@@ -40,6 +45,8 @@ class Matrix(NamedTuple):
     parts: Parts
     rows: int
     bias: torch.Tensor | None
+    """In BF16, FP16 or FP32."""
+    kind: str = "BF16"
 
 
 def order_of(group: Sequence[int], cols: int, properties: DeviceProperties) -> Order:
@@ -58,7 +65,8 @@ def linears(
     within a graph capture if the same matrices were not multiplied before; CorruptTensorError.
     """
     device = matrices[0].parts[0].device
-    runtime.check_input(x, cols, torch.bfloat16, device)
+    kind = kinds.of(matrices[0].kind)
+    runtime.check_input(x, cols, TILES_DTYPES[kind.outputs], device)
     runtime.checked_status(device)
     place, tokens = runtime.current_place(device), x.numel() // cols
     runtime.pass_by(place, None if order is None else matrices[0].parts)
@@ -73,13 +81,13 @@ def linears(
     x = x.detach().contiguous()
     rows = [matrix.rows for matrix in matrices]
     shapes = [(*x.shape[:-1], count) for count in rows]
-    out = torch.empty(shapes[0] if len(rows) == 1 else tokens * sum(rows), dtype=torch.bfloat16, device=device)
+    out = torch.empty(shapes[0] if len(rows) == 1 else tokens * sum(rows), dtype=x.dtype, device=device)
     if tokens:
         order = order or prepared.group.order
         workspace = _workspace(place, plans.workspace_bytes(prepared.group.rows, order, queue.properties))
         kernels.linear(queue, prepared.group, x.data_ptr(), tokens, out.data_ptr(), workspace.data_ptr(), None, order)
     for count in rows:
-        stats.count(way, 2 * count * cols)
+        stats.count(way, kind.item_bytes * count * cols)
     if len(rows) == 1:
         return [out]
     # As .data, they are no views to torch: each may be written to without the others' being said to have changed.
@@ -119,8 +127,8 @@ _sweep_at = [_SWEEP_AT]
 def _prepared(
     queue: TensorQueue, matrices: Sequence[Matrix], cols: int, group: tuple[int, ...], may_upload: bool
 ) -> _Prepared | None:
-    key: tuple[Any, ...] = (queue.device, queue.properties, cols, group)
-    for (a, b, c, d), rows, bias in matrices:
+    key: tuple[Any, ...] = (queue.device, queue.properties, cols, group, matrices[0].kind)
+    for (a, b, c, d), rows, bias, _ in matrices:
         key += (
             a.data_ptr(),
             a.numel(),
@@ -132,7 +140,7 @@ def _prepared(
             d.numel(),
             rows,
         )
-        key += (None, None) if bias is None else (bias.data_ptr(), bias.shape)
+        key += (None, None, None) if bias is None else (bias.data_ptr(), bias.shape, bias.dtype)
     found = _tables.get(key)
     if found is not None:
         return found
@@ -151,7 +159,7 @@ def _make(queue: TensorQueue, matrices: Sequence[Matrix], cols: int, group: tupl
         if min(matrix.rows, cols) < 1:
             raise CorruptTensorError(f"expected at least one row and one column, got {matrix.rows} and {cols}")
     copies: list[torch.Tensor] = []
-    described = []
+    described, bias_types = [], []
     for matrix in matrices:
         parts, bias = checked_parts(PARTS, matrix.parts, ALIGNMENT), _bias(matrix, queue.device)
         if parts is not matrix.parts:
@@ -159,11 +167,13 @@ def _make(queue: TensorQueue, matrices: Sequence[Matrix], cols: int, group: tupl
         if bias is not None and bias is not matrix.bias:
             copies.append(bias)
         at = 0 if bias is None else bias.data_ptr()
-        described.append((addresses(parts), TileLayout(matrix.rows, cols), at))
+        described.append((addresses(parts), TileLayout(matrix.rows, cols, kinds.of(matrix.kind)), at))
+        bias_types.append("BF16" if bias is None else _BIAS_TYPES[bias.dtype])
     order = order_of(group, cols, queue.properties)
 
     def upload() -> Group:
-        return replace(kernels.prepare(queues.queue_for(queue.device), described, order.splits), order=order)
+        made = kernels.prepare(queues.queue_for(queue.device), described, order.splits, bias_types)
+        return replace(made, order=order)
 
     storage = StorageWeakRef(matrices[0].parts[0].untyped_storage())
     if not queues.in_graph_tree(queue.device):
@@ -177,9 +187,9 @@ def _bias(matrix: Matrix, device: torch.device) -> torch.Tensor | None:
     bias = matrix.bias
     if bias is None:
         return None
-    if bias.dtype is not torch.bfloat16 or bias.shape != (matrix.rows,) or bias.device != device:
+    if bias.dtype not in _BIAS_TYPES or bias.shape != (matrix.rows,) or bias.device != device:
         raise UsageError(
-            f"expected a bias of dtype torch.bfloat16 and shape ({matrix.rows},) on {device}, got {bias.dtype} and "
+            f"expected a bias in BF16, FP16 or FP32 of shape ({matrix.rows},) on {device}, got {bias.dtype} and "
             f"{tuple(bias.shape)} on {bias.device}; cast it, or use mode exact"
         )
     return bias if bias.is_contiguous() else bias.detach().contiguous()

@@ -239,7 +239,7 @@ def environment() -> dict[str, str]:
 
 @functools.cache
 def _libraries() -> dict[str, str]:
-    kernels = "".join(text(kernel.source) for kernel in (plans.PLAIN, plans.KERNELS[0]))
+    kernels = "".join(text(kernel.source) for kernel in (plans.PLAIN["BF16"], plans.KERNELS[0]))
     facts = {
         **proven_cache.environment(),
         "cuda": str(torch.version.cuda),

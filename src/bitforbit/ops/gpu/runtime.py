@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from bitforbit.errors import UsageError
 from bitforbit.ops import stats
-from bitforbit.ops.checks import Parts
+from bitforbit.ops.checks import Parts, multiplies
 from bitforbit.ops.gpu import queues, slices, status
 from bitforbit.ops.gpu.policy import Policy
 from bitforbit.ops.gpu.prefetch import Prefetcher, Successors
@@ -112,6 +112,8 @@ def embedding(geometry: Geometry, ids: torch.Tensor, parts: Parts) -> torch.Tens
 def linear(geometry: Geometry, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None, mode: str) -> torch.Tensor:
     """``functional.linear(x, weight, bias)`` with its bits, ``[..., rows]``, from the decoded weight in both modes.
 
+    A weight in FP8 is ``weight.to(x.dtype)`` there, for x in BF16, FP16 or FP32.
+
     Raises UsageError, CorruptTensorError.
     """
     if mode not in MODES:
@@ -124,7 +126,7 @@ def linear(geometry: Geometry, x: torch.Tensor, parts: Parts, bias: torch.Tensor
 
     def multiply(part: Geometry, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         weight = Weight(part, parts)
-        return prefetcher.multiply(weight, tokens, lambda matrix: functional.linear(x, matrix, bias), alone)
+        return prefetcher.multiply(weight, tokens, lambda matrix: functional.linear(x, matrix.to(x.dtype), bias), alone)
 
     step = _rows_of_slice(geometry, x, bias, prefetcher)
     if step == geometry.rows:
@@ -141,7 +143,7 @@ def linear(geometry: Geometry, x: torch.Tensor, parts: Parts, bias: torch.Tensor
 
 def check_input(x: torch.Tensor, cols: int, dtype: torch.dtype, device: torch.device) -> None:
     """Raise UsageError for an x that a matrix of ``cols`` columns cannot be multiplied by."""
-    if x.dtype != dtype or x.dim() == 0 or x.shape[-1] != cols or x.device != device:
+    if not multiplies(x.dtype, dtype) or x.dim() == 0 or x.shape[-1] != cols or x.device != device:
         raise UsageError(
             f"expected x of dtype {dtype} and shape [..., {cols}] on {device}, got {x.dtype} and "
             f"{tuple(x.shape)} on {x.device}; cast or move x, or decompress the model and cast that"
