@@ -63,7 +63,7 @@ def configurations(n: int, d: int) -> list[tuple[str, int]]:
     """Orders and heights of tiles: the model's for L1 and for L2, and others."""
     picked = {(order, tiled_attention.tile_rows(order, d, n)) for order in tiled_attention.ORDERS}
     for_l2 = ("flash", tiled_attention.tile_rows("flash", d, n, level_bytes(2)))
-    return sorted(picked | {for_l2, ("flash", GROUP), ("flash", 64), ("square", 16)})
+    return sorted(picked | {for_l2, ("flash", GROUP), ("flash", 64), ("square", 64)})
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:

@@ -127,8 +127,8 @@ def test_refused() -> None:
 
 def test_tile_rows() -> None:
     assert [tile_rows("flash", d, 1000, 32 << 10) for d in (64, 128, 256, 512)] == [24, 16, 8, 4]
-    assert [tile_rows("square", d, 2048, 32 << 10, 1 << 20) for d in (64, 512)] == [64, 64]
-    assert [tile_rows("square", 64, keys, 32 << 10, 1 << 20) for keys in (8192, 65536)] == [24, 4]
+    assert [tile_rows("square", d, 500, 32 << 10, 1 << 20) for d in (64, 512)] == [64, 64]
+    assert [tile_rows("square", 64, keys, 32 << 10, 1 << 20) for keys in (1024, 2048, 65536)] == [32, 16, 16]
     assert tile_rows("flash", 4096, 1000, 1 << 10) == 4
 
 

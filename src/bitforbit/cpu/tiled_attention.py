@@ -29,6 +29,8 @@ GROUP = 4
 """Queries of a tile come in multiples of this."""
 _SHARE = 0.75
 """Of the cache, for tiles: the rest is for what streams past them."""
+_SHARE_OF_NEXT, _LEAST_SQUARE = 0.125, 16
+"""Of the next cache, for a strip of scores, past which keys and values stream; but no fewer rows than this."""
 
 
 def implementation() -> str:
@@ -50,8 +52,8 @@ def tile_rows(
         rows = (words - WIDTH * DEPTH) // (2 * channels + WIDTH)  # Q, O and scores; a piece of K or V
     else:
         rows = (words - WIDTH * DEPTH) // (WIDTH + DEPTH)  # a tile of scores or of O and a piece of Q or P; of K or V
-        beyond = int(_SHARE * (level_bytes(2) if next_bytes is None else next_bytes)) // 4
-        rows = min(rows, beyond // (-(-keys // WIDTH) * WIDTH))
+        beyond = int(_SHARE_OF_NEXT * (level_bytes(2) if next_bytes is None else next_bytes)) // 4
+        rows = min(rows, max(_LEAST_SQUARE, beyond // (-(-keys // WIDTH) * WIDTH)))
     return max(GROUP, rows // GROUP * GROUP)
 
 
