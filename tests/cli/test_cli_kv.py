@@ -119,6 +119,27 @@ def test_chat_is_the_same_without_a_kept_cache(
     assert answer(capsys, *options)["answers"] == kept["answers"]
 
 
+def test_an_interrupted_answer_leaves_no_cache_behind() -> None:
+    from bitforbit.integrations.generation.conversation import Conversation
+    from bitforbit.integrations.generation.directory import open_directory
+    from bitforbit.integrations.generation.kv import parse
+    from bitforbit.integrations.generation.load import load, load_tokenizer
+    from bitforbit.integrations.generation.text import Settings
+
+    directory = open_directory(model_path())
+    loaded = load(directory, "exact", threads=1)
+
+    def interrupt(_: str) -> None:
+        raise KeyboardInterrupt
+
+    conversation = Conversation(loaded, load_tokenizer(directory), Settings(6), kv=parse("4", 32, 32))
+    assert conversation.ask("def one():").stopped == "length"
+    assert conversation._cache is not None
+    assert conversation.ask("def two():", interrupt).stopped == "interrupted"
+    assert conversation._cache is None
+    assert conversation.ask("def three():").stopped == "length"
+
+
 BENCH = ["bench", MODEL, "--kv", "4,2", "-n", "4", "--rounds", "1", "--contexts"]
 
 

@@ -72,6 +72,8 @@ class KiviLayer(CacheLayerMixin):
             )
         if self.state is None:
             self.lazy_initialization(key_states, value_states)
+        if torch.is_autocast_enabled(key_states.device.type):  # keys and values may then differ in dtype
+            key_states, value_states = key_states.to(self.dtype), value_states.to(self.dtype)
         self._check(key_states, value_states)
         state = self._state
         first = state.slots == 0
@@ -87,7 +89,7 @@ class KiviLayer(CacheLayerMixin):
         tokens = handle.handle_keys.shape[-2]
         handle.finish()
         if tokens == 1 or not self._recording:
-            self._state.flush()
+            self._flush()
 
     def _settle(self) -> None:
         if self._open is not None:
@@ -95,7 +97,10 @@ class KiviLayer(CacheLayerMixin):
                 f"layer {self.index}: expected the attention bitforbit_kivi to run after each update, but it did not "
                 "after the last one; make the cache with bitforbit.kivi_cache(model), and begin with a new cache"
             )
-        if self.state is not None:
+        self._flush()
+
+    def _flush(self) -> None:
+        if self.state is not None and self.state.flushed != self.state.slots:
             self.state.flush()
 
     def _check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -165,9 +170,7 @@ class KiviLayer(CacheLayerMixin):
         """
         count = int(tokens_to_remove)  # transformers 5.17 passes a tensor
         if count > 0:
-            raise KvCacheError(
-                f"crop: expected 0 or less, the negative number of tokens to take back, got {count}"
-            )
+            raise KvCacheError(f"crop: expected 0 or less, the negative number of tokens to take back, got {count}")
         if self.state is None:
             return
         if count < 0:
