@@ -20,6 +20,13 @@ _OFFLOAD = (
 )
 
 
+SINK = 4
+"""First tokens that a cache keeps exact unless told: their keys are outliers, which would spoil their groups' scales.
+
+KIVI itself has none, and so has a KiviSpec of its own.
+"""
+
+
 class KiviLayer(CacheLayerMixin):
     """One layer's quantized keys and values: a :class:`bitforbit.kv.state.KvState`, made when the first tokens come."""
 
@@ -219,7 +226,7 @@ class KiviCache(Cache):
         v_bits: int = 4,
         group: int = 32,
         residual: int | None = 128,
-        sink: int = 0,
+        sink: int = SINK,
         v_group: int | None = None,
         layers: Mapping[int, KiviSpec | None] | None = None,
     ) -> None:
