@@ -303,6 +303,7 @@ def test_compressed_and_wrapped_models(tmp_path: Path) -> None:
     assert torch.equal(written(adapted, inputs, bitforbit.kivi_cache(adapted, **SMALL)), reference)
 
 
+@pytest.mark.slow
 def test_compiled_model() -> None:
     model = make("llama", num_hidden_layers=1)
     inputs = prompts(1, 40)
