@@ -180,6 +180,7 @@ def _run(loaded: LoadedModel, choice: KvChoice, prompt: torch.Tensor, steps: int
     shape = (steps, prompt.shape[0], loaded.vocabulary)
     logits = torch.zeros(shape, dtype=model.dtype, device=prompt.device)
     gc.collect()
+    memory.give_back_freed()
     on_gpu = prompt.is_cuda
     before = _on_gpus() if on_gpu else memory.resident_bytes()
     was_reset = memory.reset_peak()
