@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from transformers import DynamicCache
 
 import bitforbit
 from bitforbit.integrations.transformers.kv import NAME
@@ -260,6 +261,20 @@ def test_embeddings_and_four_dimensional_masks(llama: Any) -> None:
             llama(**inputs, past_key_values=cache)
             results.append(llama(torch.full((2, 1), 5), attention_mask=mask, past_key_values=cache).logits)
     torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
+
+
+def test_a_mask_of_ones_own_is_not_padding(llama: Any) -> None:
+    """Two documents in one row, then a query that sees both."""
+    ids = prompts(1, 80)["input_ids"]
+    mask = torch.ones(80, 80, dtype=torch.bool).tril()
+    mask[50:, :50] = False
+    logits = []
+    for cache in (DynamicCache(config=llama.config), bitforbit.kivi_cache(llama, **SMALL)):
+        with torch.no_grad():
+            llama(ids, attention_mask=mask[None, None], past_key_values=cache)
+            logits.append(llama(ids[:, :1], past_key_values=cache).logits)
+    assert cache.layers[0].state.start.tolist() == [0]
+    assert (logits[0] - logits[1]).abs().max() < 0.05 * logits[0].abs().max()
 
 
 def test_exceptions_by_layer(llama: Any) -> None:
