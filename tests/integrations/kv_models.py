@@ -14,7 +14,7 @@ _COMMON: dict[str, Any] = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 512,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
-_EAGER = dict.fromkeys(("gemma2", "gpt_oss"), {"attn_implementation": "eager"})  # sdpa leaves caps and sinks out
+_EAGER = {key: {"attn_implementation": "eager"} for key in ("gemma2", "gpt_oss")}  # sdpa leaves caps and sinks out
 _MIXED = ["sliding_attention", "full_attention"]
 
 

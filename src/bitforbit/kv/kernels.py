@@ -50,10 +50,12 @@ def flush(state: KvState, old_slots: int, new_slots: int, pending: tuple[Tensor,
 
 def can_attend(state: KvState, q: Tensor, mask: Tensor | None) -> bool:
     """Whether a kernel takes this call's attention."""
-    if q.dtype is not state.dtype or state.capacity == 0 or not (mask is None or mask.dtype is torch.bool):
+    if state.spec.residual is None or state.capacity == 0 or q.dtype is not state.dtype:
+        return False
+    if mask is not None and mask.dtype is not torch.bool:
         return False
     if _on_gpu(state):
-        return state.dtype is torch.bfloat16 and state.spec.residual is not None
+        return state.dtype is torch.bfloat16
     return bool(state.device.type == "cpu")
 
 
