@@ -67,7 +67,7 @@ def test_masks(queue: Any, heads: int) -> None:
     q = queries(found, 4, 3)
     mask = np.random.default_rng(2).random((2, heads, 3, 700)) < 0.3
     mask[0, :, 1] = False
-    out, lse = check(found, q, 700, scaling=0.2, mask=mask)
+    out, _ = check(found, q, 700, scaling=0.2, mask=mask)
     assert not out[0, :, 1].any()
     whole = np.ones((2, 1, 3, 700), bool)
     np.testing.assert_array_equal(
