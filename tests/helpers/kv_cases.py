@@ -33,7 +33,7 @@ def round_to(x: Array, dtype: np.dtype, up: bool) -> np.ndarray:
         near = x.astype(dtype)
     near = np.where(np.isinf(near.astype(np.float32)), np.copysign(ml_dtypes.finfo(dtype).max, x).astype(dtype), near)
     value = near.astype(np.float32)
-    wrong = (value < x) if up else (value > x)
+    wrong = ((value < x) if up else (value > x)) & (np.abs(value) != np.float32(ml_dtypes.finfo(dtype).max))
     # From zero the next number is the least subnormal one, of the sign of the direction.
     least = np.array(0x0001 if up else 0x8001, np.uint16).view(dtype)
     next_to = step(near, up)
@@ -159,7 +159,7 @@ class Cache:
             base = int(self.start[b]) + s.sink
             for h in range(self.heads):
                 records = [segment[b, h] for segment in segments]
-                groups = self.k[b, h, base : base + keys].reshape(-1, s.group, d).transpose(0, 2, 1)
+                groups = self.k[b, h, base : base + keys].reshape(keys // s.group, s.group, d).transpose(0, 2, 1)
                 codes, scale, zero = quantize(groups, s.k_bits, self.dtype)  # [n, D, G]
                 bad += int((scale.view(params_dtype(self.dtype)) != scale.view(params_dtype(self.dtype))).sum())
                 k[b, h, base : base + keys] = (
