@@ -36,7 +36,9 @@ def round_to(x: Array, dtype: np.dtype, up: bool) -> np.ndarray:
     wrong = ((value < x) if up else (value > x)) & (np.abs(value) != np.float32(ml_dtypes.finfo(dtype).max))
     # From zero the next number is the least subnormal one, of the sign of the direction.
     least = np.array(0x0001 if up else 0x8001, np.uint16).view(dtype)
-    return np.where(wrong & (value == 0), least, np.where(wrong, step(near, up), near)).astype(dtype)
+    next_to = step(near, up)
+    next_to = np.where(np.isinf(next_to.astype(np.float32)), near, next_to)
+    return np.where(wrong & (value == 0), least, np.where(wrong, next_to, near)).astype(dtype)
 
 
 def quantize(x: Array, bits: int, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
