@@ -4,54 +4,17 @@
 #include <bit>
 #include <cstring>
 
-#if BITFORBIT_X86
-#include <xmmintrin.h>
-#endif
-
 #include "dispatch.hpp"
 #include "parallel.hpp"
+#include "workspace.hpp"
 
 namespace bitforbit {
 namespace {
 
 // Weights that a task should have at least, or handing it out costs more than it saves.
 constexpr std::size_t kWeightsPerTask = 1 << 16;
-// Workspace that a thread keeps between calls.
-constexpr std::size_t kKeptBytes = 8 << 20;
 
 std::size_t pad64(std::size_t n) { return (n + 63) / 64 * 64; }
-
-// Rounding to nearest, denormals kept, no traps, whatever this thread had; put back at the end.
-class DefaultFloats {
-#if BITFORBIT_X86
- public:
-  DefaultFloats() : before_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
-  ~DefaultFloats() { _mm_setcsr(before_); }
-  DefaultFloats(const DefaultFloats&) = delete;
-
- private:
-  unsigned before_;
-#endif
-};
-
-// Bytes that stay with the thread; zeroed when they are new.
-class Workspace {
- public:
-  std::uint8_t* reserve(std::size_t size) {
-    if (buffer_.size() < size) {
-      buffer_ = Buffer();  // first free, then allocate
-      buffer_ = Buffer(std::max(size, std::min(2 * size, kKeptBytes)));
-      std::memset(buffer_.data(), 0, buffer_.size());
-    }
-    return buffer_.data();
-  }
-  void release() {
-    if (buffer_.size() > kKeptBytes) buffer_ = Buffer();
-  }
-
- private:
-  Buffer buffer_;
-};
 
 thread_local Workspace workspace;
 

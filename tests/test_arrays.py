@@ -208,7 +208,7 @@ def test_public_names_are_lazy() -> None:
         "import sys, bitforbit\n"
         "assert not {'numpy', 'typer', 'torch', 'rich'} & set(sys.modules)\n"
         "assert set(bitforbit.__all__) <= set(dir(bitforbit))\n"
-        "models = {'BitforbitConfig', 'compress_model', 'decompress_model'}\n"
+        "models = {'BitforbitConfig', 'KiviCache', 'compress_model', 'decompress_model', 'kivi_cache'}\n"
         "for name in set(bitforbit.__all__) - models: getattr(bitforbit, name)\n"
         "assert 'torch' not in sys.modules and 'typer' not in sys.modules\n"
     )

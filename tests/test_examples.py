@@ -29,6 +29,18 @@ def test_generate(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.count("the same tokens") == 2
 
 
+def test_kv_cache(capsys: pytest.CaptureFixture[str]) -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert runpy.run_path(str(EXAMPLES / "kv_cache.py"))["main"]() == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert capsys.readouterr().out.count("tokens the same") == 3
+
+
 def test_long_prefill(capsys: pytest.CaptureFixture[str]) -> None:
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")

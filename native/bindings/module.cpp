@@ -10,6 +10,7 @@ NB_MODULE(_native, m) {
   bind_planes(m);
   bind_df11(m);
   bind_linear(m);
+  bind_kv(m);
   bind_tiled_attention(m);
   m.def(
       "use_parallel_region",

@@ -16,4 +16,5 @@ using NumpyBytes = nb::ndarray<nb::numpy, std::uint8_t, nb::ndim<1>>;
 void bind_planes(nb::module_& m);
 void bind_df11(nb::module_& m);
 void bind_linear(nb::module_& m);
+void bind_kv(nb::module_& m);
 void bind_tiled_attention(nb::module_& m);

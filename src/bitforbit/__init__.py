@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from bitforbit.arrays import Encoded, encode
     from bitforbit.integrations.models import compress_model, decompress_model
     from bitforbit.integrations.transformers.config import BitforbitConfig
+    from bitforbit.integrations.transformers.kv import KiviCache, kivi_cache
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BitforbitConfig",
     "Encoded",
+    "KiviCache",
     "__version__",
     "compress",
     "compress_model",
@@ -28,18 +30,21 @@ __all__ = [
     "encode",
     "errors",
     "inspect",
+    "kivi_cache",
     "verify",
 ]
 
 _HOMES = {
     "BitforbitConfig": "bitforbit.integrations.transformers.register",
     "Encoded": "bitforbit.arrays",
+    "KiviCache": "bitforbit.integrations.transformers.kv",
     "compress": "bitforbit.archive",
     "compress_model": "bitforbit.integrations.models",
     "decompress": "bitforbit.archive",
     "decompress_model": "bitforbit.integrations.models",
     "encode": "bitforbit.arrays",
     "inspect": "bitforbit.archive",
+    "kivi_cache": "bitforbit.integrations.transformers.kv",
     "verify": "bitforbit.archive",
 }
 

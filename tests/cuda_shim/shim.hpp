@@ -272,4 +272,5 @@ using std::max;
 using std::min;
 
 #include "async.hpp"
+#include "bf16x2.hpp"
 #include "wgmma.hpp"

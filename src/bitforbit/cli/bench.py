@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bitforbit.cli import EXIT_VERIFICATION_FAILED, inference, options, output
+from bitforbit.cli import EXIT_VERIFICATION_FAILED, bench_kv, inference, options, output
 from bitforbit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,9 +21,24 @@ def command(
     source: inference.Model,
     mode: Annotated[str, typer.Option("--mode", metavar="MODES", help="What to compare with BF16.")] = "exact,fused",
     tokens: Annotated[int, typer.Option("--tokens", "-n", min=2, metavar="N", help="Tokens to generate.")] = 64,
+    kv: Annotated[
+        str | None,
+        typer.Option("--kv", metavar="BITS", help="Compare key-value caches with the model's own, such as 4,k4v2,2."),
+    ] = None,
+    contexts: Annotated[
+        str | None,
+        typer.Option(
+            "--contexts", metavar="N,...", help="With --kv: prompt lengths; default: 1024,8192,32768 or less."
+        ),
+    ] = None,
+    kv_group: inference.KvGroup = 32,
+    kv_residual: inference.KvResidual = 128,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, metavar="P", help="Prompt length.")] = 32,
     batch: Annotated[int, typer.Option("--batch", min=1, metavar="B", help="Sequences at a time.")] = 1,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, metavar="R", help="Turns of every variant.")] = 3,
+    rounds: Annotated[
+        int | None,
+        typer.Option("--rounds", min=1, metavar="R", help="Turns of every variant; default: 3, with --kv 1."),
+    ] = None,
     threads: inference.Threads = None,
     device: inference.Device = "auto",
     runtime: inference.Runtime = "auto",
@@ -37,11 +52,37 @@ def command(
 
     Prompts are random tokens, generation is greedy. Memory and loading are measured in a process for each variant,
     speed with the variants taking turns in one process (if the memory suffices). Exits with 1 if exact is not exact.
+
+    With --kv: quantized key-value caches, which are lossy, against the model's own, on text, in the first of --mode:
+    memory, speed and the error of the logits, in one process.
     """
     from bitforbit.integrations import generation
 
     generation.require("bitforbit bench")
     modes = _modes(mode)
+    if kv is not None:
+        if plot is not None:
+            raise UsageError("--plot: expected a comparison of weights, got one of caches (--kv); leave one out")
+        bench_kv.command(
+            source,
+            inference.Mode(modes[0]),
+            kv,
+            contexts,
+            kv_group,
+            kv_residual,
+            tokens=tokens,
+            batch=batch,
+            rounds=rounds or 1,
+            place=inference.choose_place(device, runtime),
+            threads=inference.compute_threads(threads),
+            silent=quiet or json,
+            json=json,
+        )
+        return
+    if contexts is not None:
+        raise UsageError(
+            "--contexts: expected --kv beside it, got none; for the comparison of weights: --prompt-tokens"
+        )
     if plot is not None:
         from bitforbit.cli.plot import check_plot
 
@@ -56,7 +97,7 @@ def command(
     count = inference.compute_threads(threads)
     with inference.spinner("bench ...", silent=quiet or json) as status:
         say = (lambda _: None) if status is None else status.update
-        result = compare(directory, modes, workload, rounds=rounds, threads=count, place=place, say=say)
+        result = compare(directory, modes, workload, rounds=rounds or 3, threads=count, place=place, say=say)
     if json:
         output.print_json(result.to_json())
     else:

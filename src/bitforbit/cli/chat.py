@@ -30,6 +30,9 @@ def command(
     threads: inference.Threads = None,
     device: inference.Device = "auto",
     runtime: inference.Runtime = "auto",
+    kv: inference.Kv = "16",
+    kv_group: inference.KvGroup = 32,
+    kv_residual: inference.KvResidual = 128,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="The answers alone, no figures.")] = False,
     json: options.Json = False,
 ) -> None:
@@ -47,15 +50,16 @@ def command(
     from bitforbit.integrations.generation.text import Settings
 
     settings = Settings(max_new_tokens, temperature, seed)
+    choice = inference.choose_kv(kv, kv_group, kv_residual, note=quiet)
     place = inference.choose_place(device, runtime)
     count = inference.compute_threads(threads)
     tokenizer = load.load_tokenizer(directory)
     loaded = inference.load_model(directory, mode, count, place, silent=quiet or json)
-    conversation = Conversation(loaded, tokenizer, settings, system)
+    conversation = Conversation(loaded, tokenizer, settings, system, choice)
     shares.reset()
     answers = _talk(conversation, silent=quiet or json, as_json=json)
     ran = shares.collect()
-    values = inference.figures(loaded, answers, ran, place, count)
+    values = inference.figures(loaded, answers, ran, place, count, choice)
     if json:
         turns = [{"text": answer.text, "stopped": answer.stopped} for answer in answers]
         output.print_json({"answers": turns, **values})

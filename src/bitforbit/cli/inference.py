@@ -15,6 +15,7 @@ from bitforbit.cli.source import resolve
 
 if TYPE_CHECKING:
     from bitforbit.integrations.generation.directory import ModelDirectory
+    from bitforbit.integrations.generation.kv import KvChoice
     from bitforbit.integrations.generation.load import LoadedModel
     from bitforbit.integrations.generation.place import Place
     from bitforbit.integrations.generation.shares import Shares
@@ -64,6 +65,30 @@ Runtime = Annotated[
         help="Layout of the weights in memory: auto, planes (the files'), tiles (GPU), df11 (GPU, DFloat11 models).",
     ),
 ]
+Kv = Annotated[
+    str,
+    typer.Option(
+        "--kv",
+        metavar="BITS",
+        help="Key-value cache: 16 (the model's own), or quantized, which is lossy: 8, 4, 2, k8v4, k4v2, k...v...",
+    ),
+]
+KvGroup = Annotated[
+    int, typer.Option("--kv-group", metavar="G", help="Numbers of a quantized cache that share a scale: 32, 64, 128.")
+]
+KvResidual = Annotated[
+    int, typer.Option("--kv-residual", metavar="R", help="Last tokens that stay exact, a multiple of G.")
+]
+
+
+def choose_kv(kv: str, group: int, residual: int, *, note: bool) -> KvChoice:
+    """The cache to use. With ``note``, standard error says that it is lossy. Raises UsageError or KvSpecError."""
+    from bitforbit.integrations.generation.kv import parse
+
+    choice = parse(kv, group, residual)
+    if note and choice.lossy:
+        print(f"the key-value cache is quantized ({choice.name}): lossy", file=sys.stderr)
+    return choice
 
 
 def choose_place(device: str, runtime: str) -> Place:
@@ -121,12 +146,21 @@ def write(text: str) -> None:
 
 
 def figures(
-    loaded: LoadedModel, generations: Iterable[Generation], shares: Shares, place: Place, threads: int
+    loaded: LoadedModel,
+    generations: Iterable[Generation],
+    shares: Shares,
+    place: Place,
+    threads: int,
+    kv: KvChoice,
 ) -> dict[str, Any]:
-    """What both commands report with ``--json``. Rates are over all generations, None where not measurable."""
+    """What both commands report with ``--json``. Rates are over all generations, None where not measurable.
+
+    The cache is the last generation's.
+    """
     from bitforbit.integrations.generation import memory
 
     done = list(generations)
+    cache = next((g.cache.to_json() for g in reversed(done) if g.cache is not None), None)
     rated = [g for g in done if g.tokens_per_second]
     later = sum(len(g.token_ids) - 1 for g in rated)
     seconds = sum((len(g.token_ids) - 1) / g.tokens_per_second for g in rated if g.tokens_per_second)
@@ -146,6 +180,7 @@ def figures(
         "weight_bytes": loaded.weight_bytes,
         "peak_bytes": memory.peak_bytes(),
         "gpu_peak_bytes": memory.gpu_peak_bytes(),
+        "kv": {**kv.to_json(), "cache": cache},
         "ran": shares.to_json(),
     }
 
@@ -161,6 +196,7 @@ def show_figures(values: dict[str, Any], shares: Shares) -> None:
         ("first token", "-" if first is None else f"after {output.duration(first)}"),
         ("loading", output.duration(values["load_seconds"])),
         ("memory", sizes + peaks),
+        ("cache", _cache(values["kv"])),
         ("linears", ran(shares)),
         ("mode", _MODES[values["mode"]]),
     ]
@@ -183,6 +219,17 @@ def ran(shares: Shares) -> str:
     nbytes = {way: output.percent(shares.weight_bytes[way], total_bytes) for way in linears}
     return ", ".join(
         f"{output.percent(count, total)} {names[way]} ({nbytes[way]} of weights)" for way, count in linears.items()
+    )
+
+
+def _cache(kv: dict[str, Any]) -> str:
+    words = f"quantized, {kv['name']}: LOSSY" if kv["lossy"] else "the model's own"
+    cache = kv["cache"]
+    if not cache or not cache["bytes_per_token"]:
+        return words
+    return (
+        f"{words}; {output.size(cache['num_bytes'])} for {cache['tokens']} tokens, "
+        f"{output.size(round(cache['bytes_per_token']))} per token, {cache['bits_per_element']:.2f} bits per element"
     )
 
 

@@ -21,6 +21,9 @@ def command(
     threads: inference.Threads = None,
     device: inference.Device = "auto",
     runtime: inference.Runtime = "auto",
+    kv: inference.Kv = "16",
+    kv_group: inference.KvGroup = 32,
+    kv_residual: inference.KvResidual = 128,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="The text alone, no figures.")] = False,
     json: options.Json = False,
 ) -> None:
@@ -38,15 +41,17 @@ def command(
     from bitforbit.integrations.generation.text import Settings, encode_chat, encode_prompt, generate
 
     settings = Settings(max_new_tokens, temperature, seed)
+    choice = inference.choose_kv(kv, kv_group, kv_residual, note=quiet)
     place = inference.choose_place(device, runtime)
     count = inference.compute_threads(threads)
     tokenizer = load.load_tokenizer(directory)
     ids = encode_chat(tokenizer, [{"role": "user", "content": text}]) if chat else encode_prompt(tokenizer, text)
     loaded = inference.load_model(directory, mode, count, place, silent=quiet or json)
     shares.reset()
-    result = generate(loaded, tokenizer, ids, settings, write=None if json else inference.write)
+    cache = choice.make(loaded.model)
+    result = generate(loaded, tokenizer, ids, settings, write=None if json else inference.write, cache=cache)
     ran = shares.collect()
-    values = inference.figures(loaded, [result], ran, place, count)
+    values = inference.figures(loaded, [result], ran, place, count, choice)
     if json:
         output.print_json({"text": result.text, "token_ids": result.token_ids, "stopped": result.stopped, **values})
         return

@@ -102,4 +102,48 @@ def tiled_attention_implementation(isa: str) -> str: ...
 def tiled_attention(
     q: _Floats, k: _Floats, v: _Floats, out: _Floats, scaling: float, square: bool, rows: int, isa: str, threads: int
 ) -> None: ...
+
+class KvCache:
+    def __init__(
+        self,
+        dtype: str,
+        bits: tuple[int, int],
+        head_dim: int,
+        groups: tuple[int, int],
+        rows: tuple[int, int],
+        tokens: tuple[int, int, int],
+        segments: list[int],
+        exact: tuple[int, int, int, int, int],
+        slots: int,
+    ) -> None: ...
+
+def kv_implementation(isa: str, dtype: str) -> str: ...
+def kv_flush(
+    cache: KvCache,
+    new_tokens: int,
+    pending_k: int,
+    pending_v: int,
+    k_strides: tuple[int, int, int],
+    v_strides: tuple[int, int, int],
+    isa: str,
+    threads: int,
+) -> int: ...
+def kv_attend(
+    cache: KvCache,
+    visible: int,
+    q: int,
+    q_strides: tuple[int, int, int],
+    queries_per_head: int,
+    query_rows: int,
+    scaling: float,
+    softcap: float,
+    sinks: int,
+    mask: int,
+    mask_strides: tuple[int, int, int],
+    out: int,
+    out_f32: bool,
+    lse: int,
+    isa: str,
+    threads: int,
+) -> None: ...
 def use_parallel_region(address: int) -> None: ...

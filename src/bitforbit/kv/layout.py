@@ -32,16 +32,16 @@ that one mask gives both, and a tile's words are in the order of the matrix inst
 Scales and zeros are float16 for float16 models, else bfloat16 ("P" below). Of a group with least element lo and
 largest hi (all arithmetic in float32, to nearest even, subnormals kept; n = 2^b - 1):
 
-    zero  = lo rounded down to P
+    zero  = lo rounded down to P (the least finite P at least), +0 for -0
     range = (hi - zero) / n, or hi / n - zero / n if hi - zero overflows
-    scale = 0 if hi = zero, else range rounded up to P, and at least the least normal bfloat16 2^-126 (for P bfloat16)
+    scale = 0 if hi <= zero, else range rounded up to P, and at least the least normal bfloat16 2^-126 (for P bfloat16)
             or the least float16 2^-24
     code  = round to even((x - zero) * (1 / scale)), within 0 and n; 0 where scale is 0
     and x becomes zero + scale * code (a product, then a sum, each rounded to float32).
 
 So the extremes of a group are within reach of its codes whatever the rounding of scale and zero, a constant group is
 exact in the model's dtype (but for float32 models), and the error is at most about scale / 2. A group with a NaN or an
-infinity gets NaN for scale and zero, and codes 0.
+infinity gets NaN (0x7FC0, or 0x7E00 for float16) for scale and zero, and codes 0.
 """
 
 from __future__ import annotations

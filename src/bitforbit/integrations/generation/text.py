@@ -13,6 +13,7 @@ from transformers import GenerationConfig, TextStreamer
 
 from bitforbit.errors import PromptTooLongError, UsageError
 from bitforbit.integrations.generation.load import LoadedModel
+from bitforbit.integrations.transformers.kv import CacheFigures, figures
 
 Stopped = Literal["end", "length", "interrupted"]
 Write = Callable[[str], object]
@@ -61,6 +62,8 @@ class Generation:
     seconds: float
     tokens_per_second: float | None
     stopped: Stopped
+    cache: CacheFigures | None = None
+    """Memory of the key-value cache afterwards; None if it is not known."""
 
 
 def generate(
@@ -72,8 +75,11 @@ def generate(
     write: Write | None = None,
     stop: str | None = None,
     interruptible: bool = False,
+    cache: Any = None,
 ) -> Generation:
     """Continue a prompt of token ids ``[1, tokens]`` and hand pieces of text to ``write`` as they are final.
+
+    ``cache`` may hold the prompt's first tokens already; by default the model makes its own.
 
     Ends before the text ``stop``. With ``interruptible``, Ctrl-C ends it, and what was written so far is the result.
     Raises PromptTooLongError if prompt and answer do not fit into the model's context.
@@ -84,16 +90,22 @@ def generate(
     torch.manual_seed(settings.seed)
     prompt = prompt.to(loaded.model.device)
     options: dict[str, Any] = {} if stop is None else {"stop_strings": [stop], "tokenizer": tokenizer}
+    config = settings.config(loaded.model)
+    config.return_dict_in_generate = True
+    if cache is not None:
+        options["past_key_values"], config.cache_implementation = cache, None
     stopped: Stopped = "end"
     begin = time.perf_counter()
+    used = cache
     try:
-        loaded.model.generate(
+        out = loaded.model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            generation_config=settings.config(loaded.model),
+            generation_config=config,
             streamer=stream,
             **options,
         )
+        used = out.get("past_key_values")
     except KeyboardInterrupt:
         if not interruptible:
             raise
@@ -112,6 +124,7 @@ def generate(
         seconds=seconds,
         tokens_per_second=(len(times) - 1) / later if later > 0 else None,
         stopped=stopped,
+        cache=figures(used) if hasattr(used, "layers") else None,
     )
 
 

@@ -1,0 +1,79 @@
+"""One layer's cache as kernels see it: settings, sizes, addresses in device memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bitforbit.errors import UsageError
+
+SEGMENT_TOKENS = 512
+TILE_TOKENS = 32
+ALIGNMENT = 16
+LARGEST_GRID = 65535
+LARGEST_HEAD = 256
+"""Channels of a head that the kernels have registers for."""
+
+Defines = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class KvCall:
+    """A layer's cache: settings as in ``kv.spec``, memory as in ``kv.layout``. Addresses are on 16 bytes."""
+
+    batch: int
+    heads: int
+    """Of keys and values."""
+    head_dim: int
+    k_bits: int
+    v_bits: int
+    group: int
+    v_group: int
+    residual: int
+    sink: int
+    capacity: int
+    """Of the windows, in tokens."""
+    dtype: str
+    """"BF16", "F16" or "F32"."""
+    segments: int
+    """Address of a table: uint64 addresses of the segments, as many as the call's tokens need."""
+    window_k: int
+    window_v: int
+    sink_k: int
+    sink_v: int
+    start: int
+    """Address of int32 [batch]."""
+    tokens: int
+    """Slots that the quantized part was made of; with a counter, as many as the launch is right for."""
+    counter: int = 0
+    """Address of an int32 with these slots, for launches that graphs replay; 0: ``tokens`` it is."""
+
+    def check(self) -> None:
+        """Raise UsageError for what no kernel takes."""
+        addresses = (self.segments, self.window_k, self.window_v, self.sink_k, self.sink_v)
+        if any(address % ALIGNMENT for address in addresses) or self.start % 4 or self.counter % 4:
+            raise UsageError(f"expected addresses on {ALIGNMENT} bytes, got {self}")
+        if self.head_dim % 16 or not 16 <= self.head_dim <= LARGEST_HEAD or self.head_dim % self.v_group:
+            raise UsageError(
+                f"expected a head dimension that is a multiple of 16 and of {self.v_group}, up to {LARGEST_HEAD}, "
+                f"got {self.head_dim}"
+            )
+        if self.batch * self.heads > LARGEST_GRID:
+            raise UsageError(
+                f"expected at most {LARGEST_GRID} rows and heads together, got {self.batch} * {self.heads}: "
+                "use smaller batches"
+            )
+
+    @property
+    def defines(self) -> Defines:
+        """Macros of its kernels."""
+        return (
+            ("BITFORBIT_HEAD", str(self.head_dim)),
+            ("BITFORBIT_K_BITS", str(self.k_bits)),
+            ("BITFORBIT_V_BITS", str(self.v_bits)),
+            ("BITFORBIT_GROUP", str(self.group)),
+            ("BITFORBIT_V_GROUP", str(self.v_group)),
+        )
+
+    def values_quantized(self, tokens: int) -> int:
+        """Values that are quantized of a row of so many tokens."""
+        return max(0, tokens - self.sink - self.residual)
