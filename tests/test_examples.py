@@ -39,3 +39,15 @@ def test_kv_cache(capsys: pytest.CaptureFixture[str]) -> None:
     finally:
         torch.set_num_threads(threads)
     assert capsys.readouterr().out.count("tokens the same") == 3
+
+
+def test_long_prefill(capsys: pytest.CaptureFixture[str]) -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert runpy.run_path(str(EXAMPLES / "long_prefill.py"))["main"](["--tokens", "256"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert capsys.readouterr().out.count("loss") == 7
