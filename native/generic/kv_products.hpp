@@ -134,19 +134,19 @@ void sum_values(const KvRecord& r, const std::uint8_t* record, std::size_t count
   }
 }
 
-// Runs f(integral constant) for blocks of at most V::kMostQueries of the query rows.
+// Runs f(Count<n>, first) for blocks of n query rows, at most kMost.
 template <int kQueries>
 struct Count {
   static constexpr int value = kQueries;
 };
 
-template <class V, class F>
+template <int kMost, class F>
 inline void over_queries(std::size_t count, F f) {
   std::size_t first = 0;
-  if constexpr (V::kMostQueries >= 8) {
+  if constexpr (kMost >= 8) {
     for (; count - first >= 8; first += 8) f(Count<8>{}, first);
   }
-  if constexpr (V::kMostQueries >= 4) {
+  if constexpr (kMost >= 4) {
     for (; count - first >= 4; first += 4) f(Count<4>{}, first);
   }
   for (; count - first >= 2; first += 2) f(Count<2>{}, first);
@@ -156,7 +156,7 @@ inline void over_queries(std::size_t count, F f) {
 template <class V, int kBits>
 void score_bits(const KvRecord& r, const std::uint8_t* record, std::size_t first, std::size_t count, const KvQueries& q,
                 float* scores) {
-  over_queries<V>(q.count, [&](auto queries, std::size_t m) {
+  over_queries<V::kMostQueries>(q.count, [&](auto queries, std::size_t m) {
     score_tiles<V, kBits, decltype(queries)::value>(r, record, first, count, q.q + m * r.head_dim,
                                                     reinterpret_cast<float*>(q.room), scores + m * kKvScores);
   });
@@ -175,7 +175,7 @@ void score_quantized(const KvRecord& r, const std::uint8_t* record, std::size_t 
 template <class V, int kBits>
 void sum_bits(const KvRecord& r, const std::uint8_t* record, std::size_t count, const float* p, const KvQueries& q,
               float* out) {
-  over_queries<V>(q.count, [&](auto queries, std::size_t m) {
+  over_queries<V::kMostQueries>(q.count, [&](auto queries, std::size_t m) {
     sum_values<V, kBits, decltype(queries)::value>(r, record, count, p + m * kKvScores,
                                                    reinterpret_cast<float*>(q.room), out + m * r.head_dim);
   });

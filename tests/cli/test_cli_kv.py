@@ -65,6 +65,7 @@ def test_run_says_that_it_is_lossy(capsys: pytest.CaptureFixture[str]) -> None:
         (["--kv", "four"], "such as k4v2"),
         (["--kv", "4", "--kv-group", "48"], "group: expected 32, 64 or 128"),
         (["--kv", "4", "--kv-residual", "100"], "multiple of group (32)"),
+        (["--kv", "4", "--kv-sink", "-1"], "sink: expected 0 or more"),
     ],
 )
 def test_wrong_settings(options: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,6 +118,27 @@ def test_chat_is_the_same_without_a_kept_cache(
     monkeypatch.setattr(Conversation, "_cache_for", lambda self, ids: self.kv.make(self.loaded.model))
     monkeypatch.setattr(sys, "stdin", io.StringIO("def one():\ndef two():\n"))
     assert answer(capsys, *options)["answers"] == kept["answers"]
+
+
+def test_an_interrupted_answer_leaves_no_cache_behind() -> None:
+    from bitforbit.integrations.generation.conversation import Conversation
+    from bitforbit.integrations.generation.directory import open_directory
+    from bitforbit.integrations.generation.kv import parse
+    from bitforbit.integrations.generation.load import load, load_tokenizer
+    from bitforbit.integrations.generation.text import Settings
+
+    directory = open_directory(model_path())
+    loaded = load(directory, "exact", threads=1)
+
+    def interrupt(_: str) -> None:
+        raise KeyboardInterrupt
+
+    conversation = Conversation(loaded, load_tokenizer(directory), Settings(6), kv=parse("4", 32, 32))
+    assert conversation.ask("def one():").stopped == "length"
+    assert conversation._cache is not None
+    assert conversation.ask("def two():", interrupt).stopped == "interrupted"
+    assert conversation._cache is None
+    assert conversation.ask("def three():").stopped == "length"
 
 
 BENCH = ["bench", MODEL, "--kv", "4,2", "-n", "4", "--rounds", "1", "--contexts"]

@@ -14,6 +14,7 @@ _COMMON: dict[str, Any] = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 512,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
+_EAGER = {key: {"attn_implementation": "eager"} for key in ("gemma2", "gpt_oss")}  # sdpa leaves caps and sinks out
 _MIXED = ["sliding_attention", "full_attention"]
 
 
@@ -56,7 +57,7 @@ def make(name: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any
     for key, value in changes.items():
         setattr(config, key, value)
     torch.manual_seed(1)
-    model = tf.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    model = tf.AutoModelForCausalLM.from_config(config, dtype=dtype, **_EAGER.get(name, {})).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 
 import bitforbit
-from bitforbit.kv import KiviSpec
+from bitforbit.integrations.transformers.kv import NAME
+from bitforbit.kv import KiviCache, KiviSpec
 from integrations.kv_models import ARCHITECTURES, make, prompts
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 24}
@@ -225,6 +228,17 @@ def test_a_prefix_is_read_once_and_copied(llama: Any, how: Any) -> None:
     assert cache.get_seq_length() == 80
 
 
+@pytest.mark.parametrize("residual", [None, 32])
+def test_autocast(llama: Any, residual: int | None) -> None:
+    inputs = prompts(2, 40, padding=(3,))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        reference = written(llama, inputs)
+        cache = bitforbit.kivi_cache(llama, k_bits=8, v_bits=8, residual=residual)
+        out = written(llama, inputs, cache)
+    assert cache.layers[0].state.dtype == torch.float32
+    assert torch.equal(out, reference) or residual is not None
+
+
 def test_one_token_of_prompt(llama: Any) -> None:
     inputs = prompts(2, 1)
     assert torch.equal(written(llama, inputs, bitforbit.kivi_cache(llama, residual=None)), written(llama, inputs))
@@ -272,6 +286,21 @@ def test_other_caches_under_this_attention(llama: Any) -> None:
     bitforbit.kivi_cache(model)
     assert torch.equal(written(model, inputs), reference)
     assert torch.equal(written(model, inputs, cache_implementation="static"), reference)
+
+
+def test_compressed_and_wrapped_models(tmp_path: Path) -> None:
+    inputs = prompts(2, 60, padding=(7,))
+    plain, compressed = make("llama", torch.bfloat16), bitforbit.compress_model(make("llama", torch.bfloat16))
+    reference = written(plain, inputs, bitforbit.kivi_cache(plain, **SMALL))
+    assert torch.equal(written(compressed, inputs, bitforbit.kivi_cache(compressed, **SMALL)), reference)
+    plain.save_pretrained(tmp_path)
+    loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert loaded.config._attn_implementation == "sdpa"  # not a property of the weights
+    loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", attn_implementation=NAME)
+    assert torch.equal(written(loaded, inputs, KiviCache(loaded.config, **SMALL)), reference)
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(loaded, peft.LoraConfig(target_modules=["v_proj"], r=2)).eval()
+    assert torch.equal(written(adapted, inputs, bitforbit.kivi_cache(adapted, **SMALL)), reference)
 
 
 def test_compiled_model() -> None:

@@ -1,16 +1,5 @@
-"""Small tensors: one thread is faster than two that wait for each other."""
-
 from __future__ import annotations
 
-from collections.abc import Iterator
+from helpers.kv_paths import emulated, one_thread, path
 
-import pytest
-import torch
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+__all__ = ["emulated", "one_thread", "path"]

@@ -18,13 +18,16 @@ class OnlineSoftmax:
 
     def __init__(
         self, q: Tensor, heads: int, scaling: float, softcap: float | None = None,
-        seed: tuple[Tensor, Tensor] | None = None,
+        seed: tuple[Tensor, Tensor] | None = None, width: int | None = None,
     ) -> None:  # fmt: skip
-        """``seed``: output [Hq, Lq, D] and logarithm of the sum [Hq, Lq], float32, of tokens that were attended."""
+        """``width``: channels of a value, if not D.
+
+        ``seed``: output [Hq, Lq, width] and logarithm of the sum [Hq, Lq], float32, of tokens that were attended.
+        """
         self._q, self._heads, self._scaling, self._softcap = q, heads, scaling, softcap
         shape = (heads, q.shape[0] // heads, q.shape[1])
         if seed is None:
-            self._out = torch.zeros((*shape, q.shape[2]), dtype=torch.float32, device=q.device)
+            self._out = torch.zeros((*shape, width or q.shape[2]), dtype=torch.float32, device=q.device)
             self._maximum = torch.full(shape, float("-inf"), dtype=torch.float32, device=q.device)
             self._sum = torch.zeros_like(self._maximum)
         else:
@@ -57,10 +60,10 @@ class OnlineSoftmax:
         scores = scores.unflatten(1, (-1, count))  # [H, Hq / H, queries, keys]
         if mask is not None:
             mask = mask.unflatten(0, (self._heads, -1)) if mask.shape[0] > 1 else mask[None]
-            scores = torch.where(mask, scores, float("-inf")) if mask.dtype is torch.bool else scores + mask.float()
+            scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype is torch.bool else scores + mask.float()
         if diagonal is not None and diagonal < k.shape[1] - 1:
-            below = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(diagonal)
-            scores = torch.where(below, scores, float("-inf"))
+            above = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(diagonal + 1)
+            scores = scores.masked_fill(above, float("-inf"))
         factor, maximum = self._rescale(scores.amax(-1), queries)
         weights = torch.exp(scores - maximum[..., None])
         product = (weights.flatten(1, 2) @ v.float()).unflatten(1, (-1, count))
@@ -108,7 +111,7 @@ def attend_exact(
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     mask = None if mask is None else mask[..., : k.shape[2]].expand(q.shape[0], -1, -1, -1)
     for row in range(q.shape[0]):
-        softmax = OnlineSoftmax(q[row], k.shape[1], scaling, softcap)
+        softmax = OnlineSoftmax(q[row], k.shape[1], scaling, softcap, width=v.shape[3])
         behind = k.shape[2] - q.shape[2] if causal else None
         softmax.add(k[row], v[row], None if mask is None else mask[row], behind)
         if sinks is not None:

@@ -34,7 +34,7 @@ largest hi (all arithmetic in float32, to nearest even, subnormals kept; n = 2^b
 
     zero  = lo rounded down to P (the least finite P at least), +0 for -0
     range = (hi - zero) / n, or hi / n - zero / n if hi - zero overflows
-    scale = 0 if hi = zero, else range rounded up to P, and at least the least normal bfloat16 2^-126 (for P bfloat16)
+    scale = 0 if hi <= zero, else range rounded up to P, and at least the least normal bfloat16 2^-126 (for P bfloat16)
             or the least float16 2^-24
     code  = round to even((x - zero) * (1 / scale)), within 0 and n; 0 where scale is 0
     and x becomes zero + scale * code (a product, then a sum, each rounded to float32).

@@ -6,6 +6,7 @@ attends first and quantizes afterwards.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -30,12 +31,13 @@ def quantize_groups(x: Tensor, bits: int, params: torch.dtype) -> tuple[Tensor, 
     span = hi - zero
     span = torch.where(span.isinf(), hi / n - zero / n, span / n)
     least = 2.0**-24 if params is torch.float16 else 2.0**-126
-    scale = torch.where(hi == zero, 0.0, round_up(span, params).float().clamp_min(least))
+    scale = torch.where(hi <= zero, 0.0, round_up(span, params).float().clamp_min(least))
     codes = ((x - zero[..., None]) * (1 / scale)[..., None]).round().clamp(0, n)  # round(): to even
     finite = x.isfinite().all(-1)
     codes = torch.where((finite & (scale > 0))[..., None], codes, 0.0).to(torch.uint8)
-    nan = torch.tensor(float("nan"), device=x.device)
-    return codes, torch.where(finite, scale, nan).to(params), torch.where(finite, zero, nan).to(params)
+    # Conversions give NaN other bits on other machines.
+    nan = torch.tensor(0x7E00 if params is torch.float16 else 0x7FC0, dtype=torch.int16, device=x.device).view(params)
+    return codes, torch.where(finite, scale.to(params), nan), torch.where(finite, zero.to(params), nan)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
@@ -146,6 +148,11 @@ class NaiveKivi:
                 self.rows[b] = NaiveRow(self.spec)
         self.start = [min(start, slots) for start in self.start]
         self.slots = slots
+
+    def reorder(self, index: list[int]) -> None:
+        """These rows in place of all."""
+        self.rows = [copy.deepcopy(self.rows[b]) for b in index]
+        self.start = [self.start[b] for b in index]
 
     def attend(
         self, q: Tensor, mask: Tensor | None, *, scaling: float, softcap: float | None = None,

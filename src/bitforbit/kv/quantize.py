@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from bitforbit.errors import NonFiniteKeysError
@@ -26,9 +27,51 @@ def flush_tokens(state: KvState, old_slots: int, new_slots: int, pending: tuple[
     if not kernels.can_flush(state):
         flush_torch(state, old_slots, new_slots)
         return
+    if state.watch.earlier():
+        raise non_finite(state, state.watch.wait())
+    keys_leave = needed > state.spec.keys_quantized(old_slots)
     groups = kernels.flush(state, old_slots, new_slots, pending)
+    groups = groups or state.watch.look(pending is not None or keys_leave)
     if groups:
         raise non_finite(state, groups)
+
+
+class Watch:
+    """Counts groups that are not finite on a device, and tells without waiting for it: a while later."""
+
+    def __init__(self, device: torch.device) -> None:
+        with torch.inference_mode(False):
+            self.count = torch.zeros(1, dtype=torch.int32, device=device)
+        self._seen: Tensor | None = None
+        self._event: torch.cuda.Event | None = None
+
+    def look(self, worth: bool) -> int:
+        """Fetch the count, if that is worth it; on a GPU :meth:`earlier` has it when it has arrived."""
+        if not self.count.is_cuda:
+            return int(self.count)
+        if worth and self._event is None and not torch.cuda.is_current_stream_capturing():
+            if self._seen is None:
+                with torch.inference_mode(False):
+                    self._seen = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+            self._seen.copy_(self.count, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(self.count.device))
+        return 0
+
+    def earlier(self) -> bool:
+        """Whether a count that has arrived meanwhile is not zero."""
+        if self._event is None or self._seen is None or not self._event.query():
+            return False
+        self._event = None
+        return bool(self._seen.item())
+
+    def wait(self) -> int:
+        """The count, after all work of the device."""
+        return int(self.count)
+
+    def __getstate__(self) -> dict[str, Tensor | None]:
+        """Copies and pickles have the count only."""
+        return {"count": self.count, "_seen": None, "_event": None}
 
 
 def flush_torch(state: KvState, old_slots: int, new_slots: int) -> None:

@@ -15,6 +15,7 @@ from bitforbit.errors import KvCacheError, KvSpecError
 from bitforbit.kv import pack
 from bitforbit.kv.layout import SEGMENT_TOKENS, KvLayout
 from bitforbit.kv.naive import params_dtype
+from bitforbit.kv.quantize import Watch, flush_tokens
 from bitforbit.kv.spec import KiviSpec
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -50,6 +51,10 @@ class KvState:
         self.pending: tuple[Tensor, Tensor] | None = None
         """Keys and values of this call, if they are several."""
         self.segments: list[Tensor] = []
+        self.watch = Watch(self.device)
+        self.table: Tensor | None = None
+        """Of kernels on a GPU: addresses of the segments, ``table_of``."""
+        self.table_of: list[int] = []
         self.window_k = self._empty(batch, self.heads, 0, self.head_dim)
         self.window_v = self._empty(batch, self.heads, 0, self.head_dim)
         self.sink_k = self._zeros(batch, self.heads, self.spec.sink, self.head_dim)
@@ -130,8 +135,6 @@ class KvState:
 
         Raises NonFiniteKeysError for NaN and infinity, on a GPU in a later call. The cache is dead then.
         """
-        from bitforbit.kv.quantize import flush_tokens
-
         self._check_alive(within=True)
         old, new, pending = self.flushed, self.slots, self.pending
         try:
@@ -321,7 +324,7 @@ class KvState:
                 self.segments[number] = segment.to(device)
             for name in ("window_k", "window_v", "sink_k", "sink_v", "start"):
                 setattr(self, name, getattr(self, name).to(device))
-        self.device = device
+        self.device, self.watch, self.table = device, Watch(device), None
 
     # --- small things -----------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from bitforbit.cuda.kernel import F32, U32, U64, Kernel, LaunchConfig, Pointer
-from bitforbit.cuda.kv.call import ALIGNMENT, SEGMENT_TOKENS, TILE_TOKENS, Defines, KvCall
+from bitforbit.cuda.kv.call import ALIGNMENT, LARGEST_GRID, SEGMENT_TOKENS, TILE_TOKENS, Defines, KvCall
 from bitforbit.cuda.queue import Queue
 from bitforbit.errors import UsageError
 
@@ -63,7 +63,7 @@ def workspace_bytes(call: KvCall, visible: int, queries_per_head: int, query_row
 def kernels(defines: Defines) -> tuple[Kernel, Kernel]:
     """The binaries for settings: partial results, and what joins them."""
     attend = (
-        *(Pointer,) * 6, *(U32,) * 6, Pointer, Pointer, *(U64,) * 3, *(U32,) * 4, F32, F32, Pointer, *(U64,) * 3, U32,
+        *(Pointer,) * 6, *(U32,) * 6, Pointer, Pointer, *(U64,) * 3, *(U32,) * 3, F32, F32, Pointer, *(U64,) * 3, U32,
         Pointer, Pointer,
     )  # fmt: skip
     merge = (Pointer, *(U32,) * 5, Pointer, *(U32,) * 4, Pointer, U32, *(Pointer,) * 3, U32, Pointer)
@@ -99,17 +99,17 @@ def attend(
     if queries == 0 or call.batch == 0:
         return
     chosen = plan(call, visible, queries)
-    if visible < call.tokens or max(visible, queries, chosen.items * chosen.pass_groups) >= LARGEST_SIZE:
-        raise UsageError(f"expected {call.tokens} slots or more, and fewer than 2^31, got {visible}; {queries} queries")
+    if visible < call.tokens or max(visible, queries) >= LARGEST_SIZE or chosen.items > LARGEST_GRID:
+        raise UsageError(f"expected {call.tokens} slots or more, and fewer than 2^25, got {visible}; {queries} queries")
     parts, join = kernels(call.defines)
     norms = workspace + chosen.workspace_bytes // (call.head_dim + 2) * call.head_dim
     rows = call.batch * call.heads
     for first in range(0, chosen.groups, chosen.pass_groups):
         groups = min(chosen.pass_groups, chosen.groups - first)
         queue.launch(
-            parts, LaunchConfig((chosen.items * groups, rows, 1), (THREADS, 1, 1)), call.segments, call.window_k,
+            parts, LaunchConfig((groups, chosen.items, rows), (THREADS, 1, 1)), call.segments, call.window_k,
             call.window_v, call.sink_k, call.sink_v, call.start, call.heads, call.residual, call.sink, call.capacity,
-            call.tokens, visible, call.counter, q, *q_strides, queries_per_head, query_rows, first, groups, scaling,
+            call.tokens, visible, call.counter, q, *q_strides, queries_per_head, query_rows, first, scaling,
             softcap, mask, *mask_strides, chosen.segments, workspace, norms,
         )  # fmt: skip
         queue.launch(

@@ -11,7 +11,7 @@ from bitforbit.ops.gpu.convert import df11_prepare, encode_planes, pack_tiles, p
 from bitforbit.ops.gpu.order_probe import ALIGNMENT, Product
 from bitforbit.ops.gpu.policy import Policy, scratch_bytes
 from bitforbit.ops.gpu.proofs import alignment_of, prove
-from bitforbit.ops.gpu.queues import emulate, queue_for
+from bitforbit.ops.gpu.queues import emulate, has_queue, queue_for
 from bitforbit.ops.gpu.runtime import check_status, current_policy, use_policy
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "df11_prepare",
     "emulate",
     "encode_planes",
+    "has_queue",
     "pack_tiles",
     "planes_to_tiles",
     "prove",

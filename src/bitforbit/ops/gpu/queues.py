@@ -129,6 +129,11 @@ def queue_for(device: torch.device) -> TensorQueue:
     return emulation(device)
 
 
+def has_queue(device: torch.device) -> bool:
+    """Whether CUDA's kernels are for tensors of this device: a GPU, or a CPU while an emulation is in force."""
+    return device.type == "cuda" or (device.type == "cpu" and bool(_emulations))
+
+
 def cuda_queue(device: torch.device, stream: int) -> TorchQueue:
     """The queue of some stream of a GPU. Raises GpuUnavailableError."""
     return TorchQueue(device, _launcher(device.index), stream)

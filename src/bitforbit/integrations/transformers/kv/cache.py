@@ -20,6 +20,13 @@ _OFFLOAD = (
 )
 
 
+SINK = 4
+"""First tokens that a cache keeps exact unless told: their keys are outliers, which would spoil their groups' scales.
+
+KIVI itself has none, and so has a KiviSpec of its own.
+"""
+
+
 class KiviLayer(CacheLayerMixin):
     """One layer's quantized keys and values: a :class:`bitforbit.kv.state.KvState`, made when the first tokens come."""
 
@@ -72,6 +79,8 @@ class KiviLayer(CacheLayerMixin):
             )
         if self.state is None:
             self.lazy_initialization(key_states, value_states)
+        if torch.is_autocast_enabled(key_states.device.type):  # keys and values may then differ in dtype
+            key_states, value_states = key_states.to(self.dtype), value_states.to(self.dtype)
         self._check(key_states, value_states)
         state = self._state
         first = state.slots == 0
@@ -87,7 +96,7 @@ class KiviLayer(CacheLayerMixin):
         tokens = handle.handle_keys.shape[-2]
         handle.finish()
         if tokens == 1 or not self._recording:
-            self._state.flush()
+            self._flush()
 
     def _settle(self) -> None:
         if self._open is not None:
@@ -95,7 +104,10 @@ class KiviLayer(CacheLayerMixin):
                 f"layer {self.index}: expected the attention bitforbit_kivi to run after each update, but it did not "
                 "after the last one; make the cache with bitforbit.kivi_cache(model), and begin with a new cache"
             )
-        if self.state is not None:
+        self._flush()
+
+    def _flush(self) -> None:
+        if self.state is not None and self.state.flushed != self.state.slots:
             self.state.flush()
 
     def _check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -158,19 +170,18 @@ class KiviLayer(CacheLayerMixin):
         """From now on, tokens that come several at a time are quantized only after a :meth:`crop`, or the next call."""
         self._recording = True
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | torch.Tensor) -> None:
         """Take back the last ``-tokens_to_remove`` tokens (transformers counts them negative).
 
         What was quantized and comes back into the exact window has the values it was rounded to.
         """
-        if tokens_to_remove > 0:
-            raise KvCacheError(
-                f"crop: expected 0 or less, the negative number of tokens to take back, got {tokens_to_remove}"
-            )
+        count = int(tokens_to_remove)  # transformers 5.17 passes a tensor
+        if count > 0:
+            raise KvCacheError(f"crop: expected 0 or less, the negative number of tokens to take back, got {count}")
         if self.state is None:
             return
-        if tokens_to_remove < 0:
-            self.state.crop(max(0, self.state.slots + tokens_to_remove))
+        if count < 0:
+            self.state.crop(max(0, self.state.slots + count))
         self._settle()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -215,7 +226,7 @@ class KiviCache(Cache):
         v_bits: int = 4,
         group: int = 32,
         residual: int | None = 128,
-        sink: int = 0,
+        sink: int = SINK,
         v_group: int | None = None,
         layers: Mapping[int, KiviSpec | None] | None = None,
     ) -> None:

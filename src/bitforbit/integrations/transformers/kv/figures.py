@@ -88,4 +88,4 @@ def _shape(layer: Any) -> tuple[int, int, int]:
     keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
     if keys is None or values is None or not keys.numel():
         return 0, 0, sum(tensor.numel() for tensor in _tensors(vars(layer)))
-    return keys.shape[0], layer.get_seq_length(), keys.numel() + values.numel()
+    return keys.shape[0], int(layer.get_seq_length()), keys.numel() + values.numel()
