@@ -27,7 +27,7 @@ from benchmarks.common import ROOT, save
 CASES = ("16", "8", "4", "k4v2", "2", "quanto 4", "quanto 2")
 HEADS, QUERY_HEADS, HEAD_DIM = 8, 32, 128
 GROWTH, DECODE = (24, 24), 16
-TOKENS = (1024, 2048, 4096, 8192, 16384, 32768)
+TOKENS = (1024, 4096, 8192, 16384, 32768)
 LAYERS = 8
 
 
