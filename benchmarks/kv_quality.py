@@ -27,7 +27,7 @@ from transformers.cache_utils import DynamicCache
 from benchmarks import kv_caches, kv_error
 from benchmarks.common import save
 from benchmarks.kv_caches import Variant, exact, kivi, quantized, rounded
-from benchmarks.kv_models import DIGITS, Task, TestModel, copying, lookup, missing, open_model, text
+from benchmarks.kv_models import DIGITS, Subject, Task, copying, lookup, missing, open_model, text
 
 BLOCK = 64
 """Steps whose losses are averaged before the standard error is taken: neighbours are not independent."""
@@ -56,7 +56,7 @@ SINK = 4
 MAKERS = {"text": text, "copy": copying, "lookup": lookup}
 
 
-def tasks(source: TestModel, size: Size) -> list[Task]:
+def tasks(source: Subject, size: Size) -> list[Task]:
     """What a model is asked."""
     return [MAKERS[name](source, rows, size.prefix, size.steps) for name, rows in size.rows.items()]
 
@@ -169,7 +169,7 @@ def attended_share(variant: Variant, size: Size) -> dict[str, float]:
     }
 
 
-def measure(source: TestModel, size: Size, chosen: Sequence[Variant]) -> dict[str, Any]:
+def measure(source: Subject, size: Size, chosen: Sequence[Variant]) -> dict[str, Any]:
     """All caches on all tasks of a model."""
     asked = tasks(source, size)
     ids = torch.cat([task.ids for task in asked])
