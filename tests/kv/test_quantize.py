@@ -22,13 +22,13 @@ NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 def hostile_groups(dtype: torch.dtype) -> torch.Tensor:
     """``[n, 32]``: constants, zeros of both signs, subnormals, the largest numbers, random bits, without NaN."""
-    big = min(torch.finfo(dtype).max, torch.finfo(torch.bfloat16).max)
+    big = torch.finfo(dtype).max
     least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # the least subnormal
     random = torch.Generator().manual_seed(0)
     noise = torch.randn(40, 32, generator=random)
     bits = torch.randint(0, 256, (400, 32 * dtype.itemsize), generator=random, dtype=torch.uint8).view(dtype)
     rows = [
-        *(torch.full((32,), x) for x in (0.0, -0.0, 1.0, -3.0, big, least, -least)),
+        *(torch.full((32,), x) for x in (0.0, -0.0, 1.0, -3.0, big, -big, least, -least)),
         torch.tensor([0.0, -0.0] * 16),
         torch.tensor([big, -big] * 16),
         torch.tensor([big, -big] + [0.0, 1.0, big / 2] * 10),
