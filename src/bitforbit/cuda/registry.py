@@ -25,6 +25,10 @@ STACK: dict[Kernel, str] = {
     variant.kernel: "sums of 64 tokens fill the registers: ptxas spills a few of them on sm_100a and sm_120a"
     for variant in fused.VARIANTS
     if (variant.tokens, variant.stripes) == (64, 1)
+} | {
+    kernel: "a number or two outside of the loops: on sm_90a around divisions of kv_flush, on sm_100a and sm_120a"
+    for kernel in kv.KERNELS
+    if kernel.name != "kv_merge"
 }
 """Kernels that may have a stack frame in local memory, with the reason."""
 
