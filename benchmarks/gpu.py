@@ -33,7 +33,7 @@ KILL_SECONDS = 5
 NO_GPU = 2
 
 MODELS = "tests/gpu/test_models_gpu.py"
-BENCHMARKS = ("decode", "linear", "model", "load")
+BENCHMARKS = ("decode", "linear", "model", "load", "kv")
 ASKED_FOR = ("tune",)
 """Benchmarks for those who change kernels: part of a dry run, and of a run with ``--only``."""
 TESTS = {
@@ -100,6 +100,7 @@ def steps(dry_run: bool, work: Path, only: Sequence[str] = ()) -> list[Step]:
             tests["operators"],
             benchmarks["model"],
             benchmarks["decode"],
+            benchmarks["kv"],
             tests["models"],
             *(step for name, step in sanitizers.items() if "fused" in name),
             benchmarks["load"],

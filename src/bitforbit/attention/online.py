@@ -5,12 +5,34 @@ FP32 throughout. Scores exist for a block of queries and keys at a time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
 import torch
 from torch import Tensor
 
 BLOCK_QUERIES = 256
 BLOCK_KEYS = 512
 _LOWEST = torch.finfo(torch.float32).min
+_Result = TypeVar("_Result")
+_Arguments = ParamSpec("_Arguments")
+
+
+def without_autograd(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Run a function without gradients, and in the dtypes that it says even under autocast."""
+
+    @wraps(function)
+    def run(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        with torch.no_grad():
+            autocast = [d for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
+            with ExitStack() as stack:
+                for device in autocast:
+                    stack.enter_context(torch.autocast(device, enabled=False))
+                return function(*args, **kwargs)
+
+    return run
 
 
 class OnlineSoftmax:
@@ -96,6 +118,7 @@ class OnlineSoftmax:
         return (self._maximum + self._sum.log()).flatten(0, 1)
 
 
+@without_autograd
 def attend_exact(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool, scaling: float,
     softcap: float | None = None, sinks: Tensor | None = None,
@@ -104,8 +127,10 @@ def attend_exact(
 
     ``mask`` [B or 1, 1 or Hq, Lq, at least L]: bool, True is seen, or floats that are added. ``causal``: the last query
     sees all, the one before it all but one. ``sinks`` [Hq]: logits whose exp joins the denominator. The second result
-    is float32 [B, Hq, Lq]. A query that sees nothing gives zeros and -inf. For layers with softcap or sinks, which
-    scaled_dot_product_attention lacks; scores take the memory of 256 x 512 per head.
+    is float32 [B, Hq, Lq]. A query that sees nothing gives zeros and -inf. Without gradients.
+
+    For layers with softcap or sinks, which scaled_dot_product_attention lacks; scores take the memory of 256 x 512 per
+    head.
     """
     out = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)

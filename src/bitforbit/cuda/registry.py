@@ -5,6 +5,7 @@ from __future__ import annotations
 from bitforbit.cuda import df11, sources
 from bitforbit.cuda.fused import plan as fused
 from bitforbit.cuda.kernel import Kernel
+from bitforbit.cuda.kv import usual as kv
 from bitforbit.cuda.planes import decode as planes_decode
 from bitforbit.cuda.planes import encode as planes_encode
 from bitforbit.cuda.tiles import decode as tiles_decode
@@ -17,12 +18,17 @@ KERNELS: tuple[Kernel, ...] = (
     *tiles_decode.KERNELS,
     *df11.KERNELS,
     *fused.KERNELS,
+    *kv.KERNELS,
 )
 
 STACK: dict[Kernel, str] = {
     variant.kernel: "sums of 64 tokens fill the registers: ptxas spills a few of them on sm_100a and sm_120a"
     for variant in fused.VARIANTS
     if (variant.tokens, variant.stripes) == (64, 1)
+} | {
+    kernel: "a number or two outside of the loops: on sm_90a around divisions of kv_flush, on sm_100a and sm_120a"
+    for kernel in kv.KERNELS
+    if kernel.name != "kv_merge"
 }
 """Kernels that may have a stack frame in local memory, with the reason."""
 

@@ -75,7 +75,7 @@ def attend(
     scaling: float, softcap: float, sinks: int, mask: int, mask_strides: Strides, out: int, out_f32: bool, lse: int,
     workspace: int,
 ) -> None:  # fmt: skip
-    """Attend to the first ``visible`` slots. Only enqueues; the same bits whatever the batch, padding and other queries.
+    """Attend to the first ``visible`` slots. Only enqueues; the same bits in any batch, padding and other queries.
 
     ``q``: BF16 [B, Hq, query_rows, D], Hq = heads * queries_per_head, ``q_strides`` from row to row, head to head,
     query to query in elements, each query on 8 bytes. ``softcap`` 0: none. ``sinks``: float32 [Hq], logits that join
@@ -84,8 +84,8 @@ def attend(
     seen. ``lse``: float32 [B, Hq, query_rows], natural logarithms of the denominators, or 0. ``workspace``: see
     :func:`workspace_bytes`, on 16 bytes.
 
-    With ``call.counter`` a captured launch is right for every number of slots up to ``call.tokens``; the mask then needs
-    room for as many. Raises UsageError for what the kernels do not take.
+    With ``call.counter`` a captured launch is right for every number of slots up to ``call.tokens``; the mask then
+    needs room for as many. Raises UsageError for what the kernels do not take.
     """
     call.check()
     if call.dtype != "BF16":
