@@ -1,8 +1,8 @@
 """Claim: a cache in 4 bits is within 1 % of the 16-bit perplexity, and better than QuantizedCache in as many bits.
 
 Protocol: the first part of each row goes through the model at once, with exact attention, and is handed to every cache
-alike. The rest follows, the right tokens whatever was predicted, one at a time (demo) or 16 at a time (smollm2, where
-it saves minutes: the up to 15 tokens before one in its call are exact, as they would be in the window). So everything
+alike. The rest follows, the right tokens whatever was predicted, one at a time (demo) or 16 at a time (smollm2, so
+that the benchmark takes minutes: the up to 15 tokens before one in its call are exact, as in the window). So everything
 that is scored attends to the cache. Rows, tokens and arithmetic are the same for all caches.
 
     python -m benchmarks.kv_quality                   both models, minutes
