@@ -60,6 +60,9 @@ class BlockSparseSpec:
             raise AttentionError(f"dense_below: expected 0 or more tokens, got {self.dense_below!r}")
 
 
+_DEFAULT = BlockSparseSpec()
+
+
 def block_sparse(
     model: Model,
     pattern: str = "topk",
@@ -133,7 +136,7 @@ def block_sparse_attention(
 
 def _spec(module: nn.Module, queries: int, keys: int, kwargs: dict[str, Any]) -> BlockSparseSpec | None:
     """The settings of a call that is to be block-sparse; None: dense."""
-    spec: BlockSparseSpec | None = getattr(module, ATTRIBUTE, BlockSparseSpec())
+    spec: BlockSparseSpec | None = getattr(module, ATTRIBUTE, _DEFAULT)
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     if spec is None or not causal or _windowed(module, kwargs):
@@ -149,6 +152,7 @@ def _refuse(kwargs: dict[str, Any], dropout: float) -> None:
         raise AttentionError(f"{NAME} has no dropout, got {dropout}: set attention_dropout=0, or train with 'sdpa'")
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _sparse(
     spec: BlockSparseSpec, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
 ) -> Tensor:
