@@ -132,6 +132,25 @@ REGIONS: dict[str, tuple[Region, ...]] = {
             ),
         ),
     ),
+    "kv_attend": (
+        Region(
+            "128 tokens of a segment, keys and values, 8 queries", "kv_attend.cu",
+            "__device__ __forceinline__ void attend_segment(", 8, "BITFORBIT_HEAD",
+            (
+                ("kv_attend.cu", "__device__ __forceinline__ void cap("),
+                ("kv_attend.cu", "__device__ __forceinline__ void cut("),
+                ("kv_attend.cu", "__device__ __forceinline__ void hide("),
+            ),
+        ),
+        Region(
+            "besides: the sums of a block's four warps", "kv_attend.cu",
+            "__device__ __forceinline__ void store_item(", 8, "BITFORBIT_HEAD",
+        ),
+    ),
+    "kv_flush": (
+        Region("a word of keys", "kv_flush.cu", "for (u32 i = 0; i < kGroup; i += kWordTokens) {", 8),
+        Region("a word of values", "kv_flush.cu", "for (u32 w = threadIdx.x; w < kWords; w += kThreads) {", 16),
+    ),
     "df11_decode": _DF11,
     "df11_rows": _DF11,
 }  # fmt: skip

@@ -164,10 +164,6 @@ class Attention {
     const std::uint8_t* record = record_of(block, segment);
     ops_.score_quantized(r_, record, 0, (count + r_.group - 1) / r_.group * (r_.group / kKvTile), queries, room.scores);
     softmax(block, row.first_slot + cache_.sink + begin, count, 0, 0, room, result);
-    const std::size_t end = (count + kKvTile - 1) / kKvTile * kKvTile;
-    for (std::size_t m = 0; m < block.count; ++m) {
-      std::fill(room.scores + m * kKvScores + count, room.scores + m * kKvScores + end, 0.0f);
-    }
     ops_.sum_quantized(r_, record, count, room.scores, queries, result.out);
   }
 

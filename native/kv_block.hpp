@@ -60,7 +60,8 @@ struct KvOps {
   // The same for exact keys.
   void (*score_exact)(const KvRecord& r, const std::uint8_t* const* rows, std::size_t count, const KvQueries& q,
                       float* scores);
-  // Scores, not yet scaled, become exp(score - max) in place; -infinity becomes 0. `mask` nullptr, or bytes, 0: unseen.
+  // Scores, not yet scaled, become exp(score - max) in place, then zeros up to a tile's end; unseen tokens (0 in
+  // `mask`, which may be nullptr) become 0.
   void (*softmax)(const KvSoftmax& s, const std::uint8_t* mask, float* scores, float* max, float* sum);
   // out[m] += sum of p[m][i] * value i, for the first `count` tokens of a record; p up to a tile's end is 0.
   void (*sum_quantized)(const KvRecord& r, const std::uint8_t* record, std::size_t count, const float* p,

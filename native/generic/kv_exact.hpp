@@ -7,11 +7,28 @@
 namespace bitforbit {
 namespace {
 
-inline constexpr std::size_t kSumLanes = 16;
+// One register of the instruction set that the file is compiled for.
+#if defined(__AVX512F__)
+inline constexpr std::size_t kLaneCount = 16;
+#elif defined(__AVX2__)
+inline constexpr std::size_t kLaneCount = 8;
+#else
+inline constexpr std::size_t kLaneCount = 4;
+#endif
+using Lanes = float __attribute__((vector_size(4 * kLaneCount)));
+using LaneWords = std::int32_t __attribute__((vector_size(4 * kLaneCount)));
 
-// Lanes l and l + 8, then 4, 2, 1.
-inline float add_kv_lanes(float* lanes) {
-  for (std::size_t step = kSumLanes / 2; step; step /= 2) {
+inline __attribute__((always_inline)) void load_lanes(const float* p, Lanes& x) { __builtin_memcpy(&x, p, sizeof x); }
+inline __attribute__((always_inline)) void store_lanes(float* p, const Lanes& x) { __builtin_memcpy(p, &x, sizeof x); }
+inline __attribute__((always_inline)) void fill_lanes(float value, Lanes& x) { x = Lanes{} + value; }
+
+// Lanes l and l + half of them, and so on.
+inline float add_lanes(const Lanes& x) {
+  float lanes[kLaneCount];
+  store_lanes(lanes, x);
+#pragma GCC unroll 4
+  for (std::size_t step = kLaneCount / 2; step; step /= 2) {
+#pragma GCC unroll 8
     for (std::size_t l = 0; l < step; ++l) lanes[l] += lanes[l + step];
   }
   return lanes[0];
@@ -24,11 +41,13 @@ inline void score_exact(const KvRecord& r, const std::uint8_t* const* rows, std:
     widen(r.dtype, rows[i], r.head_dim, key);
     for (std::size_t m = 0; m < q.count; ++m) {
       const float* query = q.q + m * r.head_dim;
-      float lanes[kSumLanes] = {};
-      for (std::size_t c = 0; c < r.head_dim; c += kSumLanes) {
-        for (std::size_t l = 0; l < kSumLanes; ++l) lanes[l] += query[c + l] * key[c + l];
+      Lanes sum{};
+      for (std::size_t c = 0; c < r.head_dim; c += kLaneCount) {
+        Lanes a, b;
+        load_lanes(query + c, a), load_lanes(key + c, b);
+        sum += a * b;
       }
-      scores[m * kKvScores + i] = add_kv_lanes(lanes);
+      scores[m * kKvScores + i] = add_lanes(sum);
     }
   }
 }
@@ -41,63 +60,90 @@ inline void sum_exact(const KvRecord& r, const std::uint8_t* const* rows, std::s
     for (std::size_t m = 0; m < q.count; ++m) {
       const float weight = p[m * kKvScores + i];
       float* sum = out + m * r.head_dim;
-      for (std::size_t c = 0; c < r.head_dim; ++c) sum[c] += weight * value[c];
+      for (std::size_t c = 0; c < r.head_dim; c += kLaneCount) {
+        Lanes a, b;
+        load_lanes(sum + c, a), load_lanes(value + c, b);
+        a += weight * b;
+        store_lanes(sum + c, a);
+      }
     }
   }
 }
 
 // e^x for x <= 0 within 2 units in the last place, 0 where that is no normal number; NaN stays. x = n ln 2 + r, and
 // Taylor's series of e^r to r^7: |r| <= 0.35 leaves 5e-9.
-inline float exp_negative(float x) {
+inline __attribute__((always_inline)) void exp_negative(const Lanes& x, Lanes& out) {
   constexpr float kLeast = -87.33654f;  // ln 2^-126
   constexpr float kRound = 0x1.8p23f;   // adding it leaves an integer in the low bits
-  const float bounded = x > kLeast ? x : kLeast;
-  const float shifted = bounded * 0x1.715476p0f + kRound;
-  const float n = shifted - kRound;
-  const float rest = (bounded - n * 0x1.62ep-1f) - n * 0x1.0bfbe8p-15f;  // ln 2 in two parts, the first of 12 bits
-  float y = 1.0f / 5040;
-  y = y * rest + 1.0f / 720;
+  Lanes least;
+  fill_lanes(kLeast, least);
+  const Lanes bounded = x > least ? x : least;
+  const Lanes shifted = bounded * 0x1.715476p0f + kRound;
+  const Lanes n = shifted - kRound;
+  const Lanes rest = (bounded - n * 0x1.62ep-1f) - n * 0x1.0bfbe8p-15f;  // ln 2 in two parts, the first of 12 bits
+  Lanes y = rest * (1.0f / 5040) + 1.0f / 720;
   y = y * rest + 1.0f / 120;
   y = y * rest + 1.0f / 24;
   y = y * rest + 1.0f / 6;
   y = y * rest + 0.5f;
   y = y * (rest * rest) + rest + 1.0f;
-  const float power = float_of((word_of(shifted) - word_of(kRound) + 127u) << 23);
-  y = x < kLeast ? 0.0f : y * power;
-  return x == x ? y : x;
+  const LaneWords power = ((LaneWords)shifted + (127 - 0x4b400000)) << 23;
+  y = x < least ? Lanes{} : y * (Lanes)power;
+  out = x != x ? x : y;
 }
 
 // tanh x = sign(x) (1 - e) / (1 + e), e = exp(-2 |x|).
-inline float tanh_of(float x) {
-  const float e = exp_negative(-2.0f * __builtin_fabsf(x));
-  return __builtin_copysignf((1.0f - e) / (1.0f + e), x);
+inline __attribute__((always_inline)) void tanh_lanes(const Lanes& x, Lanes& out) {
+  constexpr std::int32_t kMagnitude = 0x7fffffff;
+  const Lanes minus = -2.0f * (Lanes)((LaneWords)x & kMagnitude);
+  Lanes e;
+  exp_negative(minus, e);
+  out = (Lanes)((LaneWords)((1.0f - e) / (1.0f + e)) | ((LaneWords)x & ~kMagnitude));
 }
 
 inline void softmax(const KvSoftmax& s, const std::uint8_t* mask, float* scores, float* max, float* sum) {
-  for (std::size_t i = 0; i < s.count; ++i) scores[i] *= s.scaling;
-  if (s.softcap != 0.0f) {
-    for (std::size_t i = 0; i < s.count; ++i) scores[i] = s.softcap * tanh_of(scores[i] / s.softcap);
+  const std::size_t end = (s.count + kKvTile - 1) / kKvTile * kKvTile;
+  for (std::size_t i = s.count; i < end; ++i) scores[i] = 0.0f;
+  Lanes nothing, most, total{};
+  fill_lanes(-__builtin_inff(), nothing);
+  most = nothing;
+  LaneWords index;
+  for (std::size_t l = 0; l < kLaneCount; ++l) index[l] = static_cast<std::int32_t>(l);
+  const auto count = static_cast<std::int32_t>(s.count);
+  for (std::size_t i = 0; i < end; i += kLaneCount, index += static_cast<std::int32_t>(kLaneCount)) {
+    Lanes x;
+    load_lanes(scores + i, x);
+    x *= s.scaling;
+    if (s.softcap != 0.0f) {
+      Lanes capped;
+      tanh_lanes(x / s.softcap, capped);
+      x = s.softcap * capped;
+    }
+    x = index < count ? x : nothing;
+    if (mask) {
+      std::int32_t bytes[kLaneCount];
+      for (std::size_t l = 0; l < kLaneCount; ++l) bytes[l] = i + l < s.count ? mask[i + l] : 0;
+      LaneWords seen;
+      __builtin_memcpy(&seen, bytes, sizeof seen);
+      x = seen != 0 ? x : nothing;
+    }
+    most = x > most ? x : most;
+    store_lanes(scores + i, x);
   }
-  if (mask) {
-    for (std::size_t i = 0; i < s.count; ++i) scores[i] = mask[i] ? scores[i] : -__builtin_inff();
-  }
-  float most[kSumLanes], lanes[kSumLanes];
-  for (std::size_t l = 0; l < kSumLanes; ++l) most[l] = -__builtin_inff(), lanes[l] = 0.0f;
-  const std::size_t whole = s.count / kSumLanes * kSumLanes;
-  for (std::size_t i = 0; i < whole; i += kSumLanes) {
-    for (std::size_t l = 0; l < kSumLanes; ++l) most[l] = scores[i + l] > most[l] ? scores[i + l] : most[l];
-  }
-  for (std::size_t i = whole; i < s.count; ++i) most[0] = scores[i] > most[0] ? scores[i] : most[0];
-  for (std::size_t l = 1; l < kSumLanes; ++l) most[0] = most[l] > most[0] ? most[l] : most[0];
-  *max = most[0];
+  float lanes[kLaneCount];
+  store_lanes(lanes, most);
+  *max = lanes[0];
+  for (std::size_t l = 1; l < kLaneCount; ++l) *max = lanes[l] > *max ? lanes[l] : *max;
   // With nothing seen every difference would be a NaN.
-  const float base = most[0] == -__builtin_inff() ? 0.0f : most[0];
-  for (std::size_t i = 0; i < s.count; ++i) scores[i] = exp_negative(scores[i] - base);
-  for (std::size_t i = 0; i < whole; i += kSumLanes) {
-    for (std::size_t l = 0; l < kSumLanes; ++l) lanes[l] += scores[i + l];
+  const float base = *max == -__builtin_inff() ? 0.0f : *max;
+  for (std::size_t i = 0; i < end; i += kLaneCount) {
+    Lanes x;
+    load_lanes(scores + i, x);
+    exp_negative(x - base, x);
+    store_lanes(scores + i, x);
+    total += x;
   }
-  for (std::size_t i = whole; i < s.count; ++i) lanes[0] += scores[i];
-  *sum = add_kv_lanes(lanes);
+  *sum = add_lanes(total);
 }
 
 }  // namespace

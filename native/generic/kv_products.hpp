@@ -12,6 +12,10 @@
 namespace bitforbit {
 namespace {
 
+// Channels that are summed on their own before they are added to the others, as the tokens of a tile are: the error of
+// a sum in FP32 grows with its length.
+inline constexpr std::size_t kSumBlock = 32;
+
 // Scales and zeros as FP32: of the tiles of a segment, the most there are of either.
 inline std::size_t float_params_bytes(const KvRecord& r) {
   const std::size_t keys = 2 * r.head_dim, values = kKvTiles * 2 * kKvTile * (r.head_dim / r.v_group);
@@ -26,30 +30,38 @@ void score_tile(const KvRecord& r, const std::uint8_t* tile, const float* scale,
   constexpr std::size_t kPasses = kKvTile / kTokens / V::kWidth;
   constexpr std::size_t kQuadBytes = 4 * kKvTile * kBits / 8;
   for (std::size_t pass = 0; pass < kPasses; ++pass) {
-    F sum[kQueries][kTokens];
-    for (int m = 0; m < kQueries; ++m) {
-      for (std::size_t e = 0; e < kTokens; ++e) sum[m][e] = V::broadcast(0.0f);
+    F total[kQueries][kTokens], sum[kQueries][kTokens];
+    for (int i = 0; i < kQueries; ++i) {
+      for (std::size_t e = 0; e < kTokens; ++e) total[i][e] = sum[i][e] = V::broadcast(0.0f);
     }
     const std::uint8_t* words = tile;
-    for (std::size_t c = 0; c < r.head_dim; c += 4, words += kQuadBytes) {
-      const typename V::I x = V::template key_words<kBits>(words, pass);
+    for (std::size_t c = 0; c < r.head_dim;) {
+      const std::size_t end = c + kSumBlock < r.head_dim ? c + kSumBlock : r.head_dim;
+      for (; c < end; c += 4, words += kQuadBytes) {
+        const typename V::I x = V::template key_words<kBits>(words, pass);
 #pragma GCC unroll 4
-      for (std::size_t m = 0; m < 4; ++m) {
-        const F s = V::broadcast(scale[c + m]), z = V::broadcast(zero[c + m]);
+        for (std::size_t m = 0; m < 4; ++m) {
+          const F s = V::broadcast(scale[c + m]), z = V::broadcast(zero[c + m]);
 #pragma GCC unroll 2
-        for (std::size_t e = 0; e < kTokens; ++e) {
-          const int shift = static_cast<int>(16 * (m % 2) + kBits * (m / 2) + 2 * kBits * e);
-          const F key = V::add(z, V::mul(s, V::template code<kBits>(x, shift)));
+          for (std::size_t e = 0; e < kTokens; ++e) {
+            const int shift = static_cast<int>(16 * (m % 2) + kBits * (m / 2) + 2 * kBits * e);
+            const F key = V::add(z, V::mul(s, V::template code<kBits>(x, shift)));
 #pragma GCC unroll 8
-          for (int i = 0; i < kQueries; ++i) {
-            sum[i][e] = V::fma(V::broadcast(q[static_cast<std::size_t>(i) * r.head_dim + c + m]), key, sum[i][e]);
+            for (int i = 0; i < kQueries; ++i) {
+              sum[i][e] = V::fma(V::broadcast(q[static_cast<std::size_t>(i) * r.head_dim + c + m]), key, sum[i][e]);
+            }
           }
+        }
+      }
+      for (int i = 0; i < kQueries; ++i) {
+        for (std::size_t e = 0; e < kTokens; ++e) {
+          total[i][e] = V::add(total[i][e], sum[i][e]), sum[i][e] = V::broadcast(0.0f);
         }
       }
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kQueries; ++i) {
-      V::template store_scores<kBits>(scores + static_cast<std::size_t>(i) * kKvScores, pass, sum[i]);
+      V::template store_scores<kBits>(scores + static_cast<std::size_t>(i) * kKvScores, pass, total[i]);
     }
   }
 }
@@ -68,51 +80,55 @@ void score_tiles(const KvRecord& r, const std::uint8_t* record, std::size_t firs
 }
 
 // Channel registers [first, first + kRegisters) of `out`, lanes as value_words leaves them.
-template <class V, int kBits, int kQueries, int kRegisters>
+template <class V, int kBits, std::size_t kQueries, std::size_t kRegisters>
 void sum_registers(const KvRecord& r, const std::uint8_t* codes, const float* params, std::size_t tiles,
                    std::size_t first, const float* p, float* out) {
   using F = typename V::F;
-  const std::size_t groups = r.head_dim / r.v_group;
-  F sum[kQueries][kRegisters];
-  for (int m = 0; m < kQueries; ++m) {
-    for (int k = 0; k < kRegisters; ++k) sum[m][k] = V::broadcast(0.0f);
+  F total[kQueries][kRegisters];
+  const float* param[kRegisters];
+  for (std::size_t k = 0; k < kRegisters; ++k) {
+    param[k] = params + (first + k) * V::kWidth / r.v_group * 2 * kKvTile;
+    for (std::size_t m = 0; m < kQueries; ++m) total[m][k] = V::broadcast(0.0f);
   }
   constexpr std::size_t kTokens = kBits == 8 ? 4 : 8;  // of a register
   const std::size_t step = 4 * kTokens * r.head_dim * kBits / 32;
-  for (std::size_t i = 0; i < tiles * kKvTile; i += kTokens, codes += step) {
-    typename V::I x[kRegisters];
-    const float* param[kRegisters];
-#pragma GCC unroll 4
-    for (int k = 0; k < kRegisters; ++k) {
-      const std::size_t at = first + static_cast<std::size_t>(k);
-      x[k] = V::template value_words<kBits>(codes, at);
-      param[k] = params + (i / kKvTile * groups + at * V::kWidth / r.v_group) * 2 * kKvTile + i % kKvTile / 8 * 8;
+  for (std::size_t tile = 0; tile < tiles; ++tile, p += kKvTile) {
+    F sum[kQueries][kRegisters];
+    for (std::size_t m = 0; m < kQueries; ++m) {
+      for (std::size_t k = 0; k < kRegisters; ++k) sum[m][k] = V::broadcast(0.0f);
     }
-#pragma GCC unroll 8
-    for (std::size_t n = 0; n < kTokens; ++n) {
-      // 8 bits: registers hold tokens 0, 1, 4, 5 or 2, 3, 6, 7 of eight.
-      const std::size_t half = n / (kTokens / 2), low = n % (kTokens / 2);
-      const std::size_t token = 4 * half + low + (kBits == 8 ? i % 8 / 2 : 0);
-      const int shift = static_cast<int>(16 * half + kBits * low);
+    for (std::size_t i = 0; i < kKvTile; i += kTokens, codes += step) {
+      typename V::I x[kRegisters];
 #pragma GCC unroll 4
-      for (int k = 0; k < kRegisters; ++k) {
-        const F s = V::broadcast(param[k][token]), z = V::broadcast(param[k][kKvTile + token]);
-        const F value = V::add(z, V::mul(s, V::template code<kBits>(x[k], shift)));
+      for (std::size_t k = 0; k < kRegisters; ++k) x[k] = V::template value_words<kBits>(codes, first + k);
 #pragma GCC unroll 8
-        for (int m = 0; m < kQueries; ++m) {
-          sum[m][k] =
-              V::fma(V::broadcast(p[static_cast<std::size_t>(m) * kKvScores + i / 8 * 8 + token]), value, sum[m][k]);
+      for (std::size_t n = 0; n < kTokens; ++n) {
+        // 8 bits: registers hold tokens 0, 1, 4, 5 or 2, 3, 6, 7 of eight.
+        const std::size_t half = n / (kTokens / 2), low = n % (kTokens / 2);
+        const std::size_t token = i / 8 * 8 + 4 * half + low + (kBits == 8 ? i % 8 / 2 : 0);
+        const int shift = static_cast<int>(16 * half + kBits * low);
+#pragma GCC unroll 4
+        for (std::size_t k = 0; k < kRegisters; ++k) {
+          const F s = V::broadcast(param[k][token]), z = V::broadcast(param[k][kKvTile + token]);
+          const F value = V::add(z, V::mul(s, V::template code<kBits>(x[k], shift)));
+#pragma GCC unroll 8
+          for (std::size_t m = 0; m < kQueries; ++m) {
+            sum[m][k] = V::fma(V::broadcast(p[m * kKvScores + token]), value, sum[m][k]);
+          }
         }
       }
     }
+    for (std::size_t k = 0; k < kRegisters; ++k) {
+      param[k] += r.head_dim / r.v_group * 2 * kKvTile;
+      for (std::size_t m = 0; m < kQueries; ++m) total[m][k] = V::add(total[m][k], sum[m][k]);
+    }
   }
-  for (int m = 0; m < kQueries; ++m) {
-    for (int k = 0; k < kRegisters; ++k) {
+  for (std::size_t m = 0; m < kQueries; ++m) {
+    for (std::size_t k = 0; k < kRegisters; ++k) {
       alignas(64) float lanes[V::kWidth];
-      V::store(lanes, sum[m][k]);
+      V::store(lanes, total[m][k]);
       for (std::size_t l = 0; l < V::kWidth; ++l) {
-        const std::size_t channel = V::template channel<kBits>((first + static_cast<std::size_t>(k)), l);
-        out[static_cast<std::size_t>(m) * r.head_dim + channel] += lanes[l];
+        out[m * r.head_dim + V::template channel<kBits>(first + k, l)] += lanes[l];
       }
     }
   }
@@ -134,19 +150,19 @@ void sum_values(const KvRecord& r, const std::uint8_t* record, std::size_t count
   }
 }
 
-// Runs f(integral constant) for blocks of at most V::kMostQueries of the query rows.
+// Runs f(Count<n>, first) for blocks of n query rows, at most kMost.
 template <int kQueries>
 struct Count {
   static constexpr int value = kQueries;
 };
 
-template <class V, class F>
+template <int kMost, class F>
 inline void over_queries(std::size_t count, F f) {
   std::size_t first = 0;
-  if constexpr (V::kMostQueries >= 8) {
+  if constexpr (kMost >= 8) {
     for (; count - first >= 8; first += 8) f(Count<8>{}, first);
   }
-  if constexpr (V::kMostQueries >= 4) {
+  if constexpr (kMost >= 4) {
     for (; count - first >= 4; first += 4) f(Count<4>{}, first);
   }
   for (; count - first >= 2; first += 2) f(Count<2>{}, first);
@@ -156,7 +172,7 @@ inline void over_queries(std::size_t count, F f) {
 template <class V, int kBits>
 void score_bits(const KvRecord& r, const std::uint8_t* record, std::size_t first, std::size_t count, const KvQueries& q,
                 float* scores) {
-  over_queries<V>(q.count, [&](auto queries, std::size_t m) {
+  over_queries<V::kMostQueries>(q.count, [&](auto queries, std::size_t m) {
     score_tiles<V, kBits, decltype(queries)::value>(r, record, first, count, q.q + m * r.head_dim,
                                                     reinterpret_cast<float*>(q.room), scores + m * kKvScores);
   });
@@ -175,7 +191,7 @@ void score_quantized(const KvRecord& r, const std::uint8_t* record, std::size_t 
 template <class V, int kBits>
 void sum_bits(const KvRecord& r, const std::uint8_t* record, std::size_t count, const float* p, const KvQueries& q,
               float* out) {
-  over_queries<V>(q.count, [&](auto queries, std::size_t m) {
+  over_queries<V::kMostQueries>(q.count, [&](auto queries, std::size_t m) {
     sum_values<V, kBits, decltype(queries)::value>(r, record, count, p + m * kKvScores,
                                                    reinterpret_cast<float*>(q.room), out + m * r.head_dim);
   });

@@ -54,7 +54,7 @@ inline KvParams make_params(bool f16, float lo, float hi, bool finite, float n) 
   KvParams p;
   p.zero_bits = f16 ? f16_bits(lo) : bf16_down(lo);
   p.zero = f16 ? f16_value(p.zero_bits) : bf16_value(p.zero_bits);
-  if (hi == p.zero) {
+  if (hi <= p.zero) {
     p.scale_bits = 0, p.inverse = 0.0f;
     return p;
   }

@@ -65,6 +65,7 @@ def test_run_says_that_it_is_lossy(capsys: pytest.CaptureFixture[str]) -> None:
         (["--kv", "four"], "such as k4v2"),
         (["--kv", "4", "--kv-group", "48"], "group: expected 32, 64 or 128"),
         (["--kv", "4", "--kv-residual", "100"], "multiple of group (32)"),
+        (["--kv", "4", "--kv-sink", "-1"], "sink: expected 0 or more"),
     ],
 )
 def test_wrong_settings(options: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ inline unsigned add_pairs(unsigned a, unsigned b) {
   return to_pair(float(double(__uint_as_float(a << 16)) + __uint_as_float(b << 16)),
                  float(double(__uint_as_float(a & 0xFFFF0000)) + __uint_as_float(b & 0xFFFF0000)));
 }
+inline unsigned mask_or(unsigned word, unsigned mask, unsigned bits) { return (word & mask) | bits; }
 inline unsigned transpose(unsigned pair, SHIM_SITE) {
   const uint64_t word = pair;
   const shim::Collective& all = shim::meet({"transpose", file, line}, 0xFFFFFFFFu, &word, 1);
@@ -26,4 +27,5 @@ inline unsigned transpose(unsigned pair, SHIM_SITE) {
   return element(column, row) | element(column + 1, row) << 16;
 }
 inline float power_of_2(float x) { return std::exp2(x); }
+inline float reciprocal(float x) { return 1 / x; }
 inline void prefetch(const void*) {}

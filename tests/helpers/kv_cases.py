@@ -33,10 +33,12 @@ def round_to(x: Array, dtype: np.dtype, up: bool) -> np.ndarray:
         near = x.astype(dtype)
     near = np.where(np.isinf(near.astype(np.float32)), np.copysign(ml_dtypes.finfo(dtype).max, x).astype(dtype), near)
     value = near.astype(np.float32)
-    wrong = (value < x) if up else (value > x)
+    wrong = ((value < x) if up else (value > x)) & (np.abs(value) != np.float32(ml_dtypes.finfo(dtype).max))
     # From zero the next number is the least subnormal one, of the sign of the direction.
     least = np.array(0x0001 if up else 0x8001, np.uint16).view(dtype)
-    return np.where(wrong & (value == 0), least, np.where(wrong, step(near, up), near)).astype(dtype)
+    next_to = step(near, up)
+    next_to = np.where(np.isinf(next_to.astype(np.float32)), near, next_to)
+    return np.where(wrong & (value == 0), least, np.where(wrong, next_to, near)).astype(dtype)
 
 
 def quantize(x: Array, bits: int, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -52,7 +54,7 @@ def quantize(x: Array, bits: int, dtype: str) -> tuple[np.ndarray, np.ndarray, n
         span = (hi - z) / n
         span = np.where(np.isfinite(span), span, hi / n - z / n)
         least = np.float32(2.0**-24 if dtype == "F16" else 2.0**-126)
-        scale = np.where(hi == z, np.float32(0), np.maximum(round_to(span, p, up=True).astype(np.float32), least))
+        scale = np.where(hi <= z, np.float32(0), np.maximum(round_to(span, p, up=True).astype(np.float32), least))
         codes = np.rint((x - z[..., None]) * (np.float32(1) / scale)[..., None])
         codes = np.where(scale[..., None] == 0, 0, np.clip(codes, 0, n)).astype(np.uint8)
     nan = np.uint16(0x7E00 if dtype == "F16" else 0x7FC0)
@@ -157,7 +159,7 @@ class Cache:
             base = int(self.start[b]) + s.sink
             for h in range(self.heads):
                 records = [segment[b, h] for segment in segments]
-                groups = self.k[b, h, base : base + keys].reshape(-1, s.group, d).transpose(0, 2, 1)
+                groups = self.k[b, h, base : base + keys].reshape(keys // s.group, s.group, d).transpose(0, 2, 1)
                 codes, scale, zero = quantize(groups, s.k_bits, self.dtype)  # [n, D, G]
                 bad += int((scale.view(params_dtype(self.dtype)) != scale.view(params_dtype(self.dtype))).sum())
                 k[b, h, base : base + keys] = (
@@ -170,7 +172,7 @@ class Cache:
                     for i in range(s.group):
                         tile = record[(at + i) // TILE_TOKENS * lay.key_tile_bytes :][: lay.key_tile_bytes]
                         self.put(tile.view(np.uint32), codes[n, :, i], *self.key_positions(i % TILE_TOKENS))
-                groups = self.v[b, h, base : base + values].reshape(values, -1, s.value_group)
+                groups = self.v[b, h, base : base + values].reshape(values, d // s.value_group, s.value_group)
                 codes, scale, zero = quantize(groups, s.v_bits, self.dtype)  # [T, groups, v_group]
                 bad += int((scale.view(params_dtype(self.dtype)) != scale.view(params_dtype(self.dtype))).sum())
                 v[b, h, base : base + values] = dequantize(codes, scale, zero, self.dtype).reshape(values, d)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as tf
+from transformers import DynamicCache
 
 import bitforbit
+from bitforbit import ops
 from bitforbit.integrations.transformers.kv import NAME
 from bitforbit.kv import KiviCache, KiviSpec
+from cuda_shim.emulation import EmulatedLauncher, EmulatedQueue
 from integrations.kv_models import ARCHITECTURES, make, prompts
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 24}
@@ -262,6 +266,20 @@ def test_embeddings_and_four_dimensional_masks(llama: Any) -> None:
     torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
 
 
+def test_a_mask_of_ones_own_is_not_padding(llama: Any) -> None:
+    """Two documents in one row, then a query that sees both."""
+    ids = prompts(1, 80)["input_ids"]
+    mask = torch.ones(80, 80, dtype=torch.bool).tril()
+    mask[50:, :50] = False
+    logits = []
+    for cache in (DynamicCache(config=llama.config), bitforbit.kivi_cache(llama, **SMALL)):
+        with torch.no_grad():
+            llama(ids, attention_mask=mask[None, None], past_key_values=cache)
+            logits.append(llama(ids[:, :1], past_key_values=cache).logits)
+    assert cache.layers[0].state.start.tolist() == [0]
+    assert (logits[0] - logits[1]).abs().max() < 0.05 * logits[0].abs().max()
+
+
 def test_exceptions_by_layer(llama: Any) -> None:
     cache = bitforbit.kivi_cache(llama, residual=32, layers={0: None, 1: KiviSpec(2, 2, residual=64)})
     assert cache.quantized_layers == [1]
@@ -303,6 +321,24 @@ def test_compressed_and_wrapped_models(tmp_path: Path) -> None:
     assert torch.equal(written(adapted, inputs, bitforbit.kivi_cache(adapted, **SMALL)), reference)
 
 
+@pytest.mark.slow
+def test_cudas_kernels_write_the_same() -> None:
+    """In the emulation: the same tokens and the same packed bytes as on the CPU."""
+    model = make("llama", torch.bfloat16, num_hidden_layers=1)
+    inputs = prompts(2, 68, padding=(9,))
+    caches, outs = [], []
+    launcher = EmulatedLauncher(seed=1)
+    for where in (nullcontext(), ops.gpu.emulate(EmulatedQueue(launcher))):
+        with where:
+            caches.append(bitforbit.kivi_cache(model, residual=32))
+            outs.append(written(model, inputs, caches[-1], max_new_tokens=3))
+    assert torch.equal(*outs)
+    assert {"kv_flush", "kv_attend", "kv_merge"} <= {name for name, _ in launcher.launches}
+    for packed, expected in zip(*(cache.layers[0].state.segments for cache in caches), strict=True):
+        assert torch.equal(packed, expected)
+
+
+@pytest.mark.slow
 def test_compiled_model() -> None:
     model = make("llama", num_hidden_layers=1)
     inputs = prompts(1, 40)

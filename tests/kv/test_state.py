@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bitforbit.errors import KvCacheError, KvSpecError
+from bitforbit.kv import kernels
 from bitforbit.kv.layout import KvLayout, key_position, value_position
 from bitforbit.kv.naive import NaiveRow
 from bitforbit.kv.spec import KiviSpec
@@ -306,3 +307,18 @@ def test_refusals() -> None:
         KvState(spec, 1, 1, 32, dtype=torch.float64, device="cpu")
     with pytest.raises(KvSpecError, match="v_group=16"):
         KvState(spec, 1, 1, 80, dtype=torch.bfloat16, device="cpu")
+
+
+def test_the_table_of_segments_stays_where_it_is() -> None:
+    state = KvState(KiviSpec(residual=32), 1, 1, 32, dtype=torch.bfloat16, device="cpu")
+    addresses = set()
+    for tokens in (1, 600, 600, 256 * 512, 300 * 512):
+        state.room_for(tokens)
+        addresses.add(kernels._table(state))
+        assert state.table is not None
+        assert state.table[: len(state.segments)].tolist() == [segment.data_ptr() for segment in state.segments]
+        assert len(addresses) == (2 if tokens == 300 * 512 else 1)
+    twin = copy.deepcopy(state)
+    kernels._table(twin)
+    assert twin.table is not None
+    assert twin.table[0] == twin.segments[0].data_ptr() != state.segments[0].data_ptr()

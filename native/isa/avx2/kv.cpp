@@ -10,7 +10,7 @@ namespace {
 
 struct Kv256 {
   static constexpr std::size_t kWidth = 8;
-  static constexpr int kMostQueries = 4, kMostSums = 8;
+  static constexpr int kMostQueries = 2, kMostSums = 8;
   using F = __m256;
   using I = __m256i;
 

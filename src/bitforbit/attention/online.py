@@ -5,12 +5,34 @@ FP32 throughout. Scores exist for a block of queries and keys at a time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
 import torch
 from torch import Tensor
 
 BLOCK_QUERIES = 256
 BLOCK_KEYS = 512
 _LOWEST = torch.finfo(torch.float32).min
+_Result = TypeVar("_Result")
+_Arguments = ParamSpec("_Arguments")
+
+
+def without_autograd(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Run a function without gradients, and in the dtypes that it says even under autocast."""
+
+    @wraps(function)
+    def run(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        with torch.no_grad():
+            autocast = [d for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
+            with ExitStack() as stack:
+                for device in autocast:
+                    stack.enter_context(torch.autocast(device, enabled=False))
+                return function(*args, **kwargs)
+
+    return run
 
 
 class OnlineSoftmax:
@@ -18,13 +40,16 @@ class OnlineSoftmax:
 
     def __init__(
         self, q: Tensor, heads: int, scaling: float, softcap: float | None = None,
-        seed: tuple[Tensor, Tensor] | None = None,
+        seed: tuple[Tensor, Tensor] | None = None, width: int | None = None,
     ) -> None:  # fmt: skip
-        """``seed``: output [Hq, Lq, D] and logarithm of the sum [Hq, Lq], float32, of tokens that were attended."""
+        """``width``: channels of a value, if not D.
+
+        ``seed``: output [Hq, Lq, width] and logarithm of the sum [Hq, Lq], float32, of tokens that were attended.
+        """
         self._q, self._heads, self._scaling, self._softcap = q, heads, scaling, softcap
         shape = (heads, q.shape[0] // heads, q.shape[1])
         if seed is None:
-            self._out = torch.zeros((*shape, q.shape[2]), dtype=torch.float32, device=q.device)
+            self._out = torch.zeros((*shape, width or q.shape[2]), dtype=torch.float32, device=q.device)
             self._maximum = torch.full(shape, float("-inf"), dtype=torch.float32, device=q.device)
             self._sum = torch.zeros_like(self._maximum)
         else:
@@ -57,10 +82,10 @@ class OnlineSoftmax:
         scores = scores.unflatten(1, (-1, count))  # [H, Hq / H, queries, keys]
         if mask is not None:
             mask = mask.unflatten(0, (self._heads, -1)) if mask.shape[0] > 1 else mask[None]
-            scores = torch.where(mask, scores, float("-inf")) if mask.dtype is torch.bool else scores + mask.float()
+            scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype is torch.bool else scores + mask.float()
         if diagonal is not None and diagonal < k.shape[1] - 1:
-            below = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(diagonal)
-            scores = torch.where(below, scores, float("-inf"))
+            above = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(diagonal + 1)
+            scores = scores.masked_fill(above, float("-inf"))
         factor, maximum = self._rescale(scores.amax(-1), queries)
         weights = torch.exp(scores - maximum[..., None])
         product = (weights.flatten(1, 2) @ v.float()).unflatten(1, (-1, count))
@@ -93,6 +118,7 @@ class OnlineSoftmax:
         return (self._maximum + self._sum.log()).flatten(0, 1)
 
 
+@without_autograd
 def attend_exact(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool, scaling: float,
     softcap: float | None = None, sinks: Tensor | None = None,
@@ -101,14 +127,16 @@ def attend_exact(
 
     ``mask`` [B or 1, 1 or Hq, Lq, at least L]: bool, True is seen, or floats that are added. ``causal``: the last query
     sees all, the one before it all but one. ``sinks`` [Hq]: logits whose exp joins the denominator. The second result
-    is float32 [B, Hq, Lq]. A query that sees nothing gives zeros and -inf. For layers with softcap or sinks, which
-    scaled_dot_product_attention lacks; scores take the memory of 256 x 512 per head.
+    is float32 [B, Hq, Lq]. A query that sees nothing gives zeros and -inf. Without gradients.
+
+    For layers with softcap or sinks, which scaled_dot_product_attention lacks; scores take the memory of 256 x 512 per
+    head.
     """
     out = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     mask = None if mask is None else mask[..., : k.shape[2]].expand(q.shape[0], -1, -1, -1)
     for row in range(q.shape[0]):
-        softmax = OnlineSoftmax(q[row], k.shape[1], scaling, softcap)
+        softmax = OnlineSoftmax(q[row], k.shape[1], scaling, softcap, width=v.shape[3])
         behind = k.shape[2] - q.shape[2] if causal else None
         softmax.add(k[row], v[row], None if mask is None else mask[row], behind)
         if sinks is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitforbit.attention.online import OnlineSoftmax
+from bitforbit.attention.online import OnlineSoftmax, without_autograd
 from bitforbit.errors import KvCacheError
 from bitforbit.kv import kernels, pack
 from bitforbit.kv.layout import SEGMENT_TOKENS
@@ -20,6 +20,7 @@ KERNEL_QUERIES = 64
 """Queries per key head, GQA's and tokens', up to which kernels are taken: beyond, matrix products are."""
 
 
+@without_autograd
 def attend(
     q: Tensor, state: KvState, mask: Tensor | None, *, scaling: float, softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -28,7 +29,7 @@ def attend(
 
     ``mask`` [B or 1, 1 or Hq, Lq, slots or more] over the slots of the padded batch: bool, True is seen, or floats that
     are added; None: causal. Rows' padding is never seen. ``sinks`` [Hq]: logits whose exp joins the denominator. A
-    query that sees nothing gives zeros. Sums are FP32. Raises KvCacheError.
+    query that sees nothing gives zeros. Sums are FP32. Without gradients. Raises KvCacheError.
     """
     _check(q, state, mask, sinks)
     if mask is not None:
@@ -47,6 +48,7 @@ def attend(
     return out
 
 
+@without_autograd
 def attend_torch(
     q: Tensor, state: KvState, mask: Tensor | None, *, scaling: float, softcap: float | None = None,
     sinks: Tensor | None = None,

@@ -33,6 +33,7 @@ def command(
     ] = None,
     kv_group: inference.KvGroup = 32,
     kv_residual: inference.KvResidual = 128,
+    kv_sink: inference.KvSink = 4,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, metavar="P", help="Prompt length.")] = 32,
     batch: Annotated[int, typer.Option("--batch", min=1, metavar="B", help="Sequences at a time.")] = 1,
     rounds: Annotated[
@@ -70,6 +71,7 @@ def command(
             contexts,
             kv_group,
             kv_residual,
+            kv_sink,
             tokens=tokens,
             batch=batch,
             rounds=rounds or 1,

@@ -25,6 +25,7 @@ def command(
     contexts: str | None,
     group: int,
     residual: int,
+    sink: int,
     *,
     tokens: int,
     batch: int,
@@ -35,7 +36,7 @@ def command(
     json: bool,
 ) -> None:
     """Load the model once, compare, print."""
-    wanted, lengths = choices(names, group, residual), _lengths(contexts)
+    wanted, lengths = choices(names, group, residual, sink), _lengths(contexts)
     directory = inference.open_model(source, silent=silent)
     loaded = inference.load_model(directory, mode, threads, place, silent=silent)
 
@@ -60,11 +61,11 @@ def command(
     print("quantized key-value caches are lossy: their error is in the last two columns", file=sys.stderr)
 
 
-def choices(names: str, group: int, residual: int) -> list[KvChoice]:
+def choices(names: str, group: int, residual: int, sink: int) -> list[KvChoice]:
     """The caches of ``--kv 4,k4v2,2``. Raises UsageError or KvSpecError."""
     from bitforbit.integrations.generation.kv import parse
 
-    found = [parse(name, group, residual) for name in names.split(",") if name.strip()]
+    found = [parse(name, group, residual, sink) for name in names.split(",") if name.strip()]
     if not any(choice.lossy for choice in found):
         raise UsageError(f"--kv: expected caches to compare with the model's own, such as 4,k4v2,2, got {names!r}")
     return found

@@ -33,6 +33,7 @@ def command(
     kv: inference.Kv = "16",
     kv_group: inference.KvGroup = 32,
     kv_residual: inference.KvResidual = 128,
+    kv_sink: inference.KvSink = 4,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="The answers alone, no figures.")] = False,
     json: options.Json = False,
 ) -> None:
@@ -50,7 +51,7 @@ def command(
     from bitforbit.integrations.generation.text import Settings
 
     settings = Settings(max_new_tokens, temperature, seed)
-    choice = inference.choose_kv(kv, kv_group, kv_residual, note=quiet)
+    choice = inference.choose_kv(kv, kv_group, kv_residual, kv_sink, note=quiet)
     place = inference.choose_place(device, runtime)
     count = inference.compute_threads(threads)
     tokenizer = load.load_tokenizer(directory)

@@ -79,13 +79,14 @@ KvGroup = Annotated[
 KvResidual = Annotated[
     int, typer.Option("--kv-residual", metavar="R", help="Last tokens that stay exact, a multiple of G.")
 ]
+KvSink = Annotated[int, typer.Option("--kv-sink", metavar="S", help="First tokens that stay exact.")]
 
 
-def choose_kv(kv: str, group: int, residual: int, *, note: bool) -> KvChoice:
+def choose_kv(kv: str, group: int, residual: int, sink: int, *, note: bool) -> KvChoice:
     """The cache to use. With ``note``, standard error says that it is lossy. Raises UsageError or KvSpecError."""
     from bitforbit.integrations.generation.kv import parse
 
-    choice = parse(kv, group, residual)
+    choice = parse(kv, group, residual, sink)
     if note and choice.lossy:
         print(f"the key-value cache is quantized ({choice.name}): lossy", file=sys.stderr)
     return choice

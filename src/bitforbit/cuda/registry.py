@@ -5,6 +5,7 @@ from __future__ import annotations
 from bitforbit.cuda import df11, sources
 from bitforbit.cuda.fused import plan as fused
 from bitforbit.cuda.kernel import Kernel
+from bitforbit.cuda.kv import usual as kv
 from bitforbit.cuda.planes import decode as planes_decode
 from bitforbit.cuda.planes import encode as planes_encode
 from bitforbit.cuda.tiles import decode as tiles_decode
@@ -17,6 +18,7 @@ KERNELS: tuple[Kernel, ...] = (
     *tiles_decode.KERNELS,
     *df11.KERNELS,
     *fused.KERNELS,
+    *kv.KERNELS,
 )
 
 STACK: dict[Kernel, str] = {

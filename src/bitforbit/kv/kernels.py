@@ -50,10 +50,12 @@ def flush(state: KvState, old_slots: int, new_slots: int, pending: tuple[Tensor,
 
 def can_attend(state: KvState, q: Tensor, mask: Tensor | None) -> bool:
     """Whether a kernel takes this call's attention."""
-    if q.dtype is not state.dtype or state.capacity == 0 or not (mask is None or mask.dtype is torch.bool):
+    if state.spec.residual is None or state.capacity == 0 or q.dtype is not state.dtype:
+        return False
+    if mask is not None and mask.dtype is not torch.bool:
         return False
     if _on_gpu(state):
-        return state.dtype is torch.bfloat16 and state.spec.residual is not None
+        return state.dtype is torch.bfloat16
     return bool(state.device.type == "cpu")
 
 
@@ -132,12 +134,16 @@ def _segments(state: KvState) -> list[int]:
 
 
 def _table(state: KvState) -> int:
-    """Address of the segments' addresses in device memory, uploaded when they are others than before."""
+    """Address of the segments' addresses in device memory, uploaded when they are others than before.
+
+    The table stays where it is while it has room, so that captured graphs find new segments too.
+    """
     segments = _segments(state)
     if state.table is None or state.table_of != segments:
-        room = max(64, 2 * len(segments))
         with torch.inference_mode(False):
-            state.table = torch.tensor(segments + [0] * (room - len(segments)), dtype=torch.int64).to(state.device)
+            if state.table is None or len(state.table) < len(segments):
+                state.table = torch.zeros(max(256, 2 * len(segments)), dtype=torch.int64, device=state.device)
+            state.table[: len(segments)] = torch.tensor(segments, dtype=torch.int64)
         state.table_of = segments
     return int(state.table.data_ptr())
 

@@ -17,6 +17,13 @@ __device__ __forceinline__ u32 add_pairs(u32 a, u32 b) {
   return sum;
 }
 
+// (word & mask) | bits, in one instruction: of two constants the compiler would make two.
+__device__ __forceinline__ u32 mask_or(u32 word, u32 mask, u32 bits) {
+  u32 result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(result) : "r"(word), "r"(mask), "r"(bits));
+  return result;
+}
+
 // To the nearest, ties to even: [15:0] low, [31:16] high.
 __device__ __forceinline__ u32 to_pair(float low, float high) {
   u32 pair;
@@ -37,6 +44,13 @@ __device__ __forceinline__ float power_of_2(float x) {
   float power;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
   return power;
+}
+
+// 1 / x within a unit in the last place; of infinity 0.
+__device__ __forceinline__ float reciprocal(float x) {
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
+  return inverse;
 }
 
 // The line around an address, from device memory to L2.

@@ -6,41 +6,59 @@
 // the row's own tokens, so results do not depend on other rows, padding, other queries or the launch.
 //
 // A warp's part of a segment is read straight into registers, 128 bytes or more at a time, after all of it has been
-// asked for from L2. See kv.cuh for the macros.
+// asked for from L2. See kv.cuh for the macros; BITFORBIT_BLOCKS is for measurements.
 #include "kv_exact.cuh"
 
 constexpr u32 kWarps = 4, kThreads = kWarps * kWarp;
 constexpr u32 kItemTiles = kWarps * kWarpTiles;
-constexpr u32 kBlocks = kHead <= 128 ? 4 : 2;  // of a multiprocessor, for which the compiler leaves registers
-constexpr u32 kPitch = kHead + 1;              // of a query's sums in shared memory
+// Of a multiprocessor, for which the compiler leaves registers.
+#ifndef BITFORBIT_BLOCKS
+#define BITFORBIT_BLOCKS (BITFORBIT_HEAD > 128 ? 2 : BITFORBIT_HEAD > 64 ? 3 : 4)
+#endif
+constexpr u32 kPitch = kHead + 1;  // of a query's sums in shared memory
 constexpr float kLog2E = 1.44269504088896341f;
 static_assert(kWarps * kWarpTokens == kSegmentTokens);
 
 __device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xFF800000); }
 
-// From products to exponents, for a lane's two queries.
+// From products to exponents of 2.
 struct Rules {
-  float scaling, softcap;  // 0: none
-  const u8* gmem_seen[2];  // by slot; 0: all are seen
-  u32 start;
+  float scaling, softcap;      // 0: none
+  const u8* const* smem_seen;  // of each query, by the row's tokens; 0: all are seen
 
-  __device__ __forceinline__ float exponent(float product) const {
-    const float score = product * scaling;
-    if (softcap == 0) return score * kLog2E;
-    // tanh(x) = 1 - 2 / (e^2x + 1)
-    return softcap * kLog2E * (1 - 2 / (power_of_2(score / softcap * (2 * kLog2E)) + 1));
+  // All of a lane's products of a tile; -infinity for tokens that do not count or are not seen.
+  __device__ __forceinline__ void apply(Scores& score, const float (&bias)[2], const Tile& tile, u32 lane) const {
+    const float factor = scaling * (softcap == 0 ? kLog2E : 1);
+    const u32 token = tile.first + lane / 4 * 4;
+#pragma unroll
+    for (u32 i = 0; i < 8; ++i) score[i / 4][i % 4] = score[i / 4][i % 4] * factor + bias[i % 2] * factor;
+    if (softcap != 0) cap(score);
+    if (!tile.whole()) cut(score, tile, token);
+    if (smem_seen != nullptr) hide(score, tile, token, lane);
   }
 
-  // All of a lane's scores of a tile; -infinity for tokens that do not count or are not seen.
-  __device__ __forceinline__ void apply(Scores& score, const float (&bias)[2], const Tile& tile, u32 lane) const {
+  // softcap tanh(x / softcap), where tanh(y) = 1 - 2 / (e^2y + 1).
+  __device__ __forceinline__ void cap(Scores& score) const {
+    const float inverse = 2 * kLog2E / softcap;
 #pragma unroll
-    for (u32 u = 0; u < 2; ++u) {
+    for (u32 i = 0; i < 8; ++i) {
+      float& x = score[i / 4][i % 4];
+      x = softcap * kLog2E * (1 - 2 * reciprocal(power_of_2(x * inverse) + 1));
+    }
+  }
+
+  __device__ __forceinline__ void cut(Scores& score, const Tile& tile, u32 token) const {
 #pragma unroll
-      for (u32 e = 0; e < 4; ++e) {
-        const u32 token = tile.first + lane / 4 * 4 + 2 * u + e / 2;
-        const bool seen =
-            tile.has(token) && (gmem_seen[e % 2] == nullptr || gmem_seen[e % 2][static_cast<u64>(start) + token] != 0);
-        score[u][e] = seen ? exponent(score[u][e] + bias[e % 2]) : minus_infinity();
+    for (u32 i = 0; i < 8; ++i) {
+      if (!tile.has(token + i / 2)) score[i / 4][i % 4] = minus_infinity();
+    }
+  }
+
+  __device__ __forceinline__ void hide(Scores& score, const Tile& tile, u32 token, u32 lane) const {
+#pragma unroll
+    for (u32 i = 0; i < 8; ++i) {
+      if (tile.has(token + i / 2) && smem_seen[lane % 4 * 2 + i % 2][token + i / 2] == 0) {
+        score[i / 4][i % 4] = minus_infinity();
       }
     }
   }
@@ -132,14 +150,16 @@ __device__ __forceinline__ void attend_segment(const Query& query, const Rules& 
   }
   norm.largest_of_lanes();
 
+  Weights weight[kWarpTiles];
+#pragma unroll
+  for (u32 i = 0; i < kWarpTiles; ++i) norm.weigh(score[i], weight[i]);
   ValueTerms terms = {};
+  out.clear();
 #pragma unroll
   for (u32 i = 0; i < kWarpTiles; ++i) {
-    Weights weight;
-    norm.weigh(score[i], weight);
-    if (first + i * kTileTokens >= tokens) continue;
-    multiply_values(weight, gmem_value_codes + i * kValueTileBytes, gmem_value_params + i * kValueParamsTileBytes, lane,
-                    out, terms);
+    if (first + i * kTileTokens >= tokens) break;
+    multiply_values(weight[i], gmem_value_codes + i * kValueTileBytes, gmem_value_params + i * kValueParamsTileBytes,
+                    lane, out, terms);
   }
   add_terms(out, terms, lane);
 }
@@ -147,7 +167,8 @@ __device__ __forceinline__ void attend_segment(const Query& query, const Rules& 
 // What an item's other tokens need: their keys may be quantized.
 struct Rest {
   u8* const* gmem_segments;
-  ExactTokens keys, values;
+  const u16 *gmem_window_k, *gmem_window_v, *gmem_sink_k, *gmem_sink_v;
+  u32 start, capacity;
   u32 row_head, tokens, sink, keys_quantized, values_quantized;
 };
 
@@ -159,6 +180,8 @@ __device__ __forceinline__ void attend_rest(const Query& query, const Rules& rul
   const u32 token = sinking ? 0 : (rest.values_quantized / kTileTokens + number - before_tiles) * kTileTokens;
   const Tile tile = sinking ? Tile{number * kTileTokens, 0, min(rest.sink, rest.tokens)}
                             : Tile{rest.sink + token, rest.sink + rest.values_quantized, rest.tokens};
+  const u32 place = sinking ? tile.first : (rest.start + tile.first) % rest.capacity;
+  const u32 capacity = sinking ? rest.sink : rest.capacity;
   Scores score;
   float bias[2] = {0, 0};
   if (!sinking && token < rest.keys_quantized) {
@@ -175,7 +198,7 @@ __device__ __forceinline__ void attend_rest(const Query& query, const Rules& rul
     }
     multiply_keys(scaled, offset, gmem_record + in_segment / kTileTokens * kKeyTileBytes, lane, score);
   } else {
-    multiply_exact_keys(query, rest.keys, tile, lane, score);
+    multiply_exact_keys(query, {sinking ? rest.gmem_sink_k : rest.gmem_window_k, place, capacity}, tile, lane, score);
   }
   rules.apply(score, bias, tile, lane);
 
@@ -195,7 +218,7 @@ __device__ __forceinline__ void attend_rest(const Query& query, const Rules& rul
   }
   Weights weight;
   norm.weigh(score, weight);
-  multiply_exact_values(weight, rest.values, tile, lane, out);
+  multiply_exact_values(weight, {sinking ? rest.gmem_sink_v : rest.gmem_window_v, place, capacity}, tile, lane, out);
 }
 
 // The warps' parts, put together in their order: sums [kQueries][kHead] and, per query, largest exponent and sum of
@@ -241,20 +264,19 @@ __device__ __forceinline__ void store_item(const Norm& norm, const Output& out, 
   }
 }
 
-// Block (item * groups + group, row * heads + head): queries 8 (first_group + group) and up of those of a head of the
+// Block (group, item, row * heads + head): queries 8 (first_group + group) and up of those of a head of the
 // keys, of which there are queries_per_head * query_rows. Items below `segments` are segments. The quantized part was
 // made of the first `slots` slots, `visible` are seen; with a counter it says how many `slots` are, and as many more
 // are seen. Strides are in elements.
-extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
+extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
     kv_attend(u8* const* gmem_segments, const u16* gmem_window_k, const u16* gmem_window_v, const u16* gmem_sink_k,
               const u16* gmem_sink_v, const i32* gmem_start, u32 heads, u32 residual, u32 sink, u32 capacity, u32 slots,
               u32 visible, const i32* gmem_counter, const u16* gmem_q, u64 q_row, u64 q_head, u64 q_query,
-              u32 queries_per_head, u32 query_rows, u32 first_group, u32 groups, float scaling, float softcap,
-              const u8* gmem_mask, u64 mask_row, u64 mask_head, u64 mask_query, u32 segments, float* gmem_sums,
-              float* gmem_norms) {
+              u32 queries_per_head, u32 query_rows, u32 first_group, float scaling, float softcap, const u8* gmem_mask,
+              u64 mask_row, u64 mask_head, u64 mask_query, u32 segments, float* gmem_sums, float* gmem_norms) {
   const u32 warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const u32 item = blockIdx.x / groups, group = blockIdx.x % groups;
-  const u32 row = blockIdx.y / heads, head = blockIdx.y % heads;
+  const u32 group = blockIdx.x, item = blockIdx.y, row_head = blockIdx.z;
+  const u32 row = row_head / heads, head = row_head % heads;
   if (gmem_counter != nullptr) {
     visible = visible - slots + static_cast<u32>(*gmem_counter);
     slots = static_cast<u32>(*gmem_counter);
@@ -263,16 +285,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   const u32 tokens = row_tokens(slots, start), seen_tokens = row_tokens(visible, start);
   const u32 values = values_quantized(tokens, sink, residual);
 
-  const Rest rest = {gmem_segments,
-                     {gmem_window_k + static_cast<u64>(blockIdx.y) * capacity * kHead,
-                      gmem_sink_k + static_cast<u64>(blockIdx.y) * sink * kHead, start, sink, capacity},
-                     {gmem_window_v + static_cast<u64>(blockIdx.y) * capacity * kHead,
-                      gmem_sink_v + static_cast<u64>(blockIdx.y) * sink * kHead, start, sink, capacity},
-                     blockIdx.y,
-                     seen_tokens,
-                     sink,
-                     keys_quantized(tokens, sink, residual),
-                     values};
   const u32 segment_token = item * kSegmentTokens, first_tile = (item - segments) * kItemTiles;
   const u32 tiles = rest_tiles(seen_tokens, sink, values);
   if (item < segments ? segment_token >= values : first_tile >= tiles) return;
@@ -280,6 +292,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   // The head's queries are numbered head by head; those after the last are zeros.
   const u32 all_queries = queries_per_head * query_rows, first_query = (first_group + group) * kQueries;
   const auto head_of = [&](u32 number) { return static_cast<u64>(head * queries_per_head + number / query_rows); };
+  SHARED(const u8*, smem_seen, kQueries);
+  if (gmem_mask != nullptr && threadIdx.x < kQueries) {
+    const u32 number = min(first_query + threadIdx.x, all_queries - 1);
+    smem_seen[threadIdx.x] =
+        gmem_mask + row * mask_row + head_of(number) * mask_head + number % query_rows * mask_query + start;
+  }
+  if (gmem_mask != nullptr) __syncthreads();
   Query query;
   {
     const u32 number = first_query + lane / 4;
@@ -290,31 +309,37 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
       query.pair[i][0] = pairs.x, query.pair[i][1] = pairs.y;
     }
   }
-  Rules rules = {scaling, softcap, {nullptr, nullptr}, start};
-#pragma unroll
-  for (u32 e = 0; e < 2; ++e) {
-    const u32 number = min(first_query + lane % 4 * 2 + e, all_queries - 1);
-    if (gmem_mask == nullptr) continue;
-    rules.gmem_seen[e] = gmem_mask + row * mask_row + head_of(number) * mask_head + number % query_rows * mask_query;
-  }
+  const u64 window = static_cast<u64>(row_head) * capacity * kHead, sinks = static_cast<u64>(row_head) * sink * kHead;
+  const Rest rest = {gmem_segments,
+                     gmem_window_k + window,
+                     gmem_window_v + window,
+                     gmem_sink_k + sinks,
+                     gmem_sink_v + sinks,
+                     start,
+                     capacity,
+                     row_head,
+                     seen_tokens,
+                     sink,
+                     keys_quantized(tokens, sink, residual),
+                     values};
+  const Rules rules = {scaling, softcap, gmem_mask == nullptr ? nullptr : smem_seen};
 
   Norm norm;
   Output out;
-  out.clear();
-  if (item < segments) {
-    const u32 in_segment = min(values - segment_token, kSegmentTokens);
-    if (warp * kWarpTokens < in_segment) {
-      attend_segment(query, rules, record_of(gmem_segments, item, blockIdx.y), sink + segment_token, warp * kWarpTokens,
-                     in_segment, lane, norm, out);
-    }
+  const u32 first_token = warp * kWarpTokens;
+  if (item < segments && segment_token + first_token < values) {
+    attend_segment(query, rules, record_of(gmem_segments, item, row_head), sink + segment_token, first_token,
+                   min(values - segment_token, kSegmentTokens), lane, norm, out);
   } else {
-    const u32 end = min(first_tile + kItemTiles, tiles);
+    out.clear();
+    const u32 end = item < segments ? 0 : min(first_tile + kItemTiles, tiles);
+#pragma unroll 1
     for (u32 tile = first_tile + warp; tile < end; tile += kWarps) {
       attend_rest(query, rules, rest, tile, lane, norm, out);
     }
   }
   norm.add_lanes();
-  const u64 place = (static_cast<u64>(item) * gridDim.y + blockIdx.y) * groups + group;
+  const u64 place = (static_cast<u64>(item) * gridDim.z + row_head) * gridDim.x + group;
   store_item(norm, out, min(all_queries - first_query, kQueries), gmem_sums + place * kQueries * kHead,
              gmem_norms + place * kQueries * 2);
 }

@@ -2,33 +2,35 @@
 #pragma once
 #include "kv_products.cuh"
 
-// A row's and head's exact tokens.
-struct ExactTokens {
-  const u16* gmem_window;
-  const u16* gmem_sink;
-  u32 start, sink, capacity;
-
-  // Of a token of the row; the window holds some of them only.
-  __device__ __forceinline__ const u16* at(u32 token) const {
-    if (token < sink) return gmem_sink + static_cast<u64>(token) * kHead;
-    return gmem_window + static_cast<u64>((start + token) % capacity) * kHead;
-  }
-};
-
-// Tokens that count, of a tile whose token 0 is the row's `first`.
+// Those of the row's tokens [begin, end) that are among the 32 from `first` on.
 struct Tile {
   u32 first, begin, end;
 
+  __device__ __forceinline__ bool whole() const { return begin <= first && first + kTileTokens <= end; }
   __device__ __forceinline__ bool has(u32 token) const { return token >= begin && token < end; }
 };
 
+// A row's and head's exact keys or values: a ring.
+struct ExactTokens {
+  const u16* gmem;
+  u32 place, capacity;  // of the tile's token 0; of the ring, which a tile goes around once at most
+
+  // Of token i of the tile, in elements.
+  __device__ __forceinline__ u32 offset(u32 i) const {
+    const u32 at = place + i;
+    return (at < capacity ? at : at - capacity) * kHead;
+  }
+};
+
+constexpr u32 kNowhere = ~0u;  // an offset
+
 __device__ __forceinline__ void multiply_exact_keys(const Query& query, const ExactTokens& keys, const Tile& tile,
                                                     u32 lane, Scores& score) {
-  const u16* gmem[4];
+  u32 offset[4];
 #pragma unroll
   for (u32 i = 0; i < 4; ++i) {
-    const u32 token = tile.first + lane / 4 * 4 + i;
-    gmem[i] = tile.has(token) ? keys.at(token) + lane % 4 * 4 : nullptr;
+    const u32 token = lane / 4 * 4 + i;
+    offset[i] = tile.has(tile.first + token) ? keys.offset(token) + lane % 4 * 4 : kNowhere;
 #pragma unroll
     for (u32 e = 0; e < 2; ++e) score[i / 2][i % 2 * 2 + e] = 0;
   }
@@ -37,7 +39,8 @@ __device__ __forceinline__ void multiply_exact_keys(const Query& query, const Ex
     uint2 key[4];
 #pragma unroll
     for (u32 j = 0; j < 4; ++j) {
-      key[j] = gmem[j] == nullptr ? make_uint2(0, 0) : *reinterpret_cast<const uint2*>(gmem[j] + 16 * i);
+      key[j] = offset[j] == kNowhere ? make_uint2(0, 0)
+                                     : __ldg(reinterpret_cast<const uint2*>(keys.gmem + offset[j] + 16 * i));
     }
 #pragma unroll
     for (u32 u = 0; u < 2; ++u) {
@@ -49,11 +52,11 @@ __device__ __forceinline__ void multiply_exact_keys(const Query& query, const Ex
 
 __device__ __forceinline__ void multiply_exact_values(const Weights& weight, const ExactTokens& values,
                                                       const Tile& tile, u32 lane, Output& out) {
-  const u16* gmem[8];
+  u32 offset[8];
 #pragma unroll
   for (u32 i = 0; i < 8; ++i) {
-    const u32 token = tile.first + lane % 4 * 8 + i;
-    gmem[i] = tile.has(token) ? values.at(token) + lane / 4 * kLaneChannels : nullptr;
+    const u32 token = lane % 4 * 8 + i;
+    offset[i] = tile.has(tile.first + token) ? values.offset(token) + lane / 4 * kLaneChannels : kNowhere;
   }
 #pragma unroll
   for (u32 m = 0; m < kSteps; ++m) {
@@ -61,7 +64,7 @@ __device__ __forceinline__ void multiply_exact_values(const Weights& weight, con
 #pragma unroll
     for (u32 i = 0; i < 8; ++i) {
       const u32 channel = m / kSpanTiles * kSpan + 2 * (m % kSpanTiles);
-      pair[i] = gmem[i] == nullptr ? 0 : *reinterpret_cast<const u32*>(gmem[i] + channel);
+      pair[i] = offset[i] == kNowhere ? 0 : __ldg(reinterpret_cast<const u32*>(values.gmem + offset[i] + channel));
     }
 #pragma unroll
     for (u32 u = 0; u < 2; ++u) {

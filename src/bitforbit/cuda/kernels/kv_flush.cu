@@ -94,7 +94,7 @@ __device__ __forceinline__ Quantizer quantizer(const Extremes& found) {
     zero = __uint_as_float(bits != below && bits >> 31 != 0 ? min(below + 0x10000, 0xFF7F0000u) : below);
   }
   const u16 zero_word = kDtype == kF16 ? exact_f16(zero) : static_cast<u16>(__float_as_uint(zero) >> 16);
-  if (found.hi == zero) return {zero, 0, zero_word, 0};
+  if (found.hi <= zero) return {zero, 0, zero_word, 0};
   const float span = found.hi - zero;
   const float range = is_finite(span) ? span / kLast : found.hi / kLast - zero / kLast;
   float scale;

@@ -31,22 +31,22 @@ constexpr u32 kSecondOffset = kBits == 2 ? 0xC208C208u : 0xC308C308u;  // -34, -
 
 // 8 bits at [7:0] and [23:16], minus 128, which BF16 holds exactly: 128 + code[6:0], and -256 or -128 by code[7].
 __device__ __forceinline__ u32 whole_codes(u32 word) {
-  return add_pairs((word & 0x007F007F) | 0x43004300, (word & 0x00800080) ^ 0xC380C380);
+  return add_pairs(mask_or(word, 0x007F007F, 0x43004300), (word & 0x00800080) ^ 0xC380C380);
 }
 
 // The pairs at the low end of a word, plus offsets (8 bits: minus the center). 128 has its last bit of 1 at [0], 32 at
 // [2].
 template <u32 kBits>
 __device__ __forceinline__ u32 first_codes(u32 word) {
-  if constexpr (kBits == 2) return (word & 0x00030003) | 0x43004300;
-  if constexpr (kBits == 4) return (word & 0x000F000F) | 0x43004300;
+  if constexpr (kBits == 2) return mask_or(word, 0x00030003, 0x43004300);
+  if constexpr (kBits == 4) return mask_or(word, 0x000F000F, 0x43004300);
   return whole_codes(word);
 }
 
 template <u32 kBits>
 __device__ __forceinline__ u32 second_codes(u32 word) {
-  if constexpr (kBits == 2) return (word & 0x000C000C) | 0x42004200;
-  if constexpr (kBits == 4) return (word >> 4 & 0x000F000F) | 0x43004300;
+  if constexpr (kBits == 2) return mask_or(word, 0x000C000C, 0x42004200);
+  if constexpr (kBits == 4) return mask_or(word >> 4, 0x000F000F, 0x43004300);
   return whole_codes(word >> 8);
 }
 
@@ -99,8 +99,8 @@ __device__ __forceinline__ void key_biases(const Query& query, const u8* gmem_pa
   float sum[4] = {};
 #pragma unroll
   for (u32 i = 0; i < kSteps; ++i) {
-    const uint2 scale = *reinterpret_cast<const uint2*>(gmem + 16 * i);
-    const uint2 zero = *reinterpret_cast<const uint2*>(gmem + kHead + 16 * i);
+    const uint2 scale = __ldg(reinterpret_cast<const uint2*>(gmem + 16 * i));
+    const uint2 zero = __ldg(reinterpret_cast<const uint2*>(gmem + kHead + 16 * i));
     mma_bf16(sum, make_uint4(zero.x, scale.x, zero.y, scale.y), query.pair[i][0], query.pair[i][1]);
   }
   bias[0] = sum[0] + kCenter<kKeyBits> * sum[2];
@@ -114,7 +114,7 @@ __device__ __forceinline__ void scale_query(const Query& query, const u8* gmem_p
   first[0] = first[1] = first[2] = first[3] = 0;
 #pragma unroll
   for (u32 i = 0; i < kSteps; ++i) {
-    const uint2 scale = *reinterpret_cast<const uint2*>(gmem_scale + 16 * i);
+    const uint2 scale = __ldg(reinterpret_cast<const uint2*>(gmem_scale + 16 * i));
     scaled.pair[i][0] = multiply_pairs(query.pair[i][0], scale.x);
     scaled.pair[i][1] = multiply_pairs(query.pair[i][1], scale.y);
     add_offsets<kKeyBits>(first, scaled.pair[i][0], scaled.pair[i][1]);
@@ -174,7 +174,7 @@ struct ValueTerms {
 
 // The params of tokens 8t to 8t + 7 as pairs (8t + j, 8t + 4 + j).
 __device__ __forceinline__ void token_pairs(const u16* gmem, u32 lane, u32 (&pair)[4]) {
-  const uint4 raw = *reinterpret_cast<const uint4*>(gmem + lane % 4 * 8);
+  const uint4 raw = __ldg(reinterpret_cast<const uint4*>(gmem + lane % 4 * 8));
   pair[0] = __byte_perm(raw.x, raw.z, 0x5410);
   pair[1] = __byte_perm(raw.x, raw.z, 0x7632);
   pair[2] = __byte_perm(raw.y, raw.w, 0x5410);

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from bitforbit.cuda.kernel import F32, U32, U64, Kernel, LaunchConfig, Pointer
-from bitforbit.cuda.kv.call import ALIGNMENT, SEGMENT_TOKENS, TILE_TOKENS, Defines, KvCall
+from bitforbit.cuda.kv.call import ALIGNMENT, LARGEST_GRID, SEGMENT_TOKENS, TILE_TOKENS, Defines, KvCall
 from bitforbit.cuda.queue import Queue
 from bitforbit.errors import UsageError
 
@@ -63,7 +63,7 @@ def workspace_bytes(call: KvCall, visible: int, queries_per_head: int, query_row
 def kernels(defines: Defines) -> tuple[Kernel, Kernel]:
     """The binaries for settings: partial results, and what joins them."""
     attend = (
-        *(Pointer,) * 6, *(U32,) * 6, Pointer, Pointer, *(U64,) * 3, *(U32,) * 4, F32, F32, Pointer, *(U64,) * 3, U32,
+        *(Pointer,) * 6, *(U32,) * 6, Pointer, Pointer, *(U64,) * 3, *(U32,) * 3, F32, F32, Pointer, *(U64,) * 3, U32,
         Pointer, Pointer,
     )  # fmt: skip
     merge = (Pointer, *(U32,) * 5, Pointer, *(U32,) * 4, Pointer, U32, *(Pointer,) * 3, U32, Pointer)
@@ -75,7 +75,7 @@ def attend(
     scaling: float, softcap: float, sinks: int, mask: int, mask_strides: Strides, out: int, out_f32: bool, lse: int,
     workspace: int,
 ) -> None:  # fmt: skip
-    """Attend to the first ``visible`` slots. Only enqueues; the same bits whatever the batch, padding and other queries.
+    """Attend to the first ``visible`` slots. Only enqueues; the same bits in any batch, padding and other queries.
 
     ``q``: BF16 [B, Hq, query_rows, D], Hq = heads * queries_per_head, ``q_strides`` from row to row, head to head,
     query to query in elements, each query on 8 bytes. ``softcap`` 0: none. ``sinks``: float32 [Hq], logits that join
@@ -84,8 +84,8 @@ def attend(
     seen. ``lse``: float32 [B, Hq, query_rows], natural logarithms of the denominators, or 0. ``workspace``: see
     :func:`workspace_bytes`, on 16 bytes.
 
-    With ``call.counter`` a captured launch is right for every number of slots up to ``call.tokens``; the mask then needs
-    room for as many. Raises UsageError for what the kernels do not take.
+    With ``call.counter`` a captured launch is right for every number of slots up to ``call.tokens``; the mask then
+    needs room for as many. Raises UsageError for what the kernels do not take.
     """
     call.check()
     if call.dtype != "BF16":
@@ -99,17 +99,17 @@ def attend(
     if queries == 0 or call.batch == 0:
         return
     chosen = plan(call, visible, queries)
-    if visible < call.tokens or max(visible, queries, chosen.items * chosen.pass_groups) >= LARGEST_SIZE:
-        raise UsageError(f"expected {call.tokens} slots or more, and fewer than 2^31, got {visible}; {queries} queries")
+    if visible < call.tokens or max(visible, queries) >= LARGEST_SIZE or chosen.items > LARGEST_GRID:
+        raise UsageError(f"expected {call.tokens} slots or more, and fewer than 2^25, got {visible}; {queries} queries")
     parts, join = kernels(call.defines)
     norms = workspace + chosen.workspace_bytes // (call.head_dim + 2) * call.head_dim
     rows = call.batch * call.heads
     for first in range(0, chosen.groups, chosen.pass_groups):
         groups = min(chosen.pass_groups, chosen.groups - first)
         queue.launch(
-            parts, LaunchConfig((chosen.items * groups, rows, 1), (THREADS, 1, 1)), call.segments, call.window_k,
+            parts, LaunchConfig((groups, chosen.items, rows), (THREADS, 1, 1)), call.segments, call.window_k,
             call.window_v, call.sink_k, call.sink_v, call.start, call.heads, call.residual, call.sink, call.capacity,
-            call.tokens, visible, call.counter, q, *q_strides, queries_per_head, query_rows, first, groups, scaling,
+            call.tokens, visible, call.counter, q, *q_strides, queries_per_head, query_rows, first, scaling,
             softcap, mask, *mask_strides, chosen.segments, workspace, norms,
         )  # fmt: skip
         queue.launch(

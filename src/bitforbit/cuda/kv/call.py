@@ -57,6 +57,10 @@ class KvCall:
                 f"expected a head dimension that is a multiple of 16 and of {self.v_group}, up to {LARGEST_HEAD}, "
                 f"got {self.head_dim}"
             )
+        if self.residual < self.group or self.residual % self.group:
+            raise UsageError(
+                f"expected a window of at least a group ({self.group}), of whole ones, got {self.residual}"
+            )
         if self.batch * self.heads > LARGEST_GRID:
             raise UsageError(
                 f"expected at most {LARGEST_GRID} rows and heads together, got {self.batch} * {self.heads}: "
@@ -66,14 +70,19 @@ class KvCall:
     @property
     def defines(self) -> Defines:
         """Macros of its kernels."""
-        return (
-            ("BITFORBIT_HEAD", str(self.head_dim)),
-            ("BITFORBIT_K_BITS", str(self.k_bits)),
-            ("BITFORBIT_V_BITS", str(self.v_bits)),
-            ("BITFORBIT_GROUP", str(self.group)),
-            ("BITFORBIT_V_GROUP", str(self.v_group)),
-        )
+        return defines(self.head_dim, self.k_bits, self.v_bits, self.group, self.v_group)
+
+    def keys_quantized(self, tokens: int) -> int:
+        """Keys that are quantized of a row of so many tokens."""
+        return max(0, tokens - self.sink) // self.residual * self.residual
 
     def values_quantized(self, tokens: int) -> int:
         """Values that are quantized of a row of so many tokens."""
         return max(0, tokens - self.sink - self.residual)
+
+
+def defines(head_dim: int, k_bits: int, v_bits: int, group: int, v_group: int) -> Defines:
+    """Macros of the kernels for settings."""
+    names = ("HEAD", "K_BITS", "V_BITS", "GROUP", "V_GROUP")
+    values = (head_dim, k_bits, v_bits, group, v_group)
+    return tuple((f"BITFORBIT_{name}", str(value)) for name, value in zip(names, values, strict=True))

@@ -50,7 +50,7 @@ def flush(
     groups = -(-new // call.residual) * (call.residual // call.group)
     tiles = (new - 1) // TILE_TOKENS + 2 if new > 1 else 1
     if call.counter == 0:  # rows without padding have the most
-        groups = min(groups, (new_tokens - call.sink) // call.group) if new_tokens > call.sink else 0
+        groups = min(groups, call.keys_quantized(new_tokens) // call.group)
         tiles = min(tiles, -(-call.values_quantized(new_tokens) // TILE_TOKENS))
     key_blocks = -(-groups * (call.head_dim // 4) // THREADS)
     if key_blocks + tiles == 0:

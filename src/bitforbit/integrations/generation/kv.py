@@ -37,22 +37,22 @@ class KvChoice:
             v_bits=spec.v_bits,
             group=spec.group,
             residual=spec.residual,
+            sink=spec.sink,
         )
 
     def to_json(self) -> dict[str, Any]:
         """The settings."""
         if self.spec is None:
             return {"name": self.name, "lossy": False}
-        spec = self.spec
-        bits = {"k_bits": spec.k_bits, "v_bits": spec.v_bits, "group": spec.group, "residual": spec.residual}
-        return {"name": self.name, "lossy": True, **bits}
+        names = ("k_bits", "v_bits", "group", "residual", "sink")
+        return {"name": self.name, "lossy": True, **{name: getattr(self.spec, name) for name in names}}
 
 
 OWN = KvChoice("16", None)
 """The model's own cache."""
 
 
-def parse(name: str, group: int = 32, residual: int = 128) -> KvChoice:
+def parse(name: str, group: int = 32, residual: int = 128, sink: int = 4) -> KvChoice:
     """A cache by name. Raises UsageError, or KvSpecError for settings that do not exist."""
     text = name.strip().lower()
     found = _NAME.fullmatch(text)
@@ -62,4 +62,4 @@ def parse(name: str, group: int = 32, residual: int = 128) -> KvChoice:
         return KvChoice("16", None)
     k_bits, v_bits = (int(found["both"] or found[key]) for key in ("k", "v"))
     label = str(k_bits) if k_bits == v_bits else f"k{k_bits}v{v_bits}"
-    return KvChoice(label, KiviSpec(k_bits, v_bits, group=group, residual=residual))
+    return KvChoice(label, KiviSpec(k_bits, v_bits, group=group, residual=residual, sink=sink))

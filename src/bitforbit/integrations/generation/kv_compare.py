@@ -176,18 +176,22 @@ def _run(loaded: LoadedModel, choice: KvChoice, prompt: torch.Tensor, steps: int
     model = loaded.model
     own = DynamicCache(config=model.config.get_text_config(decoder=True))
     cache = own if choice.spec is None else choice.make(model)
+    # Where they are computed, and there before memory is measured: a step waits for no copy.
+    shape = (steps, prompt.shape[0], loaded.vocabulary)
+    logits = torch.zeros(shape, dtype=model.dtype, device=prompt.device)
     gc.collect()
+    memory.give_back_freed()
     on_gpu = prompt.is_cuda
     before = _on_gpus() if on_gpu else memory.resident_bytes()
     was_reset = memory.reset_peak()
     memory.reset_gpu_peak()
-    tokens, logits = [], []
+    tokens = []
     with torch.no_grad():
         begin = _now(on_gpu)
         last = model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
         read = _now(on_gpu)
         for n in range(steps):
-            logits.append(last.float().cpu())
+            logits[n] = last
             tokens.append(last.argmax(-1) if forced is None else forced[:, n].to(last.device))
             last = model(tokens[-1][:, None], past_key_values=cache, use_cache=True).logits[:, -1]
         end = _now(on_gpu)
@@ -199,7 +203,7 @@ def _run(loaded: LoadedModel, choice: KvChoice, prompt: torch.Tensor, steps: int
         prompt_seconds=read - begin,
         seconds=end - read,
         tokens=torch.stack(tokens, 1),
-        logits=torch.stack(logits, 1),
+        logits=logits.transpose(0, 1).float().cpu(),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from pathlib import Path
 
@@ -32,6 +33,13 @@ def reset_peak() -> bool:
     except OSError:
         return False
     return True
+
+
+def give_back_freed() -> None:
+    """Let the C library return freed memory to the system, so that the next growth is seen; glibc only."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def gpu_peak_bytes() -> int | None:

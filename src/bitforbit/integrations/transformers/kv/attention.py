@@ -34,6 +34,22 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
+def _tokens(mask: torch.Tensor, slots: int) -> torch.Tensor:
+    """Which slots are tokens, ``[B, 1, 1, slots]``: what the last query sees, and what sees itself, as no padding does.
+
+    The last query alone would not do: a mask of one's own may hide a whole document from it.
+    """
+    seen = mask[:, :1, :, :slots]
+    if seen.dtype is not torch.bool:
+        seen = seen > torch.finfo(seen.dtype).min / 2
+    queries = seen.shape[2]
+    if queries == 1:
+        return seen
+    itself = seen.diagonal(slots - queries, dim1=2, dim2=3)
+    before = seen[:, :, -1, : slots - queries]
+    return torch.cat([before, seen[:, :, -1, slots - queries :] | itself], -1)[:, :, None]
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _from_cache(
     module: Any,
@@ -54,7 +70,11 @@ def _from_cache(
         )
     state = layer.state
     assert state is not None  # it was made before the handle
-    state.set_padding(mask)
+    if not layer.padding_is_known:
+        if mask is not None:
+            state.set_padding(_tokens(mask, state.slots))
+        # A prompt in chunks may begin with nothing but padding.
+        layer.padding_is_known = mask is None or max(state.starts) < state.slots
     if handle.handle_first:
         out = _exact(module, query, keys, values, mask, scaling, softcap, sinks, options)
     elif layer.spec.residual is None:

@@ -20,6 +20,13 @@ _OFFLOAD = (
 )
 
 
+SINK = 4
+"""First tokens that a cache keeps exact unless told: their keys are outliers, which would spoil their groups' scales.
+
+KIVI itself has none, and so has a KiviSpec of its own.
+"""
+
+
 class KiviLayer(CacheLayerMixin):
     """One layer's quantized keys and values: a :class:`bitforbit.kv.state.KvState`, made when the first tokens come."""
 
@@ -32,6 +39,7 @@ class KiviLayer(CacheLayerMixin):
         self.state: KvState | None = None
         self._open: KvHandle | None = None
         self._recording = False
+        self.padding_is_known = False
 
     def __repr__(self) -> str:
         spec = self.spec
@@ -157,7 +165,7 @@ class KiviLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget all tokens."""
         self.state = self._open = None
-        self.is_initialized = False
+        self.is_initialized = self.padding_is_known = False
 
     def activate_past_recording(self) -> None:
         """From now on, tokens that come several at a time are quantized only after a :meth:`crop`, or the next call."""
@@ -175,6 +183,7 @@ class KiviLayer(CacheLayerMixin):
             return
         if count < 0:
             self.state.crop(max(0, self.state.slots + count))
+            self.padding_is_known = False  # a row may be empty now
         self._settle()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -219,7 +228,7 @@ class KiviCache(Cache):
         v_bits: int = 4,
         group: int = 32,
         residual: int | None = 128,
-        sink: int = 0,
+        sink: int = SINK,
         v_group: int | None = None,
         layers: Mapping[int, KiviSpec | None] | None = None,
     ) -> None:
