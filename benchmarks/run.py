@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-NAMES = ("codec", "df11", "archive", "cpu_linear", "model", "block_sparse")
+NAMES = ("codec", "df11", "archive", "cpu_linear", "model", "block_sparse", "io_attention")
 
 
 def main(names: list[str]) -> int:

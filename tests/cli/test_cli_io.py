@@ -21,6 +21,13 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "crossover: from 11,524 words on (0.70 d^2)" in text
 
 
+def test_the_guide_shows_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "guide" / "io.md").read_text()
+    command, _, printed = guide.split("```\n$ bitforbit ")[1].split("```")[0].partition("\n")
+    assert main(command.split()) == 0
+    assert capsys.readouterr().out == printed
+
+
 def test_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["io", "--memory", "300", "--d", "128"]) == 0
     assert "needs 387 words" in capsys.readouterr().out

@@ -126,9 +126,10 @@ def test_refused() -> None:
 
 
 def test_tile_rows() -> None:
-    assert [tile_rows("flash", d, 32 << 10) for d in (64, 128, 256, 512)] == [24, 16, 8, 4]
-    assert [tile_rows("square", d, 32 << 10) for d in (64, 512)] == [64, 64]
-    assert tile_rows("flash", 4096, 1 << 10) == 4
+    assert [tile_rows("flash", d, 1000, 32 << 10) for d in (64, 128, 256, 512)] == [24, 16, 8, 4]
+    assert [tile_rows("square", d, 500, 32 << 10, 1 << 20) for d in (64, 512)] == [64, 64]
+    assert [tile_rows("square", 64, keys, 32 << 10, 1 << 20) for keys in (1024, 2048, 65536)] == [32, 16, 16]
+    assert tile_rows("flash", 4096, 1000, 1 << 10) == 4
 
 
 def test_caches(tmp_path: Path) -> None:
@@ -144,4 +145,4 @@ def test_caches(tmp_path: Path) -> None:
         caches.Cache(1, 48 << 10, 1), caches.Cache(2, 1 << 20, 2), caches.Cache(3, 32 << 20, 5),
     ]  # fmt: skip
     assert caches.data_caches(tmp_path / "absent") == []
-    assert caches.level_one_bytes() >= 8 << 10
+    assert 8 << 10 <= caches.level_bytes(1) < caches.level_bytes(2)

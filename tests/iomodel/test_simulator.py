@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -9,7 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitforbit.errors import IoModelError
-from bitforbit.iomodel import ALGORITHMS, Algorithm, Tiles, TwoLevelMemory, bounds, count, lower_bound, simulate
+from bitforbit.iomodel import (
+    ALGORITHMS,
+    Algorithm,
+    Tiles,
+    TwoLevelMemory,
+    bounds,
+    chooser,
+    count,
+    lower_bound,
+    simulate,
+)
 
 Array = npt.NDArray[np.float64]
 every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=list(ALGORITHMS))
@@ -99,17 +111,22 @@ def test_leading_terms(name: str, leading: object) -> None:
     assert count(name, n, d, m).moved == pytest.approx(leading(n, d, m), rel=0.08)  # type: ignore[operator]
 
 
-def crossover(d: int) -> float:
-    """Smallest M / d^2 from which FlashAttention-2's order moves fewer words than the improved square tiling."""
-    n = 1 << 16
-    at = next(m for m in range(d * d // 4, 2 * d * d, max(1, d * d // 2000))
-              if ALGORITHMS["flash2"].words(n, d, m) < ALGORITHMS["square_improved"].words(n, d, m))  # fmt: skip
-    return at / (d * d)
+DOCUMENT = Path(__file__).parents[2] / "docs" / "io-model.md"
 
 
-@pytest.mark.parametrize("d", [32, 64, 128, 256, 512])
-def test_crossover(d: int) -> None:
-    assert 0.5 < crossover(d) < 0.7
+def test_crossovers_are_those_of_the_document() -> None:
+    """Smallest M / d^2 from which FlashAttention-2's order moves fewer words, found by counting, N = 65536."""
+    lines = DOCUMENT.read_text().splitlines()
+    dims = next([int(cell) for cell in line.split("|")[2:-1]] for line in lines if line.startswith("| d |"))
+    assert len(dims) == 5
+    for name in ("square_improved", "rectangular"):
+        line = next(line for line in lines if line.startswith(f"| `flash2` overtakes `{name}`"))
+        for d, cell in zip(dims, line.split("|")[2:-1], strict=True):
+            at = chooser.crossover(1 << 16, d, (name,))
+            assert at is not None
+            assert f"{at / d**2:.2f}" == cell.strip()
+            words = {a: count(a, 1 << 16, d, at).moved for a in ("flash2", name)}
+            assert words["flash2"] <= words[name]
 
 
 def test_machine_refuses_misuse() -> None:

@@ -39,6 +39,9 @@ def test_config() -> None:
     }  # fmt: skip
     assert ModelShape.from_config(config) == LLAMA_8B
     assert ModelShape.from_config(config | {"head_dim": 64}).head_dim == 64
+    assert ModelShape.from_config({"text_config": config, "vision_config": {}}) == LLAMA_8B
+    with pytest.raises(IoModelError, match="latent attention"):
+        ModelShape.from_config(config | {"kv_lora_rank": 512})
     with pytest.raises(IoModelError, match="without 'vocab_size'"):
         ModelShape.from_config({k: v for k, v in config.items() if k != "vocab_size"})
     with pytest.raises(IoModelError, match="hidden: expected a positive number, got 'wide'"):

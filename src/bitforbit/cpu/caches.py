@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _SYSFS = Path("/sys/devices/system/cpu/cpu0/cache")
-_USUAL_LEVEL_ONE = 32 << 10
+_USUAL_BYTES = {1: 32 << 10, 2: 1 << 20}
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -34,9 +34,9 @@ def data_caches(root: Path = _SYSFS) -> list[Cache]:
     return sorted(found, key=lambda cache: cache.level)
 
 
-def level_one_bytes() -> int:
-    """Size of the L1 data cache; 32 KiB where the system does not say."""
-    return next((cache.nbytes for cache in data_caches() if cache.level == 1), _USUAL_LEVEL_ONE)
+def level_bytes(level: int) -> int:
+    """Size of the L1 or L2 data cache; 32 KiB or 1 MiB where the system does not say."""
+    return next((cache.nbytes for cache in data_caches() if cache.level == level), _USUAL_BYTES[level])
 
 
 def _bytes(text: str) -> int:

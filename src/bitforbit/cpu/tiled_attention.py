@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitforbit.cpu import _native
-from bitforbit.cpu.caches import level_one_bytes
+from bitforbit.cpu.caches import level_bytes
 from bitforbit.cpu.isa import active
 from bitforbit.errors import UsageError
 
@@ -29,6 +29,8 @@ GROUP = 4
 """Queries of a tile come in multiples of this."""
 _SHARE = 0.75
 """Of the cache, for tiles: the rest is for what streams past them."""
+_SHARE_OF_NEXT, _LEAST_SQUARE = 0.125, 16
+"""Of the next cache, for a strip of scores, past which keys and values stream; but no fewer rows than this."""
 
 
 def implementation() -> str:
@@ -36,14 +38,22 @@ def implementation() -> str:
     return _native.tiled_attention_implementation(active())
 
 
-def tile_rows(order: str, channels: int, cache_bytes: int | None = None) -> int:
-    """Queries of a tile for a cache of that size (this CPU's L1 data cache): a multiple of 4, at least 4."""
+def tile_rows(
+    order: str, channels: int, keys: int, cache_bytes: int | None = None, next_bytes: int | None = None
+) -> int:
+    """Queries of a tile for a cache of that size (this CPU's L1 data cache): a multiple of 4, at least 4.
+
+    With ``square`` the scores of a tile's queries and all keys should stay in the next level (``next_bytes``; L2): they
+    are read once for each strip of channels.
+    """
     _check_order(order)
-    words = int(_SHARE * (level_one_bytes() if cache_bytes is None else cache_bytes)) // 4
+    words = int(_SHARE * (level_bytes(1) if cache_bytes is None else cache_bytes)) // 4
     if order == "flash":
         rows = (words - WIDTH * DEPTH) // (2 * channels + WIDTH)  # Q, O and scores; a piece of K or V
     else:
         rows = (words - WIDTH * DEPTH) // (WIDTH + DEPTH)  # a tile of scores or of O and a piece of Q or P; of K or V
+        beyond = int(_SHARE_OF_NEXT * (level_bytes(2) if next_bytes is None else next_bytes)) // 4
+        rows = min(rows, max(_LEAST_SQUARE, beyond // (-(-keys // WIDTH) * WIDTH)))
     return max(GROUP, rows // GROUP * GROUP)
 
 
@@ -74,7 +84,7 @@ def attention(
         raise UsageError(
             f"expected k and v of one shape, and q with their heads and channels, got {q.shape}, {k.shape}, {v.shape}"
         )
-    chosen = tile_rows(order, q.shape[2]) if rows is None else rows
+    chosen = tile_rows(order, q.shape[2], k.shape[1]) if rows is None else rows
     if not 1 <= chosen <= 1 << 20:
         raise UsageError(f"rows: expected 1 to {1 << 20}, got {rows}")
     if threads < 1:

@@ -41,7 +41,14 @@ class ModelShape:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
-        """From the fields of a Hugging Face config.json. Raises IoModelError for what it lacks."""
+        """From the fields of a Hugging Face config.json, or its ``text_config``.
+
+        Layers with a sliding window count as if they saw everything. Raises IoModelError for fields that are missing,
+        and for latent attention, whose cache is of another kind.
+        """
+        config = config.get("text_config", config)
+        if config.get("kv_lora_rank"):
+            raise IoModelError("expected keys and values per head, got latent attention (kv_lora_rank)")
         try:
             heads, hidden = config["num_attention_heads"], config["hidden_size"]
             experts = config.get("num_local_experts") or config.get("num_experts") or 1
