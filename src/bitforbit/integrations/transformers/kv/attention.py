@@ -21,6 +21,8 @@ from bitforbit.errors import KvCacheError
 from bitforbit.integrations.transformers.kv.handle import KvHandle
 
 NAME = "bitforbit_kivi"
+READERS = {NAME}
+"""Attentions that take what a quantized layer hands out."""
 
 _UNKNOWN = ("position_bias", "indices", "block_indices", "sinks")
 """What attention functions of some models are given, and a quantized layer cannot do."""
