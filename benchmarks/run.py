@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-NAMES = ("codec", "df11", "archive", "cpu_linear", "model", "kv_memory", "kv_quality")
+NAMES = ("codec", "df11", "archive", "cpu_linear", "kv_attention", "model", "kv_memory", "kv_quality")
 
 
 def main(names: list[str]) -> int:
