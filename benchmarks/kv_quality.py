@@ -61,8 +61,11 @@ def tasks(source: Subject, size: Size) -> list[Task]:
     return [MAKERS[name](source, rows, size.prefix, size.steps) for name, rows in size.rows.items()]
 
 
-def variants(model: str) -> list[Variant]:
-    """The caches that are compared; the first is what the others are held against."""
+def variants(model: str, everything: bool = False) -> list[Variant]:
+    """The caches that are compared; the first is what the others are held against.
+
+    HQQ searches for its scales, which takes minutes with the larger model: there only if ``everything`` is asked for.
+    """
     ours = [kivi(8, 8, sink=SINK)]
     for k_bits, v_bits in ((4, 4), (4, 2), (2, 2)):
         ours += [kivi(k_bits, v_bits, sink=SINK), kivi(k_bits, v_bits)]
@@ -73,7 +76,7 @@ def variants(model: str) -> list[Variant]:
         quantized(backend, bits, group=group, best=best)
         for bits in (4, 2)
         for backend in kv_caches.PACKAGES
-        if kv_caches.installed(backend)
+        if kv_caches.installed(backend) and (everything or (model, backend) != ("smollm2", "hqq"))
         for group, best in ((64, False), (32, True))  # the defaults, and what is best in as many bits as ours
         if bits == 4 or (backend, best) == ("quanto", True)
     ]
@@ -220,8 +223,10 @@ def _line(row: dict[str, Any]) -> str:
     return " | ".join(parts)
 
 
-def run(names: Sequence[str] = ("demo", "smollm2"), smoke: bool = False, scale: int = 1) -> dict[str, Any]:
-    """Measure with so many times the usual rows, print and save."""
+def run(
+    names: Sequence[str] = ("demo", "smollm2"), smoke: bool = False, scale: int = 1, everything: bool = False
+) -> dict[str, Any]:
+    """Measure with so many times the usual rows, print and save; ``everything``: see :func:`variants`."""
     results = []
     for name in names:
         lacking = missing(name)
@@ -231,7 +236,7 @@ def run(names: Sequence[str] = ("demo", "smollm2"), smoke: bool = False, scale: 
         print(f"\n{name}", flush=True)
         size = (SMOKE if smoke else SIZES)[name]
         size = replace(size, rows={task: scale * rows for task, rows in size.rows.items()})
-        results.append(measure(open_model(name), size, variants(name)))
+        results.append(measure(open_model(name), size, variants(name, everything)))
     values = {"threads": torch.get_num_threads(), "models": results}
     if not smoke:
         save("kv_quality", values)
@@ -243,9 +248,10 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--models", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--scale", type=int, default=1, help="times the usual rows, for smaller errors")
+    parser.add_argument("--all", action="store_true", help="HQQ with the larger model too, which takes long")
     parser.add_argument("--smoke", action="store_true", help="a few rows and steps; nothing is saved")
     chosen = parser.parse_args(arguments)
-    run(chosen.models, chosen.smoke, chosen.scale)
+    run(chosen.models, chosen.smoke, chosen.scale, chosen.all)
     return 0
 
 
