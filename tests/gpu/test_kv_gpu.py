@@ -1,4 +1,4 @@
-"""Quantized caches on a real GPU: torch's bytes, attention close to FP64, the same bits in any company and graph."""
+"""Quantized caches on a real GPU: torch's bytes, attention near FP64, the same bits in any company and in graph."""
 
 from __future__ import annotations
 
