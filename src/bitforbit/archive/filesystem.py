@@ -60,3 +60,16 @@ def exchange(a: Path, b: Path) -> bool:
         return False
     result: int = rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), ctypes.c_uint(_RENAME_EXCHANGE))
     return result == 0
+
+
+def replace(new: Path, old: Path, aside: Path) -> None:
+    """Give ``new`` the name ``old``, for good; what had that name goes to ``new``, or to ``aside`` without exchange.
+
+    One step, except for a directory that is replaced where the system cannot swap names.
+    """
+    if not os.path.lexists(old):
+        new.rename(old)
+    elif not exchange(new, old):
+        old.rename(aside)
+        new.rename(old)
+    sync_directory(old.parent)
