@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from contextlib import suppress
 from pathlib import Path
 
 _RENAME_EXCHANGE = 2
@@ -22,8 +23,12 @@ def free_bytes(path: Path) -> int:
 
 
 def tree_bytes(root: Path) -> int:
-    """Bytes of all files below a directory."""
-    return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+    """Bytes of all files below a directory; a file that goes away meanwhile counts as none."""
+    total = 0
+    for path in root.rglob("*"):
+        with suppress(FileNotFoundError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def sync_directory(path: Path) -> None:
