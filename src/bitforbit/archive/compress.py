@@ -10,9 +10,9 @@ from typing import Literal
 from bitforbit.archive import foreign
 from bitforbit.archive.filesystem import tree_bytes
 from bitforbit.archive.job import Job, Settings
-from bitforbit.archive.parts import compress_part
 from bitforbit.archive.progress import Progress
 from bitforbit.archive.report import CompressReport, compress_report
+from bitforbit.archive.share import compress_part
 from bitforbit.archive.source import (
     SourceTree,
     check_apart,

@@ -1,4 +1,4 @@
-"""One n-th of a compression, for workers on many machines that share a file system.
+"""Where the parts of a compression grow, written by many machines that share a file system.
 
 ``<dst>.bitforbit-parts/`` holds ``plan.json`` (what all workers must agree in: version, settings, the source files'
 sizes and times) and a directory named by the plan's digest, with ``tree/`` (what becomes the destination), ``done/``
@@ -14,48 +14,26 @@ from __future__ import annotations
 import fcntl
 import glob
 import hashlib
-import heapq
 import json
 import os
 import secrets
 import shutil
 import socket
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from bitforbit import __version__
 from bitforbit.archive.filesystem import free_bytes, replace, sync_directory, sync_tree
-from bitforbit.archive.job import Job, Settings
-from bitforbit.archive.progress import Progress
-from bitforbit.archive.report import CompressReport, compress_report
-from bitforbit.archive.source import SourceFile, SourceTree, check_plain, scan_directory
+from bitforbit.archive.job import Settings
+from bitforbit.archive.source import SourceTree
 from bitforbit.archive.tree import GrowingTree
 from bitforbit.errors import ManifestError, ResumeError, UsageError
 from bitforbit.format.manifest import FileEntry
 
 PARTS_SUFFIX = ".bitforbit-parts"
-
-
-def files_of_part(files: Sequence[SourceFile], part: tuple[int, int]) -> list[SourceFile]:
-    """The i-th of n shares of the files, balanced by bytes: largest first, each to the share with the fewest bytes.
-
-    Depends on the files' paths and sizes alone. A share is empty where there are fewer files than shares.
-    Raises UsageError unless 1 <= i <= n.
-    """
-    index, count = part
-    if not 1 <= index <= count:
-        raise UsageError(f"expected part i of n with 1 <= i <= n, got {index} of {count}")
-    shares = [(0, i) for i in range(1, count + 1)]
-    mine = []
-    for file in sorted(files, key=lambda f: (-f.size, f.path)):
-        nbytes, share = shares[0]
-        heapq.heapreplace(shares, (nbytes + file.size, share))
-        if share == index:
-            mine.append(file)
-    return mine
 
 
 def plan_of(tree: SourceTree, settings: Settings) -> dict[str, Any]:
@@ -202,17 +180,18 @@ class Parts(GrowingTree):
         return self._tmp / f"{_host()}-{secrets.token_hex(8)}"
 
     def _open(self, temporary: Path) -> BinaryIO:
-        with self._still_there():
+        with self.still_there():
             file = super()._open(temporary)
         _try_lock(file.fileno())  # tells _remove_remains that somebody is writing it
         return file
 
     def _rename(self, temporary: Path, final: Path) -> None:
-        with self._still_there():
+        with self.still_there():
             super()._rename(temporary, final)
 
     @contextmanager
-    def _still_there(self) -> Iterator[None]:
+    def still_there(self) -> Iterator[None]:
+        """Raises ResumeError where a file is gone: other workers have not only finished, but merged as well."""
         try:
             yield
         except FileNotFoundError:
@@ -260,7 +239,7 @@ class Parts(GrowingTree):
         sync_tree(self.tree)
         self._check_destination()
         self.write_note(self.path / "publishing", str(self.tree.stat().st_ino).encode("ascii"))
-        with self._still_there():
+        with self.still_there():
             replace(self.tree, self.dst, self.path / "old")
         self.remove()
 
@@ -288,28 +267,3 @@ def _try_lock(fd: int) -> bool | None:
     except OSError:
         return None
     return True
-
-
-def compress_part(
-    src: Path,
-    dst: Path,
-    part: tuple[int, int],
-    settings: Settings,
-    threads: int | None,
-    overwrite: bool,
-    progress: Progress | None,
-    begin: float,
-) -> CompressReport:
-    """``compress`` for the i-th n-th of the files; ``begin`` is the ``time.perf_counter()`` of the start."""
-    tree = scan_directory(src)
-    job = Job(tree, check_plain(tree), settings, threads, progress)
-    mine = files_of_part(job.independent_files, part)
-    parts = Parts(dst, plan_of(tree, settings), sum(file.size for file in mine), overwrite=overwrite)
-    parts.open(job.minimum_bytes(mine))
-    resumed = sum(file.path in parts.finished for file in mine)
-    job.write_files(parts, mine)
-    shards = job.open_shards(parts, mine)
-    compressed_bytes = sum((parts.tree / file.path).stat().st_size for file in mine)
-    parts.look()
-    remaining = sum(file.path not in parts.finished for file in job.independent_files)
-    return compress_report(src, dst, mine, shards.values(), compressed_bytes, resumed, begin, part, remaining)
