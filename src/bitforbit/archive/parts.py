@@ -177,7 +177,7 @@ class Parts(GrowingTree):
     # --- files ---------------------------------------------------------------------------------------------------
 
     def _temporary(self, path: str) -> Path:
-        return self._tmp / f"{_host()}-{secrets.token_hex(8)}"
+        return self._tmp / f"{_host()}-{os.getpid()}-{secrets.token_hex(8)}"
 
     def _open(self, temporary: Path) -> BinaryIO:
         with self.still_there():
