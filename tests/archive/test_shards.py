@@ -457,14 +457,16 @@ def test_remains_of_dead_workers(many: Path, tmp_path: Path) -> None:
     dst = tmp_path / "c"
     archive.compress(many, dst, part=(1, 2))
     temporary = next(staging(dst).glob("*/tmp"))
-    dead, other = temporary / f"{parts._host()}-{'0' * 16}", temporary / f"elsewhere-{'0' * 16}"
-    dead.write_bytes(b"half")
-    other.write_bytes(b"half")
-    with (temporary / f"{parts._host()}-{'1' * 16}").open("wb") as alive:
+    host = parts._host()
+    dead = temporary / f"{host}-123-{'0' * 16}"
+    others = [temporary / f"elsewhere-123-{'0' * 16}", temporary / f"{host}-1-123-{'0' * 16}"]
+    for path in (dead, *others):
+        path.write_bytes(b"half")
+    with (temporary / f"{host}-123-{'1' * 16}").open("wb") as alive:
         parts._try_lock(alive.fileno())
         alive.write(b"half")
         alive.flush()
         archive.compress(many, dst, part=(2, 2))
-        assert sorted(temporary.iterdir()) == sorted([Path(alive.name), other])
+        assert sorted(temporary.iterdir()) == sorted([Path(alive.name), *others])
     archive.merge(many, dst)
     assert not list(tmp_path.glob("c.*"))

@@ -16,6 +16,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -202,7 +203,10 @@ class Parts(GrowingTree):
 
     def _remove_remains(self) -> None:
         """Remove what dead workers of this machine have left. Those of others are removed by the merge."""
-        for path in self._tmp.glob(f"{glob.escape(_host())}-*"):
+        mine = re.compile(re.escape(_host()) + r"-[0-9]+-[0-9a-f]{16}")
+        for path in self._tmp.iterdir():
+            if not mine.fullmatch(path.name):
+                continue
             with suppress(FileNotFoundError), path.open("rb") as file:
                 # A file is locked before anything is written into it.
                 if os.fstat(file.fileno()).st_size and _try_lock(file.fileno()):
