@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bitforbit
-from bitforbit import archive, errors
+from bitforbit import archive, cpu, errors
 from bitforbit.archive import parts
 from bitforbit.archive.share import files_of_part
 from bitforbit.archive.source import SourceFile
@@ -134,6 +134,15 @@ def test_four_workers_at_once_two_with_each_part(many: Path, expected: Path, tmp
     assert not list(tmp_path.glob("c.*"))
 
 
+def test_machines_with_other_processors(many: Path, expected: Path, tmp_path: Path) -> None:
+    names = [name for name, supported in cpu.implementations().items() if supported]
+    for i, name in enumerate(names, 1):
+        with cpu.force(name):
+            archive.compress(many, tmp_path / "c", part=(i, len(names)))
+    archive.merge(many, tmp_path / "c")
+    assert_same_tree(tmp_path / "c", expected)
+
+
 def test_another_copy_of_the_source_with_the_same_times(many: Path, expected: Path, tmp_path: Path) -> None:
     shutil.copytree(many, tmp_path / "copy")
     archive.compress(many, tmp_path / "c", part=(1, 2))
@@ -145,6 +154,8 @@ def test_another_copy_of_the_source_with_the_same_times(many: Path, expected: Pa
 def test_selection(many: Path, tmp_path: Path) -> None:
     archive.compress(many, tmp_path / "expected", exclude=["*.mlp.*"], include=["model.*"])
     all_parts(many, tmp_path / "c", exclude=["*.mlp.*"], include=["model.*"])
+    with pytest.raises(errors.UsageError, match="lists of globs"):
+        archive.merge(many, tmp_path / "c", exclude="*.mlp.*")
     with pytest.raises(errors.ResumeError, match="exclude"):
         archive.merge(many, tmp_path / "c", exclude=["*.other.*"])
     archive.merge(many, tmp_path / "c", include=["model.*"])

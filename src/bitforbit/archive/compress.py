@@ -60,8 +60,7 @@ def compress(
     """
     begin = time.perf_counter()
     src, dst = Path(src), Path(dst)
-    if isinstance(include, str) or isinstance(exclude, str):
-        raise UsageError("expected include and exclude to be lists of globs, got a string; write ['*.weight']")
+    settings = Settings(include, exclude)
     if format not in ("planes", "df11"):
         raise UsageError(f"expected format 'planes' or 'df11', got {format!r}")
     if format == "planes" and units is not None:
@@ -73,7 +72,6 @@ def compress(
         tree = scan_directory(src)
         check_plain(tree)
         return foreign.compress_df11(tree, dst, units, threads, overwrite, progress, begin)
-    settings = Settings(include, exclude)
     if part is not None:
         return compress_part(src, dst, part, settings, threads, overwrite, progress, begin)
     if src.is_dir():

@@ -16,6 +16,7 @@ from bitforbit.archive.source import SourceFile, SourceTree
 from bitforbit.archive.tree import HOPELESS_RATIO, GrowingTree
 from bitforbit.codecs import registry
 from bitforbit.codecs.base import Codec
+from bitforbit.errors import UsageError
 from bitforbit.format.checksum import digests_of
 from bitforbit.format.header import Header
 from bitforbit.format.layout import Shard, open_shard
@@ -29,6 +30,11 @@ class Settings:
 
     include: Collection[str] = ()
     exclude: Collection[str] = ()
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for a string, whose letters would be taken for globs."""
+        if isinstance(self.include, str) or isinstance(self.exclude, str):
+            raise UsageError("expected include and exclude to be lists of globs, got a string; write ['*.weight']")
 
     @property
     def codec(self) -> Codec:

@@ -197,16 +197,16 @@ class Parts(GrowingTree):
             yield
         except FileNotFoundError:
             raise ResumeError(
-                f"{self.path}: merged or removed while this worker was writing; nothing is left for it to do, or begin "
-                "anew"
+                f"{self.path}: merged or removed by another process meanwhile; there is nothing left to do, "
+                "unless it was removed: then begin anew"
             ) from None
 
     def _remove_remains(self) -> None:
         """Remove what dead workers of this machine have left. Those of others are removed by the merge."""
         mine = re.compile(re.escape(_host()) + r"-[0-9]+-[0-9a-f]{16}")
-        for path in self._tmp.iterdir():
-            if not mine.fullmatch(path.name):
-                continue
+        with self.still_there():
+            paths = [path for path in self._tmp.iterdir() if mine.fullmatch(path.name)]
+        for path in paths:
             with suppress(FileNotFoundError), path.open("rb") as file:
                 # A file is locked before anything is written into it.
                 if os.fstat(file.fileno()).st_size and _try_lock(file.fileno()):
@@ -217,7 +217,8 @@ class Parts(GrowingTree):
     @contextmanager
     def merging(self) -> Iterator[None]:
         """Keep other merges out, where the file system can. Raises UsageError if there is one."""
-        fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        with self.still_there():
+            fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             if _try_lock(fd) is False:
                 raise UsageError(f"{self.path}: another merge is writing {self.dst}; wait until it has finished")
