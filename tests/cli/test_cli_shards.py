@@ -40,11 +40,13 @@ def caught(src: Path, dst: Path, shards: str) -> Worker:
         while worker.poll() is None:
             if len(list(dst.parent.glob("*/*/done/*"))) > done:
                 worker.send_signal(signal.SIGSTOP)
-                os.waitpid(worker.pid, os.WUNTRACED)
-                return worker
+                os.waitid(os.P_PID, worker.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+                if worker.poll() is None:
+                    return worker
+                break
             time.sleep(0.001)
-        assert worker.returncode == 0
         worker.communicate()
+        assert worker.returncode == 0
     pytest.fail("no worker could be caught")
 
 
