@@ -25,12 +25,13 @@ PY_DIRS := $(wildcard src tests benchmarks examples fuzz)
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-floor check format native-test fuzz bench gpu clean
+.PHONY: help demo test test-floor test-ray check format native-test fuzz bench gpu clean
 
 help:
 	@echo 'make demo         compress a small model, restore it, compare every byte, generate text with it'
 	@echo 'make test         run the Python tests'
 	@echo 'make test-floor   run the tests of the transformers plug-in with the oldest transformers supported'
+	@echo 'make test-ray     run the test of the Ray example, which needs 79 MB more'
 	@echo 'make check        formatting, linting, types, import direction'
 	@echo 'make format       format C++ and Python files in place'
 	@echo 'make native-test  run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer'
@@ -82,6 +83,10 @@ $(VENV)/stamp-fuzz: $(VENV)/stamp-cmake
 	$(PIP_INSTALL) atheris
 	@touch $@
 
+$(VENV)/stamp-ray: $(VENV)/stamp-test constraints.txt
+	$(PIP_INSTALL) ray
+	@touch $@
+
 $(FLOOR)/stamp: constraints.txt constraints-floor.txt pyproject.toml
 	$(PYTHON) -m venv $(FLOOR)
 	grep -vE '^(huggingface_hub|httpx2|httpcore2|transformers|truststore)==' constraints.txt > $(FLOOR)/constraints.txt
@@ -102,6 +107,9 @@ test: $(VENV)/stamp-test $(VENV)/stamp-base
 test-floor: $(FLOOR)/stamp $(SOURCES)
 	$(FLOOR)/bin/python -m pip install -q -c $(FLOOR)/constraints.txt .
 	$(FLOOR)/bin/python -m pytest tests/integrations tests/nn $(PYTEST_ARGS)
+
+test-ray: $(VENV)/stamp-ray $(VENV)/stamp-base
+	$(BIN)/python -m pytest tests/test_examples_ray.py $(PYTEST_ARGS)
 
 check: $(VENV)/stamp-dev
 	$(BIN)/ruff check $(PY_DIRS)

@@ -243,5 +243,9 @@ class ResumeError(BitforbitError):
     """An unfinished run that cannot be continued with these arguments."""
 
 
+class IncompletePartsError(BitforbitError):
+    """The parts of a compression were to be merged before all files were there."""
+
+
 class DiskFullError(BitforbitError, OSError):
     """The destination's file system is full."""
