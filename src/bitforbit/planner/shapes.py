@@ -1,0 +1,176 @@
+"""What a model consists of, as far as memory is concerned: matrices by layer, and what attention keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from bitforbit.errors import PlanError
+
+ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1}
+"""Dtypes of weights that can be planned for, and bytes of an element."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight ``[rows, cols]``, or a stack of ``count`` of them, of which a token uses the share ``used``.
+
+    ``stored``: bytes of it in a compressed checkpoint, None if it is not known. ``heads``: it makes keys and values,
+    and can be split over GPUs by key-value heads only.
+    """
+
+    name: str
+    rows: int
+    cols: int
+    count: int = 1
+    used: float = 1.0
+    heads: bool = False
+    stored: int | None = None
+
+    @property
+    def elements(self) -> int:
+        """Weights, all of the stack."""
+        return self.count * self.rows * self.cols
+
+    def read(self, batch: int) -> float:
+        """Share of it that a step of so many tokens is expected to read."""
+        return float(1 - (1 - self.used) ** batch)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """``vectors``: elements of norms and biases, which stay as they are. ``window``: tokens seen; None: all of them."""
+
+    matrices: tuple[Matrix, ...]
+    vectors: int = 0
+    window: int | None = None
+    caches: bool = True
+
+    @property
+    def elements(self) -> int:
+        """All parameters."""
+        return sum(matrix.elements for matrix in self.matrices) + self.vectors
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """Of a config.json. ``limit``: positions that the model was made for, None if unknown."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    limit: int | None = None
+    dtype: str = "BF16"
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Dimensions:
+        """From the fields of a config.json, or its ``text_config``. Raises PlanError."""
+        config = text_config(config)
+        if config.get("kv_lora_rank"):
+            raise PlanError("expected keys and values per head, got latent attention (kv_lora_rank)")
+        hidden, heads = _field(config, "hidden_size", "n_embd"), _field(config, "num_attention_heads", "n_head")
+        if hidden % heads and not config.get("head_dim"):
+            raise PlanError(f"expected hidden_size to be a multiple of the heads, got {hidden} and {heads}")
+        kv_heads = config.get("num_key_value_heads") or heads
+        if heads % kv_heads:
+            raise PlanError(f"expected key-value heads to divide the heads, got {kv_heads} of {heads}")
+        return cls(
+            hidden=hidden,
+            layers=_field(config, "num_hidden_layers", "n_layer"),
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=config.get("head_dim") or hidden // heads,
+            vocab=_field(config, "vocab_size"),
+            limit=config.get("max_position_embeddings") or config.get("n_positions"),
+            dtype=_dtype(config),
+        )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A language model. ``head`` None: the embedding is its head, too. ``other``: what lies beside the text model."""
+
+    name: str
+    dimensions: Dimensions
+    embedding: Matrix
+    layers: tuple[Layer, ...]
+    head: Matrix | None
+    vectors: int = 0
+    other: tuple[Matrix, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+    sizes_from: str = "config.json"
+    compressed_bits: float | None = None
+    """Bits per weight of the compressed checkpoint that was looked at; None if none was."""
+    df11_bits: float | None = None
+    """The same of a DFloat11 checkpoint."""
+
+    @property
+    def parameters(self) -> int:
+        """Number of all parameters, shared ones once."""
+        return sum(m.elements for m in self.matrices()) + self.vectors + sum(layer.vectors for layer in self.layers)
+
+    def matrices(self) -> Iterator[Matrix]:
+        """All of them, in the order of use."""
+        yield self.embedding
+        yield from self.other
+        for layer in self.layers:
+            yield from layer.matrices
+        if self.head is not None:
+            yield self.head
+
+    @property
+    def original_bytes(self) -> int:
+        """Uncompressed."""
+        return self.parameters * ITEM_BYTES[self.dimensions.dtype]
+
+    @property
+    def output(self) -> Matrix:
+        """The matrix that makes logits."""
+        return self.embedding if self.head is None else self.head
+
+    @property
+    def widest(self) -> int:
+        """Numbers per token that the widest part of a layer has in memory at a time, beside the hidden states."""
+        d = self.dimensions
+        attention = (2 * d.heads + 2 * d.kv_heads) * d.head_dim
+        mlp = max((_mlp_width(layer) for layer in self.layers), default=0)
+        return max(attention, mlp)
+
+
+def _mlp_width(layer: Layer) -> int:
+    """Outputs of the matrices that widen, and one more of half that size: the product of gate and up."""
+    up = [m for m in layer.matrices if m.name.startswith("mlp.") and "down" not in m.name]
+    width = sum(int(m.rows * max(1, round(m.used * m.count))) for m in up)
+    return width + width // 2
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a config that describes the language model. Raises PlanError for what is none."""
+    inner = config.get("text_config", config)
+    if not isinstance(inner, Mapping):
+        raise PlanError(f"text_config: expected an object, got {inner!r}")
+    if inner is not config and not inner.get("torch_dtype") and not inner.get("dtype"):
+        return {**inner, "dtype": config.get("dtype") or config.get("torch_dtype")}
+    return inner
+
+
+def _field(config: Mapping[str, Any], *names: str) -> int:
+    for name in names:
+        value = config.get(name)
+        if value is not None:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise PlanError(f"config.json: {name}: expected a positive number, got {value!r}")
+            return value
+    raise PlanError(f"expected the config.json of a model that writes text, got one without {names[0]}")
+
+
+def _dtype(config: Mapping[str, Any]) -> str:
+    named = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    known = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float8_e4m3fn": "F8_E4M3"}
+    if named not in known:
+        raise PlanError(f"config.json: dtype: expected one of {', '.join(known)}, got {named!r}")
+    return known[named]
