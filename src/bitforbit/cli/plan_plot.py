@@ -59,13 +59,15 @@ def _lines(axes: Any, plan: Plan) -> None:
     end = max(longest * 5 // 4, request.context or 0, 1024)
     contexts = sorted({int(n) for n in np.linspace(1, end, _POINTS)})
     settings = {kv.name: kv for kv in request.caches}
+    lowest = float("inf")
     for row in plan.rows[:: -(-len(plan.rows) // _MOST_LINES)]:
         stages = stages_of(request, row.method, settings[row.kv])
         load = Load(1, request.batch, request.call)
         totals = [peak(stages, replace(load, context=n)).total / 1e9 for n in contexts]
+        lowest = min(lowest, totals[0])
         axes.plot(contexts, totals, linewidth=1.5, label=_label(row))
     axes.axhline(request.capacity / 1e9, color="black", linewidth=1)
-    axes.set_ylim(0, 1.3 * request.capacity / 1e9)
+    axes.set_ylim(0, max(1.3 * request.capacity / 1e9, 1.2 * lowest))
     axes.set_xlim(0, end)
     axes.set_xlabel("tokens of context")
     axes.set_ylabel("GB on the fullest GPU")

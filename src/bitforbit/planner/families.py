@@ -20,6 +20,8 @@ _HEAD_NORMS = ("qwen3", "qwen3_moe", "gemma3", "gemma3_text")
 _GATED = ("llama", "mistral", "ministral", "qwen2", "qwen3", "gemma", *_FOUR_NORMS)
 _EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")
 _PLAIN = ("phi", "gpt_neox")
+_WINDOWED = ("mistral", "ministral", "gemma2", "gemma3", "gemma3_text")
+"""Families that have a window unless the config says null: of 4096 tokens unless it says how many."""
 FAMILIES = (*_GATED, "phi3", *_EXPERTS, *_PLAIN)
 """Values of ``model_type`` that :func:`from_config` knows."""
 
@@ -49,13 +51,13 @@ def from_config(config: Config) -> Shape:
 
 def window(config: Config, index: int) -> int | None:
     """Tokens that a layer's attention sees; None: all."""
-    size = config.get("sliding_window")
+    family = config.get("model_type")
+    size = config.get("sliding_window", 4096 if family in _WINDOWED else None)
     if not size or config.get("use_sliding_window", True) is False:
         return None
     types = config.get("layer_types")
     if types:
         return int(size) if "sliding" in str(types[index]) else None
-    family = config.get("model_type")
     if family in ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe"):
         if not config.get("use_sliding_window") or index < config.get("max_window_layers", 28):
             return None
