@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 
-def _config(family: str, hidden: int, inner: int, layers: int, heads: int, kv: int, vocab: int, **more: Any) -> dict[str, Any]:
+def _config(
+    family: str, hidden: int, inner: int, layers: int, heads: int, kv: int, vocab: int, **more: Any
+) -> dict[str, Any]:
     return {
         "model_type": family,
         "hidden_size": hidden,

@@ -97,8 +97,12 @@ def test_experts_of_a_checkpoint_are_stacked() -> None:
     config = _config("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 1})
     tensors = [Tensor("model.embed_tokens.weight", (320, 96), "BF16"), Tensor("lm_head.weight", (320, 96), "BF16")]
     base = "model.layers.0."
-    tensors += [Tensor(f"{base}self_attn.{n}_proj.weight", (r, c), "BF16") for n, r, c in (("q", 96, 96), ("k", 32, 96))]
-    tensors += [Tensor(f"{base}self_attn.{n}_proj.weight", (r, c), "BF16") for n, r, c in (("v", 32, 96), ("o", 96, 96))]
+    tensors += [
+        Tensor(f"{base}self_attn.{n}_proj.weight", (r, c), "BF16") for n, r, c in (("q", 96, 96), ("k", 32, 96))
+    ]
+    tensors += [
+        Tensor(f"{base}self_attn.{n}_proj.weight", (r, c), "BF16") for n, r, c in (("v", 32, 96), ("o", 96, 96))
+    ]
     tensors += [Tensor(f"{base}block_sparse_moe.gate.weight", (4, 96), "BF16")]
     for expert in range(4):
         for name, rows, cols in (("w1", 160, 96), ("w2", 96, 160), ("w3", 160, 96)):

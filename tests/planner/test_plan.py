@@ -93,11 +93,13 @@ def test_speed_agrees_with_the_io_model() -> None:
     expected = io_traffic(ModelShape.from_config(CONFIGS["llama-3.1-8b"]), 10_000, batch=3)
     assert moved.weights == expected.weights
     assert (moved.kv_read, moved.kv_written) == (expected.kv_read, expected.kv_written)
-    assert moved.activations == pytest.approx(expected.activations, rel=0.6)
+    assert moved.activations == pytest.approx(expected.activations, rel=0.3)
 
 
 def test_speed_has_an_order() -> None:
-    request = Request(LLAMA, find_gpu("H200"), context=65536, methods=("exact", "bf16", "fused"), caches=(OWN, CACHES[-1]))
+    request = Request(
+        LLAMA, find_gpu("H200"), context=65536, methods=("exact", "bf16", "fused"), caches=(OWN, CACHES[-1])
+    )
     speeds = {(row.method, row.kv): row.speed or 0 for row in make_plan(request).rows}
     assert speeds["exact", "16"] < speeds["bf16", "16"] < speeds["fused", "16"] < speeds["fused", "2"]
     assert speeds["fused", "16"] < 1.45 * speeds["bf16", "16"]

@@ -8,6 +8,9 @@ from bitforbit.errors import PlanError
 from bitforbit.kv.layout import SEGMENT_TOKENS, KvLayout
 from bitforbit.kv.spec import VALUE_GROUPS, KiviSpec
 
+_BLOCK_QUERIES = 256
+"""Queries whose scores :mod:`bitforbit.attention.online` computes at a time."""
+
 
 @dataclass(frozen=True)
 class KvSetting:
@@ -19,16 +22,25 @@ class KvSetting:
 
 @dataclass(frozen=True)
 class LayerCache:
-    """The cache of one layer: ``heads`` key-value heads, ``item`` bytes of a number, ``window`` tokens at most."""
+    """The cache of one layer: ``heads`` key-value heads, ``item`` bytes of a number, ``window`` tokens at most.
+
+    ``group``: query heads per key-value head. ``scores``: how attention that caps its logits is computed, ``"whole"``:
+    by transformers, all at once; ``"blocks"``: by the attention of quantized caches; "": logits are not capped.
+    """
 
     spec: KiviSpec | None
     heads: int
     head_dim: int
     item: int
     window: int | None = None
+    group: int = 1
+    scores: str = ""
 
     @classmethod
-    def of(cls, setting: KvSetting, heads: int, head_dim: int, item: int, window: int | None) -> LayerCache:
+    def of(
+        cls, setting: KvSetting, heads: int, head_dim: int, item: int, window: int | None, group: int = 1,
+        caps: bool = False,
+    ) -> LayerCache:  # fmt: skip
         """Layers with a window stay the model's own. Raises KvSpecError."""
         spec = setting.spec if window is None else None
         if spec is not None and spec.v_group is None and head_dim % spec.value_group:
@@ -36,7 +48,8 @@ class LayerCache:
             spec = replace(spec, v_group=fitting[-1]) if fitting else spec
         if spec is not None:
             spec.check_head(head_dim)
-        return cls(spec, heads, head_dim, item, window)
+        scores = "" if not caps else "whole" if setting.spec is None else "blocks"
+        return cls(spec, heads, head_dim, item, window, group, scores)
 
     @property
     def token_bytes(self) -> int:
@@ -66,8 +79,27 @@ class LayerCache:
         packed = half * (keys * spec.key_bits_per_element + values * spec.value_bits_per_element) / 8
         return batch * (packed + half * self.item * (2 * tokens - keys - values))
 
-    def growth(self, tokens: int, batch: int, call: int) -> int:
-        """Bytes beside it for a moment, in a call of ``call`` tokens: keys are copied into a longer tensor."""
+    def passing(self, tokens: int, batch: int, call: int) -> int:
+        """Bytes beside it while attention is computed, in the last of calls of ``call`` tokens: an estimate.
+
+        The model's own cache copies keys into a longer tensor. Where a call sees earlier ones, transformers passes a
+        mask, for which keys and values are repeated for every query head. Capped logits: all scores, in the model's
+        dtype and in FP32. A quantized cache: the call's own keys and values, a segment and its scores in FP32.
+        """
+        call, length = min(call, tokens), min(SEGMENT_TOKENS, tokens)
+        heads = self.heads * self.group
+        own = self.resident(tokens, batch)
+        # Of a row: three steps of the scores of a block of queries, and the output. Both in FP32.
+        blocks = 12 * heads * min(call, _BLOCK_QUERIES) * length + 4 * heads * call * self.head_dim
         if self.spec is None or self.spec.residual is None:
-            return self.resident(tokens, batch) // 2
-        return batch * min(call, tokens) * self.token_bytes if call > 1 else 0
+            if self.scores == "blocks":
+                return own // 2 + (blocks if call > 1 else 0)
+            copied = own // 2
+            if self.group > 1 and (self.scores or 1 < call < tokens):
+                copied = own * self.group
+            seen = min(tokens, (self.window or tokens) + call)
+            return copied + (batch * heads * call * seen * (3 * self.item + 4) if self.scores else 0)
+        if call == 1:
+            return 0
+        segment = 16 * self.heads * self.head_dim * length
+        return batch * call * self.token_bytes + (blocks + segment if self.scores or call < tokens else 0)

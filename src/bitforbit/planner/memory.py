@@ -100,7 +100,9 @@ class Stage:
         item = max(2, ITEM_BYTES[d.dtype])  # of activations: FP8 models compute in 16 bits
         self.item = item
         self.caches = [
-            LayerCache.of(kv, heads, d.head_dim, item, layer.window) for layer in self.layers if layer.caches
+            LayerCache.of(kv, heads, d.head_dim, item, layer.window, max(1, d.heads // split.tensor // heads), d.caps)
+            for layer in self.layers
+            if layer.caches
         ]
 
     @property
@@ -138,17 +140,19 @@ class Stage:
         return sum(cache.resident(load.context, load.batch) for cache in self.caches)
 
     def activations(self, load: Load) -> int:
-        """Bytes of everything that exists for a moment: an estimate.
+        """Bytes of everything that exists for a moment: an estimate, checked against measured peaks in the tests.
 
-        The residual stream, its norm and the widest part of a layer, of the tokens of a call; or the logits of the last
-        token of each row, in the model's dtype and in FP32; and what the cache needs to grow.
+        Of a call's tokens the hidden states and their copies, and the wider of MLP and attention; or the logits of the
+        last token of each row, in the model's dtype and in FP32.
         """
-        d, tensor = self.shape.dimensions, self.split.tensor
+        d, tensor, shape = self.shape.dimensions, self.split.tensor, self.shape
         tokens = load.batch * min(load.call, load.context)
-        layer = tokens * (3 * d.hidden + self.shape.widest // tensor) * self.item
+        hidden = tokens * 4 * d.hidden * self.item
+        passing = max((c.passing(load.context, load.batch, load.call) for c in self.caches), default=0)
+        attention = tokens * (shape.attention_width // tensor) * self.item + passing
+        mlp = tokens * (shape.mlp_width // tensor) * self.item
         logits = load.batch * d.vocab * (self.item + 4) if self.last else 0
-        growth = max((c.growth(load.context, load.batch, load.call) for c in self.caches), default=0)
-        return max(layer, logits) + growth
+        return max(hidden + attention, hidden + mlp, logits)
 
     def memory(self, load: Load) -> Memory:
         """All of it, on one GPU of this group."""

@@ -65,6 +65,8 @@ class Dimensions:
     vocab: int
     limit: int | None = None
     dtype: str = "BF16"
+    caps: bool = False
+    """Attention caps its logits (Gemma 2), so that transformers computes all scores at once."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Dimensions:
@@ -87,6 +89,7 @@ class Dimensions:
             vocab=_field(config, "vocab_size"),
             limit=config.get("max_position_embeddings") or config.get("n_positions"),
             dtype=_dtype(config),
+            caps=bool(config.get("attn_logit_softcapping", config.get("model_type") == "gemma2")),
         )
 
 
@@ -133,19 +136,29 @@ class Shape:
         return self.embedding if self.head is None else self.head
 
     @property
-    def widest(self) -> int:
-        """Numbers per token that the widest part of a layer has in memory at a time, beside the hidden states."""
+    def attention_width(self) -> int:
+        """Numbers per token that attention has in memory beside the hidden states: queries, keys, values, outputs."""
         d = self.dimensions
-        attention = (2 * d.heads + 2 * d.kv_heads) * d.head_dim
-        mlp = max((_mlp_width(layer) for layer in self.layers), default=0)
-        return max(attention, mlp)
+        return (2 * d.heads + 2 * d.kv_heads) * d.head_dim
+
+    @property
+    def mlp_width(self) -> int:
+        """The same of the widest MLP."""
+        return max((_mlp_width(layer, self.dimensions.hidden) for layer in self.layers), default=0)
 
 
-def _mlp_width(layer: Layer) -> int:
-    """Outputs of the matrices that widen, and one more of half that size: the product of gate and up."""
+def _mlp_width(layer: Layer, hidden: int) -> int:
+    """With a gate: gate, up and their product. Without: what the steps of an activation such as GELU leave.
+
+    Experts: also what they are given and return, for each expert that a token uses.
+    """
+    down = [
+        (m, max(1, round(m.used * m.count))) for m in layer.matrices if m.name.startswith("mlp.") and "down" in m.name
+    ]
     up = [m for m in layer.matrices if m.name.startswith("mlp.") and "down" not in m.name]
-    width = sum(int(m.rows * max(1, round(m.used * m.count))) for m in up)
-    return width + width // 2
+    inner = sum(m.cols * chosen for m, chosen in down)
+    gated = sum(m.rows * m.count for m in up) >= 2 * sum(m.cols * m.count for m, _ in down)
+    return (3 if gated else 4) * inner + sum(2 * hidden * chosen for m, chosen in down if m.count > 1)
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

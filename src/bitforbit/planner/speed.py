@@ -23,7 +23,7 @@ def step_traffic(stage: Stage, load: Load) -> StepTraffic:
         # A decoded weight is read once compressed, written, and read once more.
         decoded = 2 * matrix.elements * storage.item if storage.decodes(batch) else 0
         weights += stage.part(matrix) * matrix.read(batch) * (storage.nbytes(matrix) + decoded)
-    per_layer = 6 * d.hidden + 2 * stage.shape.widest // stage.split.tensor
+    per_layer = 4 * d.hidden + (stage.shape.attention_width + stage.shape.mlp_width) // stage.split.tensor
     activations = batch * stage.item * (len(stage.layers) * per_layer + (d.vocab if stage.last else 0))
     return StepTraffic(
         weights=weights,

@@ -96,11 +96,11 @@ class Storage:
     def decodes(self, tokens: int) -> bool:
         """Whether a product of so many tokens is taken to decode its weight.
 
-        Exact mode is, on GPUs: that is what it needs until orders of sums are proven there.
+        Exact mode is: that is what it needs until its orders of sums are proven to be torch's, on each machine.
         """
         if not self.compressed:
             return False
-        if self.method == "df11" or (self.method == "exact" and self.tiles):
+        if self.method in ("exact", "df11"):
             return True
         return tokens > (FUSED_TOKENS if self.tiles else CPU_FUSED_TOKENS)
 
