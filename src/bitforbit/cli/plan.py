@@ -14,14 +14,25 @@ from bitforbit.errors import PlanError
 if TYPE_CHECKING:
     from bitforbit.planner import KvSetting, Plan, Request, Row, Shape, Split
 
-_HEADINGS = ("mode", "KV", "weights", "decoding", "KV cache", "other", "total", "fits", "longest context", "tokens/s")
+_HEADINGS = (
+    "mode",
+    "KV",
+    "weights",
+    "decoding",
+    "KV cache",
+    "other",
+    "total",
+    "fits",
+    "longest",
+    "tokens/s, est.",
+)
 _KV = "16,8,4,k4v2,2"
 
 
 def command(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="Model directory, compressed or not; a config.json; or Hub model.")
-    ],
+    ] = "",
     gpu: Annotated[
         str, typer.Option("--gpu", metavar="NAME", help="H200, 4090, 80GB, CPU:16GB, ...; list: all.")
     ] = "H100",
@@ -59,16 +70,19 @@ def command(
 
     Nothing is loaded or run. Sizes are of the fullest GPU; tokens/s are upper estimates from bytes moved.
     """
+    from bitforbit.cli.plan_source import read
     from bitforbit.planner import make_plan
 
     if gpu.strip().lower() == "list":
         _show_gpus(json)
         return
+    if not model:
+        raise PlanError("expected a model: a directory, a config.json or a Hub model")
     if plot is not None:
         from bitforbit.cli.plot import check_plot
 
         check_plot(plot)
-    shape = _read(model, silent=json)
+    shape = read(model)
     request = _request(shape, gpu, _split(shape, gpus, tensor, pipeline), context, batch, chunk, mode, bits, reserve,
                        _caches(kv, kv_group, kv_residual, kv_sink))  # fmt: skip
     plan = make_plan(request)
@@ -82,13 +96,6 @@ def command(
         save_plot(plot, model, plan)
         if not json:
             output.print_line(f"picture in {plot}")
-
-
-def _read(model: str, *, silent: bool) -> Shape:
-    from bitforbit.cli.source import resolve
-    from bitforbit.planner import read_shape
-
-    return read_shape(resolve(model, silent=silent))
 
 
 def _split(shape: Shape, gpus: int | None, tensor: int | None, pipeline: int | None) -> Split:
@@ -241,8 +248,11 @@ def _show(model: str, plan: Plan) -> None:
     sources = dict.fromkeys(row.weights_source for row in plan.rows if row.weights_source)
     if sources:
         output.print_line(f"Compressed weights: {'; '.join(sources)}.")
-    if any(row.lossy for row in plan.rows):
-        output.print_line("KV 8, 4, k4v2, 2: lossy.")
+    if any(row.method == "exact" for row in plan.rows):
+        output.print_line("exact: as if every weight were decoded; where orders of sums are proven, it is as fused.")
+    lossy = ", ".join(dict.fromkeys(row.kv for row in plan.rows if row.lossy))
+    if lossy:
+        output.print_line(f"KV {lossy}: lossy.")
     for line in (*shape.notes, *plan.skipped):
         output.print_line(f"note: {line}")
     for line in plan.advice:

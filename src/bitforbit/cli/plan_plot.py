@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 _PARTS = (("weights", "#3b6fb6"), ("scratch", "#9db8dc"), ("kv", "#d1622b"), ("activations", "#cccccc"))
 _LABELS = {"scratch": "decoding", "kv": "KV cache", "activations": "other"}
 _POINTS = 60
-_MOST_LINES = 8
+_COLORS = {"bf16": "#777777", "exact": "#3b6fb6", "fused": "#d1622b", "df11": "#5a9367"}
+_DASHES = ("-", "--", "-.", ":", (0, (1, 4)))
 
 
 def save_plot(path: Path, title: str, plan: Plan) -> None:
@@ -44,9 +45,10 @@ def _stacks(axes: Any, plan: Plan) -> None:
     axes.set_yticks(y, [_label(row) for row in plan.rows], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("GB on the fullest GPU (line: usable)")
+    axes.set_xlim(left=0)
     contexts = {row.context for row in plan.rows}
     axes.set_title(f"context {contexts.pop():,}" if len(contexts) == 1 else "longest contexts", fontsize=11)
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -60,18 +62,19 @@ def _lines(axes: Any, plan: Plan) -> None:
     contexts = sorted({int(n) for n in np.linspace(1, end, _POINTS)})
     settings = {kv.name: kv for kv in request.caches}
     lowest = float("inf")
-    for row in plan.rows[:: -(-len(plan.rows) // _MOST_LINES)]:
+    dashes = dict(zip(settings, _DASHES * len(settings), strict=False))
+    for row in plan.rows:
         stages = stages_of(request, row.method, settings[row.kv])
         load = Load(1, request.batch, request.call)
         totals = [peak(stages, replace(load, context=n)).total / 1e9 for n in contexts]
         lowest = min(lowest, totals[0])
-        axes.plot(contexts, totals, linewidth=1.5, label=_label(row))
+        axes.plot(contexts, totals, color=_COLORS[row.method], linestyle=dashes[row.kv], label=_label(row))
     axes.axhline(request.capacity / 1e9, color="black", linewidth=1)
     axes.set_ylim(0, max(1.3 * request.capacity / 1e9, 1.2 * lowest))
     axes.set_xlim(0, end)
     axes.set_xlabel("tokens of context")
     axes.set_ylabel("GB on the fullest GPU")
-    axes.legend(fontsize=8, frameon=False, loc="lower right")
+    axes.legend(fontsize=7, frameon=False, loc="lower right", ncols=2)
     axes.spines[["top", "right"]].set_visible(False)
 
 

@@ -49,8 +49,13 @@ def from_config(config: Config) -> Shape:
     return Shape(family, d, embedding, layers, head, vectors, notes=notes)
 
 
+def known(config: Config) -> bool:
+    """Whether the family of a config.json is one of :data:`FAMILIES`."""
+    return (text_config(config).get("model_type") or config.get("model_type")) in FAMILIES
+
+
 def window(config: Config, index: int) -> int | None:
-    """Tokens that a layer's attention sees; None: all."""
+    """Tokens that a layer's attention sees; None: all, also where an unknown family does not say which layers."""
     family = config.get("model_type")
     size = config.get("sliding_window", 4096 if family in _WINDOWED else None)
     if not size or config.get("use_sliding_window", True) is False:
@@ -66,7 +71,7 @@ def window(config: Config, index: int) -> int | None:
         return int(size) if index % 2 == 0 else None
     if family in ("gemma3", "gemma3_text"):
         return int(size) if (index + 1) % (config.get("sliding_window_pattern") or 6) else None
-    return int(size)
+    return int(size) if family in FAMILIES else None
 
 
 def _with_head_dim(config: Config, family: str) -> Config:

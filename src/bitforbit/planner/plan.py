@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from bitforbit.errors import KvSpecError, PlanError
+from bitforbit.errors import KvSpecError, PlanError, UsageError
 from bitforbit.planner.cache import KvSetting
 from bitforbit.planner.gpus import Gpu
 from bitforbit.planner.memory import Load, Memory, Split, Stage
 from bitforbit.planner.shapes import Shape
 from bitforbit.planner.speed import tokens_per_second
-from bitforbit.planner.weights import Storage
+from bitforbit.planner.weights import Storage, UnknownSizeError
 
 RESERVE = 900_000_000
 """Bytes of each GPU that are kept free: driver, context, kernels, what allocators lose.
@@ -77,19 +77,22 @@ class Plan:
 
 
 def make_plan(request: Request) -> Plan:
-    """All settings of a request. Raises PlanError, and KvSpecError if no cache that was asked for can be used."""
+    """All settings of a request that the model can have; the others are in ``skipped``.
+
+    Raises PlanError, and KvSpecError if none is left.
+    """
     shape = request.shape
     request.split.check(shape)
     rows: list[Row] = []
     skipped: list[str] = []
-    error: KvSpecError | None = None
+    error: UsageError | None = None
     for method in request.methods:
         for kv in request.caches:
             try:
                 rows.append(_row(request, method, kv))
-            except KvSpecError as e:
+            except (KvSpecError, UnknownSizeError) as e:
                 error = e
-                skipped.append(f"KV {kv.name}: {e}")
+                skipped.append(f"{f'KV {kv.name}' if isinstance(e, KvSpecError) else method}: {e}")
     if error is not None and not rows:
         raise error
     return Plan(request, tuple(rows), tuple(dict.fromkeys(skipped)), tuple(_advice(request, rows)))
@@ -98,7 +101,7 @@ def make_plan(request: Request) -> Plan:
 def stages_of(request: Request, method: str, kv: KvSetting) -> list[Stage]:
     """The groups of GPUs under one setting. Raises KvSpecError."""
     dtype = request.shape.dimensions.dtype
-    bits = request.bits or (request.shape.df11_bits if method == "df11" else None)
+    bits = request.shape.df11_bits if request.bits is None and method == "df11" else request.bits
     storage = Storage(method, dtype, request.gpu.tiles, bits if method != "bf16" else None)
     return [Stage(request.shape, request.split, i, storage, kv) for i in range(request.split.pipeline)]
 
@@ -180,23 +183,22 @@ def _other_cache(request: Request, rows: Sequence[Row]) -> str:
     asked = {row.kv for row in rows}
     for name, k_bits, v_bits in (("8", 8, 8), ("4", 4, 4), ("k4v2", 4, 2), ("2", 2, 2)):
         kv = KvSetting(name, KiviSpec(k_bits, v_bits, sink=4))
-        try:
-            if name not in asked and _some_fit(replace(request, caches=(kv,))):
-                return f"--kv {name} fits (lossy)"
-        except KvSpecError:
-            continue
+        if name not in asked and _some_fit(replace(request, caches=(kv,))):
+            return f"--kv {name} fits (lossy)"
     return ""
 
 
 def _some_fit(request: Request) -> bool:
     """Whether any setting of a request fits."""
-    context = request.context or 1
-    load = Load(context, request.batch, request.call)
-    return any(
-        peak(stages_of(request, method, kv), load).total <= request.capacity
-        for method in request.methods
-        for kv in request.caches
-    )
+    load = Load(request.context or 1, request.batch, request.call)
+
+    def fits(method: str, kv: KvSetting) -> bool:
+        try:
+            return peak(stages_of(request, method, kv), load).total <= request.capacity
+        except (KvSpecError, UnknownSizeError):
+            return False
+
+    return any(fits(method, kv) for method in request.methods for kv in request.caches)
 
 
 def split_over(shape: Shape, gpus: int, *, tensor: bool) -> Split | None:

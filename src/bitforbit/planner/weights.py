@@ -33,6 +33,10 @@ FUSED_TOKENS = 64
 CPU_FUSED_TOKENS = 48
 
 
+class UnknownSizeError(PlanError):
+    """Weights whose compressed size cannot be told without them."""
+
+
 @dataclass(frozen=True)
 class Storage:
     """How weights are kept. ``bits``: bits per weight that were asked for, in place of the sizes known here."""
@@ -70,7 +74,7 @@ class Storage:
         return "the compressed checkpoint where it is given, else an estimate"
 
     def nbytes(self, matrix: Matrix) -> int:
-        """Bytes of a matrix as it is kept. Raises PlanError for a dtype whose compressed size is unknown."""
+        """Bytes of a matrix as it is kept. Raises UnknownSizeError for some dtypes."""
         if not self.compressed:
             return matrix.elements * self.item
         if self.bits is not None:
@@ -82,7 +86,7 @@ class Storage:
         if matrix.stored is not None:
             return matrix.stored
         if self.dtype not in PLANES_BITS:
-            raise PlanError(
+            raise UnknownSizeError(
                 f"expected weights in BF16 or FP16, got {self.dtype}, whose compressed size depends on the weights; "
                 "compress the model and plan for the result, or give --bits-per-weight"
             )
