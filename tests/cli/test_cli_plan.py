@@ -146,7 +146,7 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_plot(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
-    for i, arguments in enumerate((["--gpu", "4090"], ["--gpu", "1GB"], ["--context", "max", "--kv", "16"])):
+    for i, arguments in enumerate((["--gpu", "4090"], ["--gpu", "1GB", "--context", "max", "--kv", "16"])):
         picture = tmp_path / f"{i}.png"
         assert main(["plan", str(config), *arguments, "--plot", str(picture)]) == 0
         assert picture.read_bytes().startswith(b"\x89PNG")

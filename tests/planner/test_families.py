@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from functools import cache
 from typing import Any
 
 import pytest
@@ -49,6 +51,12 @@ def _config(family: str, changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _model(config: dict[str, Any]) -> Any:
+    return _made(json.dumps(config))
+
+
+@cache
+def _made(text: str) -> Any:
+    config = json.loads(text)
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     fields = {name: value for name, value in config.items() if name not in ("model_type", "torch_dtype")}

@@ -49,8 +49,8 @@ class Case:
 CASES = [
     Case("llama", "bf16", None, 2, 600, 8),
     Case("llama", "bf16", 2, 2, 600, 8),
-    Case("llama", "bf16", None, 3, 2048, 8, chunk=64),
-    Case("llama", "bf16", 4, 3, 2048, 8, chunk=64),
+    Case("llama", "bf16", None, 3, 1100, 4, chunk=100),
+    Case("llama", "bf16", 4, 3, 1100, 4, chunk=100),
     Case("llama", "exact", None, 2, 600, 8),
     Case("llama", "fused", 4, 1, 300, 8),
     Case("llama", "fused", None, 1, 24, 8),

@@ -46,12 +46,12 @@ def test_the_longest_context_fits_and_one_more_does_not(
 @pytest.mark.parametrize("method", METHODS)
 def test_splits_add_up(method: str) -> None:
     request = Request(LLAMA, find_gpu("H100"))
-    whole = stages_of(request, method, OWN)[0].weights()
+    whole = stages_of(request, method, OWN)[0].weights
     stages = stages_of(replace(request, split=Split(1, 5)), method, OWN)
-    assert sum(stage.weights() for stage in stages) == pytest.approx(whole, abs=1000)
+    assert sum(stage.weights for stage in stages) == pytest.approx(whole, abs=1000)
     assert [len(stage.layers) for stage in stages] == [6, 7, 7, 6, 6]
     half = stages_of(replace(request, split=Split(2, 1)), method, OWN)[0]
-    assert half.weights() == pytest.approx(whole / 2, rel=1e-3)
+    assert half.weights == pytest.approx(whole / 2, rel=1e-3)
     assert half.kv(Load(4096)) == stages_of(request, method, OWN)[0].kv(Load(4096)) // 2
 
 
@@ -66,7 +66,7 @@ def test_tied_embeddings_are_on_both_ends() -> None:
     one = stages_of(Request(shape, find_gpu("H100")), "bf16", OWN)
     two = stages_of(Request(shape, find_gpu("H100"), Split(1, 2)), "bf16", OWN)
     embedding = 2 * shape.embedding.elements
-    assert sum(stage.weights() for stage in two) == one[0].weights() + embedding
+    assert sum(stage.weights for stage in two) == one[0].weights + embedding
 
 
 def test_tiles_are_what_loading_reserves() -> None:
@@ -116,7 +116,7 @@ def test_experts_are_read_as_far_as_they_are_used() -> None:
     one, many = (step_traffic(stage, Load(10, batch)).weights for batch in (1, 64))
     expected = io_traffic(ModelShape.from_config(config), 10).weights
     assert one == pytest.approx(expected, rel=1e-4)  # but for the router
-    assert one < many < stage.weights()
+    assert one < many < stage.weights
 
 
 def test_what_would_fit() -> None:

@@ -6,8 +6,10 @@ every matrix is cut into equal parts; key-value heads are cut too, down to one p
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from bitforbit.errors import PlanError
 from bitforbit.planner.cache import KvSetting, LayerCache
@@ -99,11 +101,13 @@ class Stage:
         heads = max(1, d.kv_heads // split.tensor)
         item = max(2, ITEM_BYTES[d.dtype])  # of activations: FP8 models compute in 16 bits
         self.item = item
-        self.caches = [
+        # Most layers are alike: each kind is counted once.
+        self.caches = Counter(
             LayerCache.of(kv, heads, d.head_dim, item, layer.window, max(1, d.heads // split.tensor // heads), d.caps)
             for layer in self.layers
             if layer.caches
-        ]
+        )
+        self._scratch: dict[tuple[bool, bool], int] = {}
 
     @property
     def ends(self) -> list[Matrix]:
@@ -119,25 +123,30 @@ class Stage:
         tensor, d = self.split.tensor, self.shape.dimensions
         return 1 / min(tensor, d.kv_heads) if matrix.heads and matrix.name != "qkv" else 1 / tensor
 
+    @cached_property
     def weights(self) -> int:
         """Bytes of weights."""
-        matrices = [*self.ends, *(m for layer in self.layers for m in layer.matrices)]
-        coded = sum(self.part(m) * self.storage.nbytes(m) for m in matrices)
+        matrices = Counter([*self.ends, *(m for layer in self.layers for m in layer.matrices)])
+        coded = sum(count * self.part(m) * self.storage.nbytes(m) for m, count in matrices.items())
         vectors = sum(layer.vectors for layer in self.layers) + (self.shape.vectors if self.last else 0)
         return int(coded) + vectors * self.storage.item
 
     def scratch(self, load: Load) -> int:
         """Bytes of decoded weights at a time."""
         call = load.batch * min(load.call, load.context)
+        key = (self.storage.decodes(call), self.storage.decodes(load.batch))
+        if key in self._scratch:
+            return self._scratch[key]
         ends = [self.shape.output] if self.last else []
         if self.storage.method == "df11" and self.first:
             ends.append(self.shape.embedding)
         whole = self.storage.scratch(tuple(self.layers), tuple(ends), call, load.batch)
-        return -(-whole // self.split.tensor)
+        self._scratch[key] = -(-whole // self.split.tensor)
+        return self._scratch[key]
 
     def kv(self, load: Load) -> int:
         """Bytes of keys and values that stay."""
-        return sum(cache.resident(load.context, load.batch) for cache in self.caches)
+        return sum(count * cache.resident(load.context, load.batch) for cache, count in self.caches.items())
 
     def activations(self, load: Load) -> int:
         """Bytes of everything that exists for a moment: an estimate, checked against measured peaks in the tests.
@@ -156,4 +165,4 @@ class Stage:
 
     def memory(self, load: Load) -> Memory:
         """All of it, on one GPU of this group."""
-        return Memory(self.weights(), self.scratch(load), self.kv(load), self.activations(load))
+        return Memory(self.weights, self.scratch(load), self.kv(load), self.activations(load))

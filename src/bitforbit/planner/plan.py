@@ -149,7 +149,7 @@ def _row(request: Request, method: str, kv: KvSetting) -> Row:
 def _all_weights(request: Request, method: str) -> int:
     """Bytes of the weights on all GPUs together, each once."""
     whole = replace(request, split=Split())
-    return stages_of(whole, method, KvSetting("16"))[0].weights()
+    return stages_of(whole, method, KvSetting("16"))[0].weights
 
 
 def _advice(request: Request, rows: Sequence[Row]) -> list[str]:

@@ -6,6 +6,7 @@ and what does not overlap are left out. Good for order: which of two settings is
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from bitforbit.iomodel.traffic import StepTraffic, predict_seconds
@@ -19,16 +20,16 @@ def step_traffic(stage: Stage, load: Load) -> StepTraffic:
     matrices = [m for layer in stage.layers for m in layer.matrices]
     matrices += [stage.shape.output] if stage.last else []  # an embedding reads a row per token
     weights = 0.0
-    for matrix in matrices:
+    for matrix, count in Counter(matrices).items():
         # A decoded weight is read once compressed, written, and read once more.
         decoded = 2 * matrix.elements * storage.item if storage.decodes(batch) else 0
-        weights += stage.part(matrix) * matrix.read(batch) * (storage.nbytes(matrix) + decoded)
+        weights += count * stage.part(matrix) * matrix.read(batch) * (storage.nbytes(matrix) + decoded)
     per_layer = 4 * d.hidden + (stage.shape.attention_width + stage.shape.mlp_width) // stage.split.tensor
     activations = batch * stage.item * (len(stage.layers) * per_layer + (d.vocab if stage.last else 0))
     return StepTraffic(
         weights=weights,
-        kv_read=sum(cache.read(load.context, batch) for cache in stage.caches),
-        kv_written=float(sum(cache.token_bytes * batch for cache in stage.caches)),
+        kv_read=sum(count * cache.read(load.context, batch) for cache, count in stage.caches.items()),
+        kv_written=float(sum(count * cache.token_bytes * batch for cache, count in stage.caches.items())),
         activations=float(activations),
     )
 
