@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from plan_configs import CONFIGS
 
 from bitforbit.errors import PlanError
@@ -164,6 +167,21 @@ def test_refused(changes: dict[str, Any], message: str) -> None:
     config = {"model_type": "llama", **_SMALL, **changes}
     with pytest.raises(PlanError, match=message):
         from_config({name: value for name, value in config.items() if value is not None})
+
+
+_JUNK = [None, 0, -1, 1, 7, 2**70, 1.5, "8", "", True, [], ["full_attention"], {}, [{}], float("inf")]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(_CASES), st.data())
+def test_junk_is_refused_or_counted(case: tuple[str, dict[str, Any]], data: st.DataObject) -> None:
+    """Whatever a config.json holds: a shape, or a PlanError."""
+    config = _config(*case)
+    fields = [*config, "layer_types", "sliding_window", "mlp_only_layers", "head_dim", "text_config", "kv_lora_rank"]
+    for name in data.draw(st.lists(st.sampled_from(fields), min_size=1, max_size=2)):
+        config[name] = data.draw(st.sampled_from(_JUNK))
+    with suppress(PlanError):
+        assert from_config(config).parameters > 0
 
 
 def test_all_families_are_tested() -> None:

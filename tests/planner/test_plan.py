@@ -132,8 +132,8 @@ def test_what_would_fit() -> None:
     assert not make_plan(replace(request, split=Split(1, count - 1))).rows[0].fits
     single = make_plan(replace(request, batch=1)).advice
     assert "--kv 8 fits (lossy)" in single
-    huge = Request(from_config(CONFIGS["llama-3.1-405b"]), find_gpu("1GB"), context=10, reserve=0)
-    assert make_plan(huge).advice == ("not even 64 such GPUs fit; take larger ones, or a smaller model",)
+    hopeless = Request(LLAMA, find_gpu("0.2GB"), context=10, reserve=0)
+    assert make_plan(hopeless).advice == ("no number of such GPUs up to 64 fits; take larger ones, or a smaller model",)
 
 
 def test_a_context_up_to_the_models_limit() -> None:

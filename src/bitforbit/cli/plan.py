@@ -188,8 +188,17 @@ def _facts(model: str, plan: Plan) -> dict[str, Any]:
         "settings": [_row_facts(row) for row in plan.rows],
         "fits": any(row.fits for row in plan.rows),
         "advice": list(plan.advice),
-        "notes": [*shape.notes, *plan.skipped],
+        "notes": _notes(plan),
     }
+
+
+def _notes(plan: Plan) -> list[str]:
+    shape, context = plan.request.shape, plan.request.context
+    notes = [*shape.notes, *plan.skipped]
+    limit = shape.dimensions.limit
+    if limit is not None and context is not None and context > limit:
+        notes.append(f"the model was made for {limit:,} tokens")
+    return notes
 
 
 def _row_facts(row: Row) -> dict[str, Any]:
@@ -253,7 +262,7 @@ def _show(model: str, plan: Plan) -> None:
     lossy = ", ".join(dict.fromkeys(row.kv for row in plan.rows if row.lossy))
     if lossy:
         output.print_line(f"KV {lossy}: lossy.")
-    for line in (*shape.notes, *plan.skipped):
+    for line in _notes(plan):
         output.print_line(f"note: {line}")
     for line in plan.advice:
         output.print_line(f"does not fit; {line}")

@@ -19,7 +19,7 @@ from bitforbit.archive.source import check_plain, scan
 from bitforbit.errors import PlanError, SourceNotFoundError
 from bitforbit.format.header import TensorEntry, read_header
 from bitforbit.planner import families
-from bitforbit.planner.shapes import ITEM_BYTES, Dimensions, Layer, Matrix, Shape, text_config
+from bitforbit.planner.shapes import ITEM_BYTES, Dimensions, Layer, Matrix, Shape, optional, text_config
 
 _LAYER = re.compile(r"(?P<prefix>.*?(?:layers|blocks|h|layer|block)\.)(?P<index>\d+)\.(?P<rest>.+)")
 _EXPERT = re.compile(r"experts\.\d+\.")
@@ -163,8 +163,8 @@ def _layer(tensors: list[Tensor], config: Mapping[str, Any], index: int) -> Laye
             if "experts.*." in name or re.search(r"experts\.[a-z_0-9]+$", name):
                 name = "experts.down" if _DOWN.search(name) else "experts.up"
             stacks[name].append(tensor)
-    experts = config.get("num_local_experts") or config.get("num_experts") or 1
-    used = (config.get("num_experts_per_tok") or 1) / experts
+    experts = optional(config, "num_local_experts", "num_experts") or 1
+    used = min(1.0, (optional(config, "num_experts_per_tok") or 1) / experts)
     matrices = [
         _stack(name, members, experts, used) if name.startswith("experts.") else _matrix(_role(name), members[0])
         for name, members in stacks.items()

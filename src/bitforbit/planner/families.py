@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bitforbit.errors import PlanError
-from bitforbit.planner.shapes import Dimensions, Layer, Matrix, Shape, text_config
+from bitforbit.planner.shapes import Dimensions, Layer, Matrix, Shape, number, optional, text_config
 
 Config = Mapping[str, Any]
 
@@ -30,7 +30,7 @@ def from_config(config: Config) -> Shape:
     """The model of a config.json. Raises PlanError, for unknown families too."""
     config, whole = text_config(config), config
     family = config.get("model_type") or whole.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise PlanError(
             f"model_type: expected one of {', '.join(FAMILIES)}, got {family!r}; give a directory with the model's "
             "safetensors files, whose headers say what it consists of"
@@ -57,21 +57,26 @@ def known(config: Config) -> bool:
 def window(config: Config, index: int) -> int | None:
     """Tokens that a layer's attention sees; None: all, also where an unknown family does not say which layers."""
     family = config.get("model_type")
-    size = config.get("sliding_window", 4096 if family in _WINDOWED else None)
-    if not size or config.get("use_sliding_window", True) is False:
+    if "sliding_window" not in config and family in _WINDOWED:
+        size: int | None = 4096
+    else:
+        size = optional(config, "sliding_window") if config.get("sliding_window") else None
+    if size is None or config.get("use_sliding_window", True) is False:
         return None
     types = config.get("layer_types")
     if types:
-        return int(size) if "sliding" in str(types[index]) else None
+        if not isinstance(types, list) or len(types) <= index:
+            raise PlanError(f"config.json: layer_types: expected one per layer, got {types!r:.40}")
+        return size if "sliding" in str(types[index]) else None
     if family in ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe"):
-        if not config.get("use_sliding_window") or index < config.get("max_window_layers", 28):
+        if not config.get("use_sliding_window") or index < (optional(config, "max_window_layers") or 28):
             return None
-        return int(size)
+        return size
     if family == "gemma2":
-        return int(size) if index % 2 == 0 else None
+        return size if index % 2 == 0 else None
     if family in ("gemma3", "gemma3_text"):
-        return int(size) if (index + 1) % (config.get("sliding_window_pattern") or 6) else None
-    return int(size) if family in FAMILIES else None
+        return size if (index + 1) % (optional(config, "sliding_window_pattern") or 6) else None
+    return size if family in FAMILIES else None
 
 
 def _with_head_dim(config: Config, family: str) -> Config:
@@ -102,7 +107,7 @@ def _gated_layer(config: Config, family: str, d: Dimensions, index: int) -> Laye
         vectors += 2 * d.head_dim
     if family in _EXPERTS and _sparse(config, family, index):
         return Layer((*attention, *_experts(config, family, d)), vectors, window(config, index))
-    inner = _number(config, "intermediate_size")
+    inner = number(config, "intermediate_size")
     if config.get("mlp_bias"):
         vectors += 2 * inner + d.hidden
     up = [Matrix("mlp.gate", inner, d.hidden), Matrix("mlp.up", inner, d.hidden)]
@@ -114,17 +119,20 @@ def _gated_layer(config: Config, family: str, d: Dimensions, index: int) -> Laye
 def _sparse(config: Config, family: str, index: int) -> bool:
     if family == "mixtral":
         return True
-    step = config.get("decoder_sparse_step") or 1
-    return index not in (config.get("mlp_only_layers") or ()) and (index + 1) % step == 0
+    step = optional(config, "decoder_sparse_step") or 1
+    dense = config.get("mlp_only_layers") or ()
+    if not isinstance(dense, list | tuple):
+        raise PlanError(f"config.json: mlp_only_layers: expected a list, got {dense!r:.40}")
+    return index not in dense and (index + 1) % step == 0
 
 
 def _experts(config: Config, family: str, d: Dimensions) -> list[Matrix]:
     """A router, and two stacks of matrices: gate and up in one, as transformers keeps them."""
-    count = _number(config, "num_local_experts" if family == "mixtral" else "num_experts")
-    chosen = _number(config, "num_experts_per_tok")
+    count = number(config, "num_local_experts" if family == "mixtral" else "num_experts")
+    chosen = number(config, "num_experts_per_tok")
     if chosen > count:
         raise PlanError(f"config.json: expected num_experts_per_tok within {count} experts, got {chosen}")
-    inner = _number(config, "intermediate_size" if family == "mixtral" else "moe_intermediate_size")
+    inner = number(config, "intermediate_size" if family == "mixtral" else "moe_intermediate_size")
     used = chosen / count
     stacks = [
         Matrix("router", count, d.hidden),
@@ -132,7 +140,7 @@ def _experts(config: Config, family: str, d: Dimensions) -> list[Matrix]:
         Matrix("mlp.down", d.hidden, inner, count, used),
     ]
     if family == "qwen2_moe":
-        shared = _number(config, "shared_expert_intermediate_size")
+        shared = number(config, "shared_expert_intermediate_size")
         stacks += [
             Matrix("mlp.shared_gate", shared, d.hidden),
             Matrix("mlp.shared_up", shared, d.hidden),
@@ -145,7 +153,7 @@ def _experts(config: Config, family: str, d: Dimensions) -> list[Matrix]:
 def _plain_layer(config: Config, family: str, d: Dimensions, index: int) -> Layer:
     """Attention with biases, and an MLP of two matrices, as in GPT-NeoX and Phi-1 and 2."""
     q, kv = d.heads * d.head_dim, d.kv_heads * d.head_dim
-    inner = _number(config, "intermediate_size")
+    inner = number(config, "intermediate_size")
     mlp = [Matrix("mlp.up", inner, d.hidden), Matrix("mlp.down", d.hidden, inner)]
     vectors = inner + d.hidden
     if family == "phi":
@@ -162,10 +170,3 @@ def _plain_layer(config: Config, family: str, d: Dimensions, index: int) -> Laye
         attention = [Matrix("qkv", q + 2 * kv, d.hidden, heads=True), Matrix("o", d.hidden, q)]
         vectors += 4 * d.hidden + (q + 2 * kv + d.hidden if config.get("attention_bias", True) else 0)
     return Layer((*attention, *mlp), vectors, window(config, index))
-
-
-def _number(config: Config, name: str) -> int:
-    value = config.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise PlanError(f"config.json: {name}: expected a positive number, got {value!r}")
-    return value

@@ -173,7 +173,7 @@ def _advice(request: Request, rows: Sequence[Row]) -> list[str]:
             advice.append(f"{count} such GPUs fit ({describe(split)})")
             break
     if not advice:
-        advice.append(f"not even {_MOST_GPUS} such GPUs fit; take larger ones, or a smaller model")
+        advice.append(f"no number of such GPUs up to {_MOST_GPUS} fits; take larger ones, or a smaller model")
     return advice
 
 

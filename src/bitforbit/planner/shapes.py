@@ -12,6 +12,11 @@ ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1}
 """Dtypes of weights that can be planned for, and bytes of an element."""
 
 
+MOST = 1 << 31
+"""Numbers in a config.json that are taken for sizes."""
+MOST_LAYERS = 4096
+
+
 @dataclass(frozen=True)
 class Matrix:
     """A weight ``[rows, cols]``, or a stack of ``count`` of them, of which a token uses the share ``used``.
@@ -74,20 +79,21 @@ class Dimensions:
         config = text_config(config)
         if config.get("kv_lora_rank"):
             raise PlanError("expected keys and values per head, got latent attention (kv_lora_rank)")
-        hidden, heads = _field(config, "hidden_size", "n_embd"), _field(config, "num_attention_heads", "n_head")
-        if hidden % heads and not config.get("head_dim"):
+        hidden, heads = number(config, "hidden_size", "n_embd"), number(config, "num_attention_heads", "n_head")
+        head_dim = optional(config, "head_dim")
+        if hidden % heads and not head_dim:
             raise PlanError(f"expected hidden_size to be a multiple of the heads, got {hidden} and {heads}")
-        kv_heads = config.get("num_key_value_heads") or heads
+        kv_heads = optional(config, "num_key_value_heads") or heads
         if heads % kv_heads:
             raise PlanError(f"expected key-value heads to divide the heads, got {kv_heads} of {heads}")
         return cls(
             hidden=hidden,
-            layers=_field(config, "num_hidden_layers", "n_layer"),
+            layers=number(config, "num_hidden_layers", "n_layer", most=MOST_LAYERS),
             heads=heads,
             kv_heads=kv_heads,
-            head_dim=config.get("head_dim") or hidden // heads,
-            vocab=_field(config, "vocab_size"),
-            limit=config.get("max_position_embeddings") or config.get("n_positions"),
+            head_dim=head_dim or hidden // heads,
+            vocab=number(config, "vocab_size"),
+            limit=optional(config, "max_position_embeddings", "n_positions"),
             dtype=_dtype(config),
             caps=bool(config.get("attn_logit_softcapping", config.get("model_type") == "gemma2")),
         )
@@ -171,14 +177,23 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return inner
 
 
-def _field(config: Mapping[str, Any], *names: str) -> int:
+def number(config: Mapping[str, Any], *names: str, most: int = MOST) -> int:
+    """The first of these fields that a config has. Raises PlanError if it has none, or no positive number there."""
+    value = optional(config, *names, most=most)
+    if value is None:
+        raise PlanError(f"expected the config.json of a model that writes text, got one without {names[0]}")
+    return value
+
+
+def optional(config: Mapping[str, Any], *names: str, most: int = MOST) -> int | None:
+    """The same; None if it has none."""
     for name in names:
         value = config.get(name)
         if value is not None:
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise PlanError(f"config.json: {name}: expected a positive number, got {value!r}")
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+                raise PlanError(f"config.json: {name}: expected a positive number up to {most}, got {value!r:.40}")
             return value
-    raise PlanError(f"expected the config.json of a model that writes text, got one without {names[0]}")
+    return None
 
 
 def _dtype(config: Mapping[str, Any]) -> str:
