@@ -95,7 +95,9 @@ def measured(path: Path, case: Case) -> int:
     from bitforbit.nn import set_mode
     from bitforbit.ops.scratch import SCRATCH
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
+    # Newer versions of transformers compute capped logits so by default, older ones leave the cap out (SDPA).
+    how = {"attn_implementation": "eager"} if case.family == "gemma2" and not case.bits else {}
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, **how).eval()
     quantized = isinstance(getattr(model.config, "quantization_config", None), BitforbitConfig)
     assert quantized == (case.method != "bf16")
     if case.method == "fused":
