@@ -198,9 +198,9 @@ def test_arguments_that_are_refused() -> None:
     queue = EmulatedQueue()
     layout = TileLayout(20, 60)
     parts = [(256, layout.tiles_bytes), (256, 16), (256, layout.offsets_bytes), (256, 128)]
-    with pytest.raises(UsageError, match="one number of columns, got"):
+    with pytest.raises(UsageError, match="one number of columns and one kind, got"):
         linear.prepare(queue, [])
-    with pytest.raises(UsageError, match="one number of columns, got"):
+    with pytest.raises(UsageError, match="one number of columns and one kind, got"):
         linear.prepare(queue, [(parts, layout, 0), (parts, TileLayout(20, 61), 0)])
     with pytest.raises(CorruptTensorError, match="got"):
         linear.prepare(queue, [([(256, 1), *parts[1:]], layout, 0)])
