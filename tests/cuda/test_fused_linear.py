@@ -204,7 +204,7 @@ def test_arguments_that_are_refused() -> None:
         linear.prepare(queue, [(parts, layout, 0), (parts, TileLayout(20, 61), 0)])
     with pytest.raises(CorruptTensorError, match="got"):
         linear.prepare(queue, [([(256, 1), *parts[1:]], layout, 0)])
-    with pytest.raises(UsageError, match="even address of the bias"):
+    with pytest.raises(UsageError, match="on its elements' size, BF16"):
         linear.prepare(queue, [(parts, layout, 3)])
     with pytest.raises(UsageError, match="1 to 1 splits"):
         linear.prepare(queue, [(parts, layout, 0)], 2)
