@@ -17,11 +17,8 @@ from bitforbit.codecs.base import EncodedTensor
 from bitforbit.codecs.planes.layout import matrix_view
 from bitforbit.cpu import default_threads
 from bitforbit.errors import UsageError
-from bitforbit.integrations.transformers import plan, transforms
-from bitforbit.integrations.transformers.config import BitforbitConfig
-from bitforbit.integrations.transformers.install import Installer
-from bitforbit.integrations.transformers.plan import Destination
-from bitforbit.integrations.transformers.source import (
+from bitforbit.integrations.names import split, stored_name
+from bitforbit.integrations.source import (
     DF11_CONFIG,
     TORCH_DTYPES,
     Df11Source,
@@ -30,7 +27,10 @@ from bitforbit.integrations.transformers.source import (
     df11_source,
     native_source,
 )
-from bitforbit.integrations.transformers.ties import split, stored_name
+from bitforbit.integrations.transformers import plan, transforms
+from bitforbit.integrations.transformers.config import BitforbitConfig
+from bitforbit.integrations.transformers.install import Installer
+from bitforbit.integrations.transformers.plan import Destination
 from bitforbit.nn import Compressed, Df11Spec, PlanesSpec, compressed_parameters, layout
 
 

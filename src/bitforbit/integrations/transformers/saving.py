@@ -20,10 +20,10 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils.hub import create_and_tag_model_card
 
 from bitforbit.errors import UsageError
-from bitforbit.integrations.transformers import native
+from bitforbit.integrations import native
+from bitforbit.integrations.source import DF11_CONFIG
 from bitforbit.integrations.transformers.config import BitforbitConfig
 from bitforbit.integrations.transformers.originals import Originals
-from bitforbit.integrations.transformers.source import DF11_CONFIG
 from bitforbit.nn import compressed_parameters
 from bitforbit.nn.state import raw_state_dicts
 
