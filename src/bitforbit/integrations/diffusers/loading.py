@@ -24,7 +24,7 @@ from bitforbit.errors import MissingTensorError, ShapeMismatchError
 from bitforbit.integrations.names import may_compress, split, stored_name
 from bitforbit.integrations.options import Options
 from bitforbit.integrations.source import TORCH_DTYPES, NativeSource, native_source
-from bitforbit.nn import Compressed, PlanesSpec, compressed_parameters, install_parameter, layout
+from bitforbit.nn import Compressed, PlanesSpec, compressed_parameters, install_parameter, layout, part_name
 from bitforbit.nn.parameters import planes, remove_parameter
 
 
@@ -179,7 +179,7 @@ class Load:
                     layout.choose(module, "planes")
                 else:
                     layout.settle(module)
-                _floats_first(module)
+        floats_first(self._model)
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()  # what conversion took beside the model
 
@@ -205,12 +205,12 @@ class _Arriving(dict[str, Any]):
         return ((name, self[name]) for name in list(self))
 
 
-def _is_part(module: nn.Module, name: str) -> bool:
-    return any(name.endswith(f"__{parameter}") for parameter in compressed_parameters(module))
-
-
-def _floats_first(module: Compressed) -> None:
+def floats_first(model: nn.Module) -> None:
     """Put plain parameters before parts: models ask their first parameter for the dtype to compute in."""
-    entries = sorted(module._parameters.items(), key=lambda entry: _is_part(module, entry[0]))
-    module._parameters.clear()
-    module._parameters.update(entries)
+    for module in model.modules():
+        if isinstance(module, Compressed):
+            specs = module._bitforbit_specs
+            parts = {part_name(part, name) for name, spec in specs.items() for part in spec.part_names}
+            entries = sorted(module._parameters.items(), key=lambda entry, parts=parts: entry[0] in parts)  # type: ignore[misc]
+            module._parameters.clear()
+            module._parameters.update(entries)
