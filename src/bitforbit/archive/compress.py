@@ -23,6 +23,7 @@ from bitforbit.archive.source import (
     check_apart,
     check_plain,
     check_plain_header,
+    quantized_components,
     refuse_kind,
     scan,
     source_file,
@@ -57,7 +58,8 @@ def compress(
 
     ``include`` and ``exclude`` are globs over tensor names; what is not selected is stored as it is. The destination
     appears in one step when everything is on disk; until then results grow in ``<dst>.bitforbit-partial``, from which
-    ``resume`` continues. ``format="df11"`` writes a DFloat11 model; ``units`` then overrides the units derived from
+    ``resume`` continues. Components of a pipeline (model_index.json) that are quantized already are copied.
+    ``format="df11"`` writes a DFloat11 model; ``units`` then overrides the units derived from
     the tensors' names, in the form of that format's ``pattern_dict``.
 
     Raises SourceNotFoundError, PickleRefusedError, GgufRefusedError, AlreadyCompressedError, DestinationExistsError,
@@ -91,6 +93,8 @@ def compress(
     if src.is_dir():
         tree = scan_directory(src)
         headers = check_plain(tree)
+        kept = quantized_components(tree)
+        headers = {path: header for path, header in headers.items() if path.rpartition("/")[0] not in kept}
     else:
         tree, headers = _single(src, dst)
     job = _Job(tree, headers, codec, select, threads, progress, single=src.is_file())

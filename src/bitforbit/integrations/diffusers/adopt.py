@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from diffusers import ModelMixin
 
+from bitforbit.integrations import first
 from bitforbit.integrations.diffusers import saving
 from bitforbit.integrations.diffusers.config import BitforbitConfig
-from bitforbit.integrations.diffusers.loading import floats_first
 from bitforbit.integrations.diffusers.quantizer import BitforbitQuantizer
 
 
@@ -17,7 +17,7 @@ def is_ours(model: ModelMixin) -> bool:
 
 def adopt(model: ModelMixin, mode: str) -> None:
     """Make a model in which parameters have been compressed what ``from_pretrained`` would have made it."""
-    floats_first(model)
+    first.floats_first(model)
     if is_ours(model):
         model.hf_quantizer.quantization_config.mode = mode
         return

@@ -20,12 +20,16 @@ from torch import nn
 
 from bitforbit.codecs.base import EncodedTensor
 from bitforbit.cpu import default_threads
-from bitforbit.errors import MissingTensorError, ShapeMismatchError
+from bitforbit.errors import MissingTensorError, ShapeMismatchError, UsageError
+from bitforbit.integrations import first
 from bitforbit.integrations.names import may_compress, split, stored_name
 from bitforbit.integrations.options import Options
 from bitforbit.integrations.source import TORCH_DTYPES, NativeSource, native_source
-from bitforbit.nn import Compressed, PlanesSpec, compressed_parameters, install_parameter, layout, part_name
+from bitforbit.nn import Compressed, PlanesSpec, compressed_parameters, install_parameter, layout
 from bitforbit.nn.parameters import planes, remove_parameter
+
+_DF11_MARK = ".encoded_exponent"
+"""Suffix of a tensor that every DFloat11 unit has."""
 
 
 class Load:
@@ -68,6 +72,7 @@ class Load:
         self._dtypes = {name: self._wanted(name, place.dtype, keep_in_fp32) for name, place in places.items()}
         source = self._source
         if source is None:
+            self._refuse_df11()
             return
         targets = self._targets(source)
         for name, target in targets.items():
@@ -88,6 +93,13 @@ class Load:
         keys = [key for key in self._keys if key not in self._arrivals]
         keys += [new for new in self._arrivals.values() if new is not None]
         self._keys[:] = [*keys, *self._restored.values()]
+
+    def _refuse_df11(self) -> None:
+        if any(key.endswith(_DF11_MARK) for key in self._keys):
+            raise UsageError(
+                f"{self.where}: a DFloat11 checkpoint, which diffusers cannot load; decompress it (bitforbit "
+                "decompress) and load the result"
+            )
 
     def _wanted(self, name: str, own: torch.dtype, keep_in_fp32: Sequence[str]) -> torch.dtype:
         """The dtype that the stock loader gives to a parameter or buffer."""
@@ -179,7 +191,7 @@ class Load:
                     layout.choose(module, "planes")
                 else:
                     layout.settle(module)
-        floats_first(self._model)
+        first.floats_first(self._model)
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()  # what conversion took beside the model
 
@@ -203,14 +215,3 @@ class _Arriving(dict[str, Any]):
 
     def items(self) -> Iterator[tuple[str, torch.Tensor]]:  # type: ignore[override]
         return ((name, self[name]) for name in list(self))
-
-
-def floats_first(model: nn.Module) -> None:
-    """Put plain parameters before parts: models ask their first parameter for the dtype to compute in."""
-    for module in model.modules():
-        if isinstance(module, Compressed):
-            specs = module._bitforbit_specs
-            parts = {part_name(part, name) for name, spec in specs.items() for part in spec.part_names}
-            entries = sorted(module._parameters.items(), key=lambda entry, parts=parts: entry[0] in parts)  # type: ignore[misc]
-            module._parameters.clear()
-            module._parameters.update(entries)

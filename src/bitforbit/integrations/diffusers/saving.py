@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import FrozenDict
 from diffusers.utils.constants import SAFETENSORS_WEIGHTS_NAME
@@ -21,29 +22,51 @@ from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_
 from huggingface_hub import HfApi
 
 from bitforbit.errors import UsageError
-from bitforbit.integrations import native
+from bitforbit.integrations import first, native
 from bitforbit.integrations.diffusers.originals import Originals
 
 _METHOD = "save_pretrained"
+_TO = "to"
 _QUANTIZATION = "quantization_config"
 _KIND = SAFETENSORS_WEIGHTS_NAME.partition(".")[0]
 _CONFIG = "config.json"
 
 
 def attach(model: ModelMixin) -> None:
-    """Make a model save itself in the native format."""
+    """Make a model save itself in the native format, and say what casting it takes."""
     model.__dict__[_METHOD] = functools.partial(save_pretrained, model)
+    # accelerate puts a method of its own there for models on several devices.
+    model.__dict__.setdefault(_TO, functools.partial(_to, model))
+    first.attach(model)
 
 
 def detach(model: ModelMixin) -> None:
     """Make a model in which nothing is compressed any more save itself as an ordinary one."""
     model.__dict__.pop(_METHOD, None)
+    if isinstance(model.__dict__.get(_TO), functools.partial):
+        del model.__dict__[_TO]
+    first.detach(model)
     set_config(model, {key: value for key, value in model.config.items() if key != _QUANTIZATION})
 
 
 def set_config(model: ModelMixin, members: dict[str, Any]) -> None:
     """Replace all of a model's config, which is frozen otherwise."""
     model._internal_dict = FrozenDict(members)
+
+
+def _to(model: ModelMixin, *args: Any, **kwargs: Any) -> ModelMixin:
+    """As the class's, which refuses any dtype, None and the model's own among them. Raises UsageError for others."""
+    dtypes = [value for value in (*args, kwargs.pop("dtype", None)) if isinstance(value, torch.dtype)]
+    for dtype in dtypes:
+        if dtype != model.dtype:
+            raise UsageError(
+                f"expected {type(model).__name__} to stay {model.dtype}, since it is compressed, got a cast to "
+                f"{dtype}; pass torch_dtype={dtype} to from_pretrained, or cast it after model.dequantize()"
+            )
+    moved: ModelMixin = type(model).to(
+        model, *(value for value in args if value is not None and not isinstance(value, torch.dtype)), **kwargs
+    )
+    return moved
 
 
 def save_pretrained(
