@@ -28,6 +28,7 @@ from bitforbit.integrations.source import TORCH_DTYPES, NativeSource, native_sou
 from bitforbit.nn import Compressed, PlanesSpec, compressed_parameters, install_parameter, layout
 from bitforbit.nn.parameters import planes, remove_parameter
 
+_PART = "sign_mantissa__"
 _DF11_MARK = ".encoded_exponent"
 """Suffix of a tensor that every DFloat11 unit has."""
 
@@ -138,7 +139,12 @@ class Load:
     # --- while the loader runs -----------------------------------------------------------------------------------
 
     def arriving(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """The tensors of a file by name of the parameter."""
+        """The tensors of a file by name of the parameter. Raises UsageError for a compressed single file."""
+        if self._source is None and any(split(key)[1].startswith(_PART) for key in state_dict):
+            raise UsageError(
+                "expected an ordinary file for from_single_file, got one that was compressed by bitforbit; decompress "
+                "it (bitforbit decompress), or save the model with save_pretrained and compress that directory"
+            )
         tensors: dict[str, Any] = {}
         for key, value in state_dict.items():
             if key in self._restored:

@@ -77,8 +77,11 @@ class BitforbitQuantizer(DiffusersQuantizer):
 
     @property
     def _loading(self) -> Load:
-        if self._load is None:
-            raise UsageError("this way of loading is not supported; use from_pretrained of diffusers 0.42")
+        if self._load is None:  # from_single_file names no files
+            from bitforbit.integrations.diffusers.loading import Load
+
+            self._load = Load(self.quantization_config, self._dtype, (), [])
+            self.pre_quantized = False
         return self._load
 
     # --- while they are loaded -----------------------------------------------------------------------------------

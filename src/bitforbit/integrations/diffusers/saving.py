@@ -23,6 +23,7 @@ from huggingface_hub import HfApi
 
 from bitforbit.errors import UsageError
 from bitforbit.integrations import first, native
+from bitforbit.integrations.diffusers import lookup
 from bitforbit.integrations.diffusers.originals import Originals
 
 _METHOD = "save_pretrained"
@@ -38,6 +39,7 @@ def attach(model: ModelMixin) -> None:
     # accelerate puts a method of its own there for models on several devices.
     model.__dict__.setdefault(_TO, functools.partial(_to, model))
     first.attach(model)
+    lookup.attach(model)
 
 
 def detach(model: ModelMixin) -> None:
@@ -46,6 +48,7 @@ def detach(model: ModelMixin) -> None:
     if isinstance(model.__dict__.get(_TO), functools.partial):
         del model.__dict__[_TO]
     first.detach(model)
+    lookup.detach(model)
     set_config(model, {key: value for key, value in model.config.items() if key != _QUANTIZATION})
 
 
