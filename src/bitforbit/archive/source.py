@@ -24,7 +24,9 @@ from bitforbit.format.spec import MANIFEST_NAME, QUANT_METHOD, SHARD_SUFFIX
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 GGUF_SUFFIX = ".gguf"
-_PIPELINE = "model_index.json"
+PIPELINE_NAME = "model_index.json"
+"""What a pipeline of diffusers has beside its components."""
+
 SKIPPED_DIRECTORIES = (".git", ".cache/huggingface")
 """Left out wherever they are: they describe how the directory was fetched, and are no part of the model."""
 
@@ -156,7 +158,7 @@ def check_plain(tree: SourceTree) -> dict[str, Header]:
 
 def quantized_components(tree: SourceTree) -> set[str]:
     """Directories of a pipeline of diffusers that hold a quantized model: compressed ones could not be run."""
-    if not any(file.path == _PIPELINE for file in tree.files):
+    if not any(file.path == PIPELINE_NAME for file in tree.files):
         return set()
     configs = {file.path.rpartition("/")[0]: file for file in tree.files if file.path.endswith("/config.json")}
     return {path for path, file in configs.items() if "quantization_config" in (load_object(file.location) or {})}

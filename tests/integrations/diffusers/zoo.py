@@ -25,6 +25,8 @@ from diffusers import (
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel
 
+from bitforbit.nn import Compressed
+
 Random = Callable[..., torch.Tensor]
 
 
@@ -67,8 +69,9 @@ def qwen() -> ModelMixin:
 
 def wan() -> ModelMixin:
     return WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=32,
-        freq_dim=64, ffn_dim=48, num_layers=1, cross_attn_norm=True, qk_norm="rms_norm_across_heads", rope_max_seq_len=32,
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=24, in_channels=16, out_channels=4, text_dim=32,
+        freq_dim=64, ffn_dim=48, num_layers=1, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=32,
     )  # fmt: skip
 
 
@@ -104,7 +107,7 @@ def _qwen(r: Random) -> dict[str, Any]:
 
 def _wan(r: Random) -> dict[str, Any]:
     return {
-        "hidden_states": r(1, 4, 2, 8, 8), "encoder_hidden_states": r(1, 8, 32), "timestep": torch.tensor([7]),
+        "hidden_states": r(1, 16, 2, 8, 8), "encoder_hidden_states": r(1, 8, 32), "timestep": torch.tensor([7]),
     }  # fmt: skip
 
 
@@ -191,3 +194,19 @@ def image(pipeline: DiffusionPipeline) -> Any:
         "a cat", num_inference_steps=2, height=16, width=16, output_type="np",
         generator=torch.Generator().manual_seed(0), **options,
     ).images  # fmt: skip
+
+
+# --- what tests ask of models ---------------------------------------------------------------------------------------
+
+
+def compressed_modules(model: nn.Module) -> int:
+    return sum(isinstance(module, Compressed) for module in model.modules())
+
+
+def assert_same_parameters(model: nn.Module, plain: nn.Module) -> None:
+    """Every parameter of ``model``, decoded, has the bits of the other's."""
+    for name, expected in plain.named_parameters():
+        module, _, own = name.rpartition(".")
+        value = getattr(model.get_submodule(module), own)
+        assert value.dtype == expected.dtype, name
+        assert torch.equal(value.detach().clone().view(torch.uint8), expected.detach().view(torch.uint8)), name
