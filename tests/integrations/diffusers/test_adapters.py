@@ -16,7 +16,7 @@ from integrations.diffusers.conftest import Directories
 
 
 def adapted(directory: Path, targets: list[str]) -> torch.nn.Module:
-    model = AutoModel.from_pretrained(str(directory), torch_dtype=torch.bfloat16)
+    model = AutoModel.from_pretrained(str(directory), dtype=torch.bfloat16)
     torch.manual_seed(3)
     model.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
     return model
@@ -28,7 +28,7 @@ def test_an_adapter_is_saved_loaded_and_removed(made: Directories, tmp_path: Pat
     expected = zoo.outputs("flux", adapted(plain, ["to_q", "to_k", "norm_out.linear"]))
     assert torch.equal(zoo.outputs("flux", model), expected)
     model.save_lora_adapter(str(tmp_path))
-    again = AutoModel.from_pretrained(str(compressed), torch_dtype=torch.bfloat16)
+    again = AutoModel.from_pretrained(str(compressed), dtype=torch.bfloat16)
     before = zoo.outputs("flux", again)
     again.load_lora_adapter(str(tmp_path), prefix=None, use_safetensors=True)
     assert torch.equal(zoo.outputs("flux", again), expected)
@@ -58,7 +58,7 @@ def test_gradients(made: Directories) -> None:
 def test_pipelines(made: Directories, tmp_path: Path) -> None:
     lora = get_peft_model_state_dict(adapted(made("flux")[0], ["to_q", "to_k"]))
     FluxPipeline.save_lora_weights(str(tmp_path), transformer_lora_layers=lora)
-    plain, ours = (DiffusionPipeline.from_pretrained(each, torch_dtype=torch.bfloat16) for each in made("fluxes"))
+    plain, ours = (DiffusionPipeline.from_pretrained(each, dtype=torch.bfloat16) for each in made("fluxes"))
     before = zoo.image(ours)
     for pipeline in (plain, ours):
         pipeline.load_lora_weights(str(tmp_path), adapter_name="first")

@@ -23,7 +23,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def load(directory: Path, **options: object) -> torch.nn.Module:
-    return AutoModel.from_pretrained(str(directory), **{"torch_dtype": torch.bfloat16, **options})
+    return AutoModel.from_pretrained(str(directory), **{"dtype": torch.bfloat16, **options})
 
 
 @pytest.mark.parametrize("name", zoo.MODELS)
@@ -47,10 +47,10 @@ def test_outputs_have_the_same_bits(made: Directories, tmp_path: Path, name: str
 @pytest.mark.parametrize("name", ["unet", "wan"])
 def test_other_dtypes_are_those_of_the_plain_model(made: Directories, name: str, dtype: torch.dtype | None) -> None:
     plain, compressed = made(name)
-    model = load(plain, torch_dtype=dtype)
+    model = load(plain, dtype=dtype)
     for ours in (
-        load(compressed, torch_dtype=dtype),
-        load(plain, torch_dtype=dtype, quantization_config=BitforbitConfig()),
+        load(compressed, dtype=dtype),
+        load(plain, dtype=dtype, quantization_config=BitforbitConfig()),
     ):
         assert ours.dtype == model.dtype
         assert zoo.compressed_modules(ours) > 0
@@ -63,7 +63,7 @@ def test_checkpoints_in_other_dtypes(tmp_path: Path, dtype: torch.dtype) -> None
     model = zoo.make("unet", dtype)
     model.save_pretrained(tmp_path / "plain")
     bitforbit.compress(tmp_path / "plain", tmp_path / "compressed", threads=1)
-    ours = load(tmp_path / "compressed", torch_dtype=dtype)
+    ours = load(tmp_path / "compressed", dtype=dtype)
     assert {spec.dtype for m in ours.modules() for spec in compressed_parameters(m).values()} == {dtype}
     zoo.assert_same_parameters(ours, model)
     assert torch.equal(zoo.outputs("unet", ours), zoo.outputs("unet", model))
@@ -96,15 +96,15 @@ def test_shards_are_those_of_the_plain_model(made: Directories, tmp_path: Path) 
 
 def test_variants(made: Directories, tmp_path: Path) -> None:
     plain, _ = made("unet")
-    model = load(plain, torch_dtype=torch.float16)
+    model = load(plain, dtype=torch.float16)
     model.save_pretrained(tmp_path / "plain", variant="fp16")
-    load(plain, torch_dtype=torch.float32).save_pretrained(tmp_path / "plain")
+    load(plain, dtype=torch.float32).save_pretrained(tmp_path / "plain")
     bitforbit.compress(tmp_path / "plain", tmp_path / "compressed", threads=1)
-    ours = load(tmp_path / "compressed", variant="fp16", torch_dtype=torch.float16)
+    ours = load(tmp_path / "compressed", variant="fp16", dtype=torch.float16)
     zoo.assert_same_parameters(ours, model)
     ours.save_pretrained(tmp_path / "saved", variant="fp16", max_shard_size="100KB")
     assert (tmp_path / "saved" / "diffusion_pytorch_model.safetensors.index.fp16.json").is_file()
-    zoo.assert_same_parameters(load(tmp_path / "saved", variant="fp16", torch_dtype=torch.float16), model)
+    zoo.assert_same_parameters(load(tmp_path / "saved", variant="fp16", dtype=torch.float16), model)
 
 
 def test_old_names_of_attention_weights(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_old_names_of_attention_weights(tmp_path: Path) -> None:
     assert any(".query.weight" in name for name in tensors)
     save_file(tensors, tmp_path / "plain" / WEIGHTS, {"format": "pt"})
     bitforbit.compress(tmp_path / "plain", tmp_path / "compressed", threads=1)
-    for options in ({}, {"torch_dtype": torch.float32}):
+    for options in ({}, {"dtype": torch.float32}):
         ours, plain = load(tmp_path / "compressed", **options), load(tmp_path / "plain", **options)
         zoo.assert_same_parameters(ours, plain)
         assert torch.equal(zoo.outputs("vae", ours), zoo.outputs("vae", plain))
@@ -165,7 +165,7 @@ def test_single_files(made: Directories, tmp_path: Path) -> None:
     (tmp_path / "transformer").mkdir()
     shutil.copy(plain / "config.json", tmp_path / "transformer")
     ours = FluxTransformer2DModel.from_single_file(
-        str(plain / WEIGHTS), config=str(tmp_path), subfolder="transformer", torch_dtype=torch.bfloat16,
+        str(plain / WEIGHTS), config=str(tmp_path), subfolder="transformer", dtype=torch.bfloat16,
         quantization_config=BitforbitConfig(),
     )  # fmt: skip
     assert zoo.compressed_modules(ours) == 18
@@ -214,7 +214,7 @@ def test_copies_are_independent(made: Directories, tmp_path: Path) -> None:
 
 
 def test_tiling_and_slicing(made: Directories) -> None:
-    plain, compressed = (AutoencoderKL.from_pretrained(each, torch_dtype=torch.bfloat16) for each in made("vae"))
+    plain, compressed = (AutoencoderKL.from_pretrained(each, dtype=torch.bfloat16) for each in made("vae"))
     for model in (plain, compressed):
         model.enable_tiling()
         model.enable_slicing()

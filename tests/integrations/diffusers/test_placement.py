@@ -19,14 +19,14 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def load(directory: Path, **options: object) -> torch.nn.Module:
-    return AutoModel.from_pretrained(str(directory), **{"torch_dtype": torch.bfloat16, **options})
+    return AutoModel.from_pretrained(str(directory), **{"dtype": torch.bfloat16, **options})
 
 
 def test_model_offload(made: Directories) -> None:
     plain, compressed = made("fluxes")
-    ours = DiffusionPipeline.from_pretrained(compressed, torch_dtype=torch.bfloat16)
+    ours = DiffusionPipeline.from_pretrained(compressed, dtype=torch.bfloat16)
     ours.enable_model_cpu_offload(device="cpu")
-    expected = zoo.image(DiffusionPipeline.from_pretrained(plain, torch_dtype=torch.bfloat16))
+    expected = zoo.image(DiffusionPipeline.from_pretrained(plain, dtype=torch.bfloat16))
     assert np.array_equal(zoo.image(ours), expected)
 
 
@@ -89,11 +89,11 @@ def test_casts(made: Directories) -> None:
     assert ours.to(dtype=None) is ours
     assert ours.to(torch.device("cpu")) is ours
     for arguments, options in (((torch.float16,), {}), (("cpu",), {"dtype": torch.float16})):
-        with pytest.raises(UsageError, match=r"to stay torch\.bfloat16.* pass torch_dtype=torch\.float16"):
+        with pytest.raises(UsageError, match=r"to stay torch\.bfloat16.* pass dtype=torch\.float16"):
             ours.to(*arguments, **options)
     with pytest.raises(CompressedParameterError, match=r"cast to torch\.float8"):
         ours.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
-    pipeline = DiffusionPipeline.from_pretrained(made("fluxes")[1], torch_dtype=torch.bfloat16)
+    pipeline = DiffusionPipeline.from_pretrained(made("fluxes")[1], dtype=torch.bfloat16)
     pipeline.to("cpu", torch.bfloat16)
     with pytest.raises((UsageError, CompressedParameterError), match=r"to stay torch\.bfloat16"):
         pipeline.to(torch.float16)

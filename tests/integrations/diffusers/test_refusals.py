@@ -30,7 +30,7 @@ LINEAR = "norm_out.linear.weight"
 
 
 def load(directory: Path, **options: Any) -> torch.nn.Module:
-    return AutoModel.from_pretrained(str(directory), **{"torch_dtype": torch.bfloat16, **options})
+    return AutoModel.from_pretrained(str(directory), **{"dtype": torch.bfloat16, **options})
 
 
 def change_config(directory: Path, **members: Any) -> None:
@@ -130,8 +130,8 @@ def test_dfloat11(made: Directories, tmp_path: Path) -> None:
 
 
 def test_dtypes_that_nothing_computes_in(made: Directories) -> None:
-    with pytest.raises(UsageError, match="expected torch_dtype"):
-        load(made("flux")[1], torch_dtype=torch.float8_e4m3fn)
+    with pytest.raises(UsageError, match="expected dtype"):
+        load(made("flux")[1], dtype=torch.float8_e4m3fn)
 
 
 def test_compressed_single_files(made: Directories, compressed: Path) -> None:

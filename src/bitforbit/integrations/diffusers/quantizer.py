@@ -51,7 +51,7 @@ class BitforbitQuantizer(DiffusersQuantizer):
         """The dtype that was asked for, as with plain models. Raises UsageError for dtypes that nothing computes in."""
         if isinstance(torch_dtype, torch.dtype) and torch_dtype.itemsize < 2:
             raise UsageError(
-                f"expected torch_dtype to be one that models compute in, got {torch_dtype}; compressed weights are "
+                f"expected dtype to be one that models compute in, got {torch_dtype}; compressed weights are "
                 "exact, so load in torch.bfloat16, or whatever dtype the checkpoint has"
             )
         self._dtype = torch_dtype

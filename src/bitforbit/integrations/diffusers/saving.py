@@ -64,7 +64,7 @@ def _to(model: ModelMixin, *args: Any, **kwargs: Any) -> ModelMixin:
         if dtype != model.dtype:
             raise UsageError(
                 f"expected {type(model).__name__} to stay {model.dtype}, since it is compressed, got a cast to "
-                f"{dtype}; pass torch_dtype={dtype} to from_pretrained, or cast it after model.dequantize()"
+                f"{dtype}; pass dtype={dtype} to from_pretrained, or cast it after model.dequantize()"
             )
     moved: ModelMixin = type(model).to(
         model, *(value for value in args if value is not None and not isinstance(value, torch.dtype)), **kwargs
