@@ -18,20 +18,22 @@ from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, UNet2DMode
 
 import bitforbit
 
+DTYPE = torch.float16
+
 
 def small_pipeline(path: Path) -> None:
-    """Write an unconditional pipeline in BF16."""
+    """Write an unconditional pipeline."""
     torch.manual_seed(0)
     unet = UNet2DModel(
         sample_size=32, block_out_channels=(64, 128), layers_per_block=1, norm_num_groups=8,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
-    DDIMPipeline(unet.to(torch.bfloat16), DDIMScheduler()).save_pretrained(path)
+    DDIMPipeline(unet.to(DTYPE), DDIMScheduler()).save_pretrained(path)
 
 
 def draw(path: Path, prompts: list[str]) -> np.ndarray:
     """Images [1, height, width, 3]."""
-    pipeline = DiffusionPipeline.from_pretrained(path, dtype=torch.bfloat16)
+    pipeline = DiffusionPipeline.from_pretrained(path, dtype=DTYPE)
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     images: np.ndarray = pipeline(*prompts, num_inference_steps=4, generator=generator, output_type="np").images
