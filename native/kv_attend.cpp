@@ -23,7 +23,7 @@ constexpr std::size_t kMergePerThread = 1 << 17;
 
 std::size_t pad64(std::size_t n) { return (n + 63) / 64 * 64; }
 
-thread_local Workspace workspace;
+thread_local Workspace workspace, partial_results;  // of a worker; of the caller
 
 // A row of the batch: token counts, and its parts.
 struct Row {
@@ -33,12 +33,9 @@ struct Row {
   std::size_t first_slot, first_part;  // slot of token 0; parts of the rows before
 };
 
-// A result: [8] maxima, [8] sums, [8][head_dim] outputs.
+// A result: maxima, sums, [head_dim] outputs of the query rows of a block.
 struct Partial {
   float *max, *sum, *out;
-
-  static std::size_t floats(std::size_t head_dim) { return kKvQueries * (2 + head_dim); }
-  explicit Partial(float* at) : max(at), sum(at + kKvQueries), out(at + 2 * kKvQueries) {}
 };
 
 // A block of query rows that share a row of the batch and a key-value head.
@@ -58,12 +55,16 @@ class Attention {
 
   void run() {
     const std::size_t blocks = (queries_ + kKvQueries - 1) / kKvQueries;
-    const std::size_t floats = Partial::floats(r_.head_dim), per_block = parts_ * cache_.heads;
+    const std::size_t floats = partial_floats(), per_block = parts_ * cache_.heads;
     const std::size_t at_once =
         std::clamp<std::size_t>(kPartialBytes / (4 * floats * std::max<std::size_t>(per_block, 1)), 1, blocks);
-    const Buffer partials(4 * floats * per_block * at_once);
+    // A pointer: a worker's own partial_results are others.
+    float* const partials =
+        reinterpret_cast<float*>(partial_results.reserve(4 * floats * std::max<std::size_t>(per_block, 1) * at_once));
+    const std::size_t most = std::min(kKvQueries, queries_);
     const auto partial = [&](std::size_t index) {
-      return Partial(reinterpret_cast<float*>(partials.data()) + index * floats);
+      float* at = partials + index * floats;
+      return Partial{at, at + most, at + 2 * most};
     };
     for (std::size_t first = 0; first < blocks; first += at_once) {
       const std::size_t n = std::min(at_once, blocks - first);
@@ -91,9 +92,13 @@ class Attention {
         merge(block_at(b, h, i), partial(begin));
       });
     }
+    partial_results.release();
   }
 
  private:
+  // A multiple of 16, for the vectors of the kernels.
+  std::size_t partial_floats() const { return pad64(4 * std::min(kKvQueries, queries_) * (2 + r_.head_dim)) / 4; }
+
   struct Room {
     float *q, *scores, *more;  // [8][head_dim], [8][512] twice
     std::uint8_t *kernel, *mask;
@@ -233,7 +238,7 @@ class Attention {
   }
 
   void merge(const Block& block, Partial first) const {
-    const std::size_t parts = rows_[block.b].parts, stride = Partial::floats(r_.head_dim);
+    const std::size_t parts = rows_[block.b].parts, stride = partial_floats();
     std::vector<float> sums(r_.head_dim);
     for (std::size_t m = 0; m < block.count; ++m) {
       const std::size_t head = query_head(block, m);

@@ -34,37 +34,54 @@ inline float add_lanes(const Lanes& x) {
   return lanes[0];
 }
 
+inline constexpr std::size_t kExactBlock = 4;  // tokens that are multiplied together
+
+// Rows first to first + kExactBlock - 1 as FP32; missing ones are zeros.
+inline std::size_t widen_rows(const KvRecord& r, const std::uint8_t* const* rows, std::size_t first, std::size_t count,
+                              float (*x)[kKvMostHead]) {
+  const std::size_t n = count - first < kExactBlock ? count - first : kExactBlock;
+  for (std::size_t i = 0; i < n; ++i) widen(r.dtype, rows[first + i], r.head_dim, x[i]);
+  for (std::size_t i = n; i < kExactBlock; ++i) __builtin_memset(x[i], 0, 4 * r.head_dim);
+  return n;
+}
+
 inline void score_exact(const KvRecord& r, const std::uint8_t* const* rows, std::size_t count, const KvQueries& q,
                         float* scores) {
-  float key[kKvMostHead];
-  for (std::size_t i = 0; i < count; ++i) {
-    widen(r.dtype, rows[i], r.head_dim, key);
+  float keys[kExactBlock][kKvMostHead];
+  for (std::size_t i = 0; i < count; i += kExactBlock) {
+    const std::size_t n = widen_rows(r, rows, i, count, keys);
     for (std::size_t m = 0; m < q.count; ++m) {
       const float* query = q.q + m * r.head_dim;
-      Lanes sum{};
+      Lanes sum0{}, sum1{}, sum2{}, sum3{};
       for (std::size_t c = 0; c < r.head_dim; c += kLaneCount) {
-        Lanes a, b;
-        load_lanes(query + c, a), load_lanes(key + c, b);
-        sum += a * b;
+        Lanes x, k0, k1, k2, k3;
+        load_lanes(query + c, x);
+        load_lanes(keys[0] + c, k0), load_lanes(keys[1] + c, k1);
+        load_lanes(keys[2] + c, k2), load_lanes(keys[3] + c, k3);
+        sum0 += x * k0, sum1 += x * k1, sum2 += x * k2, sum3 += x * k3;
       }
-      scores[m * kKvScores + i] = add_lanes(sum);
+      const float dots[kExactBlock] = {add_lanes(sum0), add_lanes(sum1), add_lanes(sum2), add_lanes(sum3)};
+      __builtin_memcpy(scores + m * kKvScores + i, dots, 4 * n);
     }
   }
 }
 
 inline void sum_exact(const KvRecord& r, const std::uint8_t* const* rows, std::size_t count, const float* p,
                       const KvQueries& q, float* out) {
-  float value[kKvMostHead];
-  for (std::size_t i = 0; i < count; ++i) {
-    widen(r.dtype, rows[i], r.head_dim, value);
+  float values[kExactBlock][kKvMostHead];
+  for (std::size_t i = 0; i < count; i += kExactBlock) {
+    const std::size_t n = widen_rows(r, rows, i, count, values);
     for (std::size_t m = 0; m < q.count; ++m) {
-      const float weight = p[m * kKvScores + i];
+      float weights[kExactBlock] = {};
+      __builtin_memcpy(weights, p + m * kKvScores + i, 4 * n);
       float* sum = out + m * r.head_dim;
       for (std::size_t c = 0; c < r.head_dim; c += kLaneCount) {
-        Lanes a, b;
-        load_lanes(sum + c, a), load_lanes(value + c, b);
-        a += weight * b;
-        store_lanes(sum + c, a);
+        Lanes x, v0, v1, v2, v3;
+        load_lanes(sum + c, x);
+        load_lanes(values[0] + c, v0), load_lanes(values[1] + c, v1);
+        load_lanes(values[2] + c, v2), load_lanes(values[3] + c, v3);
+        x += (weights[0] * v0 + weights[1] * v1) + (weights[2] * v2 + weights[3] * v3);
+        store_lanes(sum + c, x);
       }
     }
   }

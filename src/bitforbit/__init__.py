@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from bitforbit.archive.compress import compress
     from bitforbit.archive.decompress import decompress
     from bitforbit.archive.inspect import inspect
+    from bitforbit.archive.merge import merge
     from bitforbit.archive.verify import verify
     from bitforbit.arrays import Encoded, encode
     from bitforbit.integrations.models import compress_model, decompress_model
@@ -31,6 +32,7 @@ __all__ = [
     "errors",
     "inspect",
     "kivi_cache",
+    "merge",
     "verify",
 ]
 
@@ -45,6 +47,7 @@ _HOMES = {
     "encode": "bitforbit.arrays",
     "inspect": "bitforbit.archive",
     "kivi_cache": "bitforbit.integrations.transformers.kv",
+    "merge": "bitforbit.archive",
     "verify": "bitforbit.archive",
 }
 

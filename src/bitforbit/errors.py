@@ -75,6 +75,10 @@ class IoModelError(UsageError):
     """An algorithm that cannot run in the fast memory given, or sizes that make no sense."""
 
 
+class PlanError(UsageError):
+    """A model, a GPU or a way to split one over the other that cannot be planned for."""
+
+
 class MissingDependencyError(BitforbitError, ImportError):
     """An optional package is needed for what was asked."""
 
@@ -241,6 +245,10 @@ class OrderMismatchError(BitforbitError):
 
 class ResumeError(BitforbitError):
     """An unfinished run that cannot be continued with these arguments."""
+
+
+class IncompletePartsError(BitforbitError):
+    """The parts of a compression were to be merged before all files were there."""
 
 
 class DiskFullError(BitforbitError, OSError):

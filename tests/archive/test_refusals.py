@@ -97,7 +97,7 @@ def test_destinations(model: Path, tmp_path: Path) -> None:
 
 
 def test_overwrite_without_exchange(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bitforbit.archive.staging.exchange", lambda a, b: False)
+    monkeypatch.setattr("bitforbit.archive.filesystem.exchange", lambda a, b: False)
     archive.compress(model, tmp_path / "c")
     (tmp_path / "c" / "mine").write_text("old")
     archive.compress(model, tmp_path / "c", overwrite=True)

@@ -7,7 +7,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from bitforbit.attention import flash  # noqa: E402
+from bitforbit.attention import flash, patterns  # noqa: E402
+from bitforbit.attention.grid import Grid  # noqa: E402
 from bitforbit.attention.tiles import Access, Order, Tiles  # noqa: E402
 from bitforbit.iomodel.algorithms import flash as model  # noqa: E402
 from bitforbit.iomodel.memory import TwoLevelMemory  # noqa: E402
@@ -33,3 +34,15 @@ def test_words_read_and_written(n: int, d: int, rows: int, columns: int, order: 
     run(memory, n, d, ModelTiles(min(rows, n), min(columns, n), min(rows, n), d))
     assert (read, written) == (memory.loads, memory.stores)
     np.testing.assert_allclose(memory.slow["O"], out[0, 0].numpy(), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5, 0.25])
+def test_block_sparse_words_follow_the_blocks_kept(density: float) -> None:
+    """2205.14135, proposition 4: N d, and a term in proportion to the blocks; here exactly."""
+    n, d, block = 128, 8, 8
+    grid = Grid(n, n, block)
+    layout = patterns.with_density("local_global", grid, density)
+    q, k, v = torch.randn(3, 1, n, d, generator=torch.Generator().manual_seed(0))
+    record: list[list[Access]] = []
+    flash.attention(q[None], k[None], v[None], Tiles(block, block), causal=True, layout=layout, record=record)
+    assert sum(access.words for access in record[0]) == 2 * n * d + n + int(layout.sum()) * 2 * block * d

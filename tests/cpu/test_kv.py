@@ -1,4 +1,4 @@
-"""Quantized caches on the CPU: bytes against the layout's formulas, attention against FP64, on every instruction set."""
+"""Quantized caches on the CPU: bytes against the layout's formulas, attention against FP64, on every ISA."""
 
 from __future__ import annotations
 
@@ -226,17 +226,14 @@ def test_same_bits_for_every_batch_padding_and_number_of_threads(dtype: str, isa
                 assert a[b : b + 1].tobytes() == c.tobytes()
 
 
-@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [(8, 8), (4, 4), (4, 2), (2, 2)])
-def test_error_is_at_most_twice_that_of_plain_torch(bits: tuple[int, int], dtype: str, isa: str) -> None:
+def test_error_is_at_most_twice_that_of_plain_torch(bits: tuple[int, int], dtype: str) -> None:
     torch = pytest.importorskip("torch")
-    cache = make(KiviSpec(*bits), dtype, 128, 1500, np.zeros(1, np.int32), 4)
-    cache.grow(1500)
+    cache = make(KiviSpec(*bits), dtype, 128, 1100, np.zeros(1, np.int32))
+    cache.grow(1100)
     k, v = dequantized(cache)
-    q = numbers((1, 16, 1, 128), dtype, 3)
-    with cpu.force(isa):
-        out, _ = cache.attend(q, 1500, scaling=128**-0.5, out_f32=False)
+    q = numbers((1, 8, 1, 128), dtype, 3)
     expected, _ = attention(*(x.astype(np.float64) for x in (q, k, v)), cache.start, scaling=128**-0.5)
     kind = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[dtype]
     plain = torch.nn.functional.scaled_dot_product_attention(
@@ -246,7 +243,10 @@ def test_error_is_at_most_twice_that_of_plain_torch(bits: tuple[int, int], dtype
     def error(x: np.ndarray) -> float:
         return float(np.sqrt(np.mean((x - expected) ** 2)))
 
-    assert error(out) <= 2 * error(plain.float().numpy())
+    for isa in ISAS:
+        with cpu.force(isa):
+            out, _ = cache.attend(q, 1100, scaling=128**-0.5, out_f32=False)
+        assert error(out) <= 2 * error(plain.float().numpy()), isa
 
 
 def dequantized(cache: Cache) -> tuple[Array, Array]:

@@ -209,7 +209,7 @@ def test_only_its_architecture() -> None:
     order = replace(choose_order((256,), 512, ada), instruction=WARPGROUPS)
     with pytest.raises(UsageError, match=r"compute capability 9\.0 for Hopper"):
         plans.plan((256,), order, 8, ada, FEW)
-    with pytest.raises(UsageError, match="expected an instruction of Ada, got wgmma"):
+    with pytest.raises(UsageError, match="expected an instruction of Ada for BF16, got wgmma"):
         plans.plan((256,), order, 8, ada)
 
 

@@ -68,22 +68,26 @@ def test_hostile_matrices(queue: Any, name: str) -> None:
 
 
 @of_kinds
-def test_every_pattern_alone(queue: Any, kind: Kind) -> None:
-    """Each weight times one, and nothing else in its sum: the value comes out, rounded to nothing."""
+def test_every_pattern(queue: Any, kind: Kind) -> None:
+    """Each weight times one is itself: eight tokens pick a column each; NaNs and infinities are in one of their own."""
     elements = np.arange(1 << 8 * kind.item_bytes, dtype=np.uint32).astype(f"u{kind.item_bytes}")
-    matrix = np.zeros((len(elements), 1), elements.dtype)
-    matrix[:, 0] = elements
-    one = reference.to_words(np.ones((1, 1), np.float32), kind.outputs)
-    (got,) = DeviceGroup(queue, [matrix], kind=kind).linear(one)
-    words = as_operand(kind, elements)
-    quiet = {"F16": np.isnan(words.view(np.float16)), "BF16": words == 0x7FFF}[kind.outputs]
-    values = np.where(quiet, 0x7FFF, np.where(words == 0x8000, 0, words))  # the sum begins with +0
-    np.testing.assert_array_equal(got[0], values)
+    finite = np.isfinite(elements.view(NUMBERS[kind.name]).astype(np.float32))
+    whole = np.resize(elements[finite], (-(-int(finite.sum()) // 8), 8))
+    for matrix in (whole, elements[~finite][:, None]):
+        ones = reference.to_words(np.eye(matrix.shape[1], dtype=np.float32), kind.outputs)
+        (got,) = DeviceGroup(queue, [matrix], kind=kind).linear(ones)
+        words = as_operand(kind, matrix)
+        if matrix is whole:
+            want = np.where(words == 0x8000, 0, words)  # the sum begins with +0
+        else:
+            infinite = (words == 0x7C00) | (words == 0xFC00) if kind == F16 else np.zeros_like(words, bool)
+            want = np.where(infinite, words, 0x7FFF)
+        np.testing.assert_array_equal(got.T, want)
 
 
 @of_kinds
 @pytest.mark.parametrize("variant", MMA, ids=lambda v: f"{v.tokens}-{v.stripes}{'-bulk' if v.bulk else ''}")
-@pytest.mark.parametrize(("rows", "cols", "splits"), [(1, 1, 1), (129, 1096, 1), (200, 1000, 4)])
+@pytest.mark.parametrize(("rows", "cols", "splits"), [(129, 1096, 1), (70, 1000, 4)])
 def test_variants(queue: Any, kind: Kind, variant: Variant, rows: int, cols: int, splits: int) -> None:
     matrix = with_exponents(kind, rows, cols, [*range(3, 11)] * 12 + [0, 1, 12], rows)
     check(queue, kind, matrix, activations(kind, variant.tokens - 1, cols), variant, splits)
@@ -109,9 +113,9 @@ def test_warpgroups(queue: Any, kind: Kind, variant: Variant) -> None:
 
 
 @of_kinds
-@pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[-1], BULK[0], HOPPER[0]], ids=["8", "64", "bulk", "hopper"])
+@pytest.mark.parametrize("variant", [VARIANTS[0], BULK[-1], HOPPER[0]], ids=["8", "64-bulk", "hopper"])
 def test_memory_and_races(kind: Kind, variant: Variant) -> None:
-    matrix, x = with_exponents(kind, 145, 331, [*range(3, 11)] * 6 + [0, 12], 6), activations(kind, 7, 331)
+    matrix, x = with_exponents(kind, 45, 331, [*range(3, 11)] * 6 + [0, 12], 6), activations(kind, 7, 331)
     order = Order(331, 2, instruction=variant.instruction)
 
     def run(queue: Any) -> list[Words]:

@@ -124,7 +124,7 @@ def test_a_launch_has_the_instruction_of_its_order() -> None:
     a100 = DeviceProperties("A100", (8, 0), 108, 40 << 20, 163 << 10)
     assert plans.instructions(a100) == ("mma.m16n8k16", "mma.m16n8k8")
     assert plans.instructions(h200) == (*plans.instructions(a100), "wgmma.m64nNk16")
-    with pytest.raises(UsageError, match="expected an instruction of A100, got wgmma"):
+    with pytest.raises(UsageError, match="expected an instruction of A100 for BF16, got wgmma"):
         plans.choose_variant(1, a100, "wgmma.m64nNk16")
 
 

@@ -122,7 +122,7 @@ def test_damaged_parts_do_no_harm(kind: Kind, part: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "scale", "bits"), [(F16, 0.02, 14.218), (F8_E4M3, 0.02, 7.032), (F8_E4M3, 84.5, 7.324)]
+    ("kind", "scale", "bits"), [(F16, 0.02, 14.218), (F8_E4M3, 0.02, 7.032), (F8_E4M3, 84.5, 7.234)]
 )
 def test_bits_per_weight_of_gaussian_weights(kind: Kind, scale: float, bits: float) -> None:
     """For FP8 as they are, and scaled so that the largest of them are near 448. Sizes may shrink, never grow."""

@@ -210,14 +210,18 @@ class Cache:
         mask: npt.NDArray[np.bool_] | None = None,
         out_f32: bool = True,
     ) -> tuple[np.ndarray, Array]:
-        """The kernel's output [B, Hq, Lq, D] as float32 and lse; q of the same shape, mask [B, 1 or Hq, Lq, visible]."""
+        """The kernel's output [B, Hq, Lq, D] as float32, and lse; q likewise, mask [B, 1 or Hq, Lq, visible]."""
         batch, heads, rows, d = q.shape
         x = np.full((batch, rows, heads, d), 0, DTYPES[self.dtype])  # strides of their own
         x[:] = q.transpose(0, 2, 1, 3)
         out = np.full((batch, heads, rows, d), 77, np.float32 if out_f32 else DTYPES[self.dtype])
         lse = np.full((batch, heads, rows), 77, np.float32)
         seen = None if mask is None else np.ascontiguousarray(mask.astype(np.uint8))
-        strides = (0, 0, 0) if seen is None else tuple(0 if n == 1 else s for n, s in zip(seen.shape[:3], seen.strides))
+        strides = (
+            (0, 0, 0)
+            if seen is None
+            else tuple(0 if n == 1 else s for n, s in zip(seen.shape[:3], seen.strides[:3], strict=True))
+        )
 
         def at(array: np.ndarray | None) -> int:
             return 0 if array is None else int(array.__array_interface__["data"][0])
@@ -241,7 +245,7 @@ def attention(
     mask: npt.NDArray[np.bool_] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Output and log-sum-exp in the dtype of q, k, v (FP64: the truth); slots before start[b] are not seen."""
-    batch, heads, rows, d = q.shape
+    batch, heads, rows = q.shape[:3]
     repeat = heads // k.shape[1]
     k, v = np.repeat(k, repeat, 1), np.repeat(v, repeat, 1)
     seen = np.arange(k.shape[2])[None, :] >= start[:, None]

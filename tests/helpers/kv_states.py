@@ -26,14 +26,15 @@ class Pair:
     head_dim: int = 32
     dtype: torch.dtype = torch.bfloat16
     seed: int = 0
+    device: str = "cpu"
+    """Of the state; the naive cache is on the CPU."""
     state: KvState = field(init=False)
     naive: NaiveKivi = field(init=False)
 
     def __post_init__(self) -> None:
         self.random = torch.Generator().manual_seed(self.seed)
-        self.state = KvState(
-            self.spec, len(self.start), self.heads, self.head_dim, dtype=self.dtype, device="cpu", name="layer 0"
-        )
+        sizes = (len(self.start), self.heads, self.head_dim)
+        self.state = KvState(self.spec, *sizes, dtype=self.dtype, device=self.device, name="layer 0")
         self.naive = NaiveKivi(self.spec, self.start)
 
     def tensor(self, heads: int, count: int) -> torch.Tensor:
@@ -52,12 +53,13 @@ class Pair:
         """Some tokens: append, attend on both sides, compare, flush; the output."""
         k, v = self.tensor(self.heads, count), self.tensor(self.heads, count)
         q = self.tensor(self.query_heads, count)
-        self.state.append(k, v)
+        self.state.append(k.to(self.device), v.to(self.device))
         self.naive.append(k, v)
         padding = self.padding_mask(count)
-        self.state.set_padding(padding)
+        seen = padding.to(self.device)
+        self.state.set_padding(seen)
         scaling = self.head_dim**-0.5
-        out = attend(q, self.state, padding if mask else None, scaling=scaling)
+        out = attend(q.to(self.device), self.state, seen if mask else None, scaling=scaling).cpu()
         expected = self.naive.attend(q, padding if mask else None, scaling=scaling)
         error = (out.double() - expected).abs().max().item()
         assert error < TOLERANCE[self.dtype], f"attention of {count} tokens: off by {error}"
@@ -85,7 +87,7 @@ class Pair:
         """Codes, parameters and exact tokens are the same: every dequantized number is, and nothing else is stored."""
         assert self.state.slots == self.naive.slots
         assert list(self.state.starts) == self.naive.start
-        k, v = self.state.dequantized()
+        k, v = (x.cpu() for x in self.state.dequantized())
         for b, row in enumerate(self.naive.rows):
             start = self.naive.start[b]
             if start == self.naive.slots:

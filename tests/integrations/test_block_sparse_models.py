@@ -10,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 tf = pytest.importorskip("transformers")
 
+import bitforbit  # noqa: E402
 from bitforbit.attention import patterns  # noqa: E402
 from bitforbit.attention.grid import Grid  # noqa: E402
 from bitforbit.attention.tiles import Tiles, layout_mask  # noqa: E402
@@ -213,5 +214,26 @@ def test_attention_that_is_more_than_softmax() -> None:
     long = torch.zeros(1, 2, 32, 16)
     with pytest.raises(AttentionError, match=r"no dropout, got 0\.1"):
         integration.block_sparse_attention(module, long, long, long, None, dropout=0.1)
-    with pytest.raises(AttentionError, match="keys of type str"):
-        integration.block_sparse_attention(module, q, "handle", "handle", None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("settings", [{"residual": None}, {"k_bits": 8, "v_bits": 8, "group": 32, "residual": 32}])
+def test_a_quantized_cache_after_block_sparse_prefill(settings: dict[str, Any]) -> None:
+    model = block_sparse(llama(), "local_global", 0.4, BLOCK, 0)
+    mask = torch.ones_like(IDS)
+    mask[0, :37] = 0
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    expected = model.generate(IDS, attention_mask=mask, **options)
+    cache = bitforbit.kivi_cache(model, v_group=16, **settings)
+    assert model.config._attn_implementation == integration.NAME
+    got = model.generate(IDS, attention_mask=mask, past_key_values=cache, **options)
+    assert torch.equal(got.logits[0], expected.logits[0])  # the prompt's own tokens are exact
+    if settings["residual"] is None:
+        assert torch.equal(got.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(got.logits[1:3]), torch.stack(expected.logits[1:3]), rtol=0, atol=0.02)
+    alone = bitforbit.kivi_cache(model, v_group=16, **settings)
+    model(IDS[:1, 37:], past_key_values=alone)
+    padded = bitforbit.kivi_cache(model, v_group=16, **settings)
+    model(IDS, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), past_key_values=padded)
+    assert padded.layers[0].state.starts == (37, 0)
+    assert alone.layers[0].state.starts == (0,)

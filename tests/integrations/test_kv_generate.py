@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import transformers as tf
 from transformers import DynamicCache
 
 import bitforbit
+from bitforbit import ops
 from bitforbit.integrations.transformers.kv import NAME
 from bitforbit.kv import KiviCache, KiviSpec
+from cuda_shim.emulation import EmulatedLauncher, EmulatedQueue
 from integrations.kv_models import ARCHITECTURES, make, prompts
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 24}
@@ -316,6 +319,23 @@ def test_compressed_and_wrapped_models(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     adapted = peft.get_peft_model(loaded, peft.LoraConfig(target_modules=["v_proj"], r=2)).eval()
     assert torch.equal(written(adapted, inputs, bitforbit.kivi_cache(adapted, **SMALL)), reference)
+
+
+@pytest.mark.slow
+def test_cudas_kernels_write_the_same() -> None:
+    """In the emulation: the same tokens and the same packed bytes as on the CPU."""
+    model = make("llama", torch.bfloat16, num_hidden_layers=1)
+    inputs = prompts(2, 68, padding=(9,))
+    caches, outs = [], []
+    launcher = EmulatedLauncher(seed=1)
+    for where in (nullcontext(), ops.gpu.emulate(EmulatedQueue(launcher))):
+        with where:
+            caches.append(bitforbit.kivi_cache(model, residual=32))
+            outs.append(written(model, inputs, caches[-1], max_new_tokens=3))
+    assert torch.equal(*outs)
+    assert {"kv_flush", "kv_attend", "kv_merge"} <= {name for name, _ in launcher.launches}
+    for packed, expected in zip(*(cache.layers[0].state.segments for cache in caches), strict=True):
+        assert torch.equal(packed, expected)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from bitforbit.kv.naive import dequantize, params_dtype, quantize_groups, round_
 from bitforbit.kv.quantize import Watch
 from bitforbit.kv.spec import KiviSpec
 from bitforbit.kv.state import KvState
+from cuda_shim.emulation import EmulatedLauncher
 from helpers import kv_cases
 from helpers.bits import assert_bitwise_equal
 
@@ -22,13 +23,13 @@ NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 def hostile_groups(dtype: torch.dtype) -> torch.Tensor:
     """``[n, 32]``: constants, zeros of both signs, subnormals, the largest numbers, random bits, without NaN."""
-    big = min(torch.finfo(dtype).max, torch.finfo(torch.bfloat16).max)
+    big = torch.finfo(dtype).max
     least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # the least subnormal
     random = torch.Generator().manual_seed(0)
     noise = torch.randn(40, 32, generator=random)
     bits = torch.randint(0, 256, (400, 32 * dtype.itemsize), generator=random, dtype=torch.uint8).view(dtype)
     rows = [
-        *(torch.full((32,), x) for x in (0.0, -0.0, 1.0, -3.0, big, least, -least)),
+        *(torch.full((32,), x) for x in (0.0, -0.0, 1.0, -3.0, big, -big, least, -least)),
         torch.tensor([0.0, -0.0] * 16),
         torch.tensor([big, -big] * 16),
         torch.tensor([big, -big] + [0.0, 1.0, big / 2] * 10),
@@ -141,27 +142,35 @@ def test_parts_of_records(group: int) -> None:
     assert pack.read_values(once, layout, 76, 77, torch.bfloat16).any()
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_kernels_write_the_same_bytes(dtype: torch.dtype, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every group of :func:`hostile_groups` as keys of a channel and as values of a token."""
+def packed(dtype: torch.dtype, bits: int) -> list[torch.Tensor]:
+    """Segments with every group of :func:`hostile_groups` as keys of a channel and as values of a token."""
     groups = hostile_groups(dtype)
     groups = groups[: len(groups) // 32 * 32]
-    spec = KiviSpec(k_bits=bits, v_bits=bits, residual=32)
-    states = []
-    for native in (True, False):
-        with monkeypatch.context() as patch:
-            if not native:
-                patch.setattr(kernels, "can_flush", lambda *_: False)
-            state = KvState(spec, 1, 1, 32, dtype=dtype, device="cpu")
-            keys = groups.unflatten(0, (-1, 32)).mT.flatten(0, 1)
-            k = torch.cat([keys, keys[:32]])[None, None]
-            v = torch.cat([groups, groups[:32]])[None, None]
-            state.append(k, v)
-            state.flush()
-            states.append(state)
-    for native_segment, segment in zip(states[0].segments, states[1].segments, strict=True):
-        assert_bitwise_equal(native_segment.numpy(), segment.numpy())
+    keys = groups.unflatten(0, (-1, 32)).mT.flatten(0, 1)
+    state = KvState(KiviSpec(k_bits=bits, v_bits=bits, residual=32), 1, 1, 32, dtype=dtype, device="cpu")
+    state.append(torch.cat([keys, keys[:32]])[None, None], torch.cat([groups, groups[:32]])[None, None])
+    state.flush()
+    return state.segments
+
+
+def packed_by_torch(dtype: torch.dtype, bits: int) -> list[torch.Tensor]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "can_flush", lambda *_: False)
+        return packed(dtype, bits)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_native_kernels_write_the_same_bytes(dtype: torch.dtype, bits: int) -> None:
+    for got, expected in zip(packed(dtype, bits), packed_by_torch(dtype, bits), strict=True):
+        assert_bitwise_equal(got.numpy(), expected.numpy())
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 4), (torch.float32, 2)])
+def test_cuda_kernels_write_the_same_bytes(dtype: torch.dtype, bits: int, emulated: EmulatedLauncher) -> None:
+    for got, expected in zip(packed(dtype, bits), packed_by_torch(dtype, bits), strict=True):
+        assert_bitwise_equal(got.numpy(), expected.numpy())
+    assert [name for name, _ in emulated.launches] == ["kv_flush"]
 
 
 # --- NaN and infinity -----------------------------------------------------------------------------------------------
@@ -184,6 +193,19 @@ def test_numbers_that_are_not_finite(kind: str, bad: float, path: str) -> None:
     state.append(v if kind == "keys" else k, v if kind == "keys" else k)
     state.flush()
     assert state.slots == 100
+
+
+def test_numbers_that_are_not_finite_on_a_gpu(emulated: EmulatedLauncher) -> None:
+    """Counted by the kernel; without a GPU's queue the count is there at once."""
+    state = KvState(KiviSpec(residual=32), 1, 1, 32, dtype=torch.bfloat16, device="cpu", name="layer 3")
+    k, v = torch.randn(2, 1, 1, 100, 32).bfloat16()
+    v[0, 0, 40, 3] = float("inf")
+    state.append(k, v)
+    with pytest.raises(NonFiniteKeysError, match=r"layer 3: expected finite values.* in 1 groups"):
+        state.flush()
+    state.reset()
+    state.append(k, k)
+    state.flush()
 
 
 def test_padding_and_the_window_may_hold_anything(path: str) -> None:

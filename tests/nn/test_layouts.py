@@ -199,6 +199,8 @@ def test_compress_model_on_a_gpu():
     assert layouts(model) == ["tiles"] * 3
     assert_same_bits(model(IDS), plain(IDS).detach())
     expected = bitforbit.compress_model(copy.deepcopy(plain).half())
+    assert layouts(expected) == ["tiles"] * 3
+    expected = bitforbit.compress_model(copy.deepcopy(plain).float())
     assert layouts(expected) == ["planes"] * 3
     model = nn.Linear(64, 64, bias=False, dtype=torch.bfloat16)
     model.weight.data.copy_(random_bits((64, 64), torch.bfloat16))

@@ -3,6 +3,7 @@
 from bitforbit.archive.compress import compress
 from bitforbit.archive.decompress import decompress
 from bitforbit.archive.inspect import inspect
+from bitforbit.archive.merge import merge
 from bitforbit.archive.progress import Progress
 from bitforbit.archive.report import (
     CompressReport,
@@ -25,5 +26,6 @@ __all__ = [
     "compress",
     "decompress",
     "inspect",
+    "merge",
     "verify",
 ]

@@ -6,11 +6,11 @@ from bitforbit.archive.buffers import read_exactly
 from bitforbit.archive.pipeline import CHUNK_BYTES, Pipeline, StreamHasher
 from bitforbit.archive.shard_writer import opened
 from bitforbit.archive.source import SourceFile
-from bitforbit.archive.staging import Staging
+from bitforbit.archive.tree import GrowingTree
 from bitforbit.format.manifest import FileEntry
 
 
-def copy_file(file: SourceFile, staging: Staging, pipe: Pipeline, sha256: bool = True) -> FileEntry:
+def copy_file(file: SourceFile, staging: GrowingTree, pipe: Pipeline, sha256: bool = True) -> FileEntry:
     """Copy a source file into the tree, with its checksums. Raises ChecksumError if it changes meanwhile."""
     with staging.create(file.path) as out, opened(file) as fd, pipe.hasher(sha256) as hasher:
         for offset in range(0, file.size, CHUNK_BYTES):
@@ -32,7 +32,7 @@ def hash_file(fd: int, size: int, where: str, hasher: StreamHasher, pipe: Pipeli
             hasher.update(lease)
 
 
-def write_small(staging: Staging, path: str, data: bytes) -> None:
+def write_small(staging: GrowingTree, path: str, data: bytes) -> None:
     """Write bytes held in memory as a file of the tree."""
     with staging.guard(path), staging.create(path) as out:
         out.write(data)

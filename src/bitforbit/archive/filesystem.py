@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from contextlib import suppress
 from pathlib import Path
 
 _RENAME_EXCHANGE = 2
@@ -22,8 +23,12 @@ def free_bytes(path: Path) -> int:
 
 
 def tree_bytes(root: Path) -> int:
-    """Bytes of all files below a directory."""
-    return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+    """Bytes of all files below a directory; a file that goes away meanwhile counts as none."""
+    total = 0
+    for path in root.rglob("*"):
+        with suppress(FileNotFoundError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def sync_directory(path: Path) -> None:
@@ -60,3 +65,16 @@ def exchange(a: Path, b: Path) -> bool:
         return False
     result: int = rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), ctypes.c_uint(_RENAME_EXCHANGE))
     return result == 0
+
+
+def replace(new: Path, old: Path, aside: Path) -> None:
+    """Give ``new`` the name ``old``, for good; what had that name goes to ``new``, or to ``aside`` without exchange.
+
+    One step, except for a directory that is replaced where the system cannot swap names.
+    """
+    if not os.path.lexists(old):
+        new.rename(old)
+    elif not exchange(new, old):
+        old.rename(aside)
+        new.rename(old)
+    sync_directory(old.parent)

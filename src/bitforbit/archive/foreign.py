@@ -12,7 +12,8 @@ from bitforbit.archive.filesystem import sync_files, tree_bytes
 from bitforbit.archive.progress import NoProgress, Progress
 from bitforbit.archive.report import CompressReport, DecompressReport
 from bitforbit.archive.source import SourceTree, check_plain, scan
-from bitforbit.archive.staging import HOPELESS_RATIO, Plan, staged
+from bitforbit.archive.staging import Plan, staged
+from bitforbit.archive.tree import HOPELESS_RATIO
 from bitforbit.codecs.df11.unit import TENSOR_NAMES
 from bitforbit.cpu import default_threads
 from bitforbit.format.header import Header, TensorEntry, read_header

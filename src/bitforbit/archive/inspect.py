@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bitforbit.archive.buffers import read_exactly
-from bitforbit.archive.compress import scan_directory
 from bitforbit.archive.compressed import is_compressed, open_compressed
 from bitforbit.archive.entropy import coded_kind, entropy, exponent_histogram, shannon_bound
 from bitforbit.archive.pipeline import Pipeline, chunks
@@ -15,7 +14,7 @@ from bitforbit.archive.progress import Progress
 from bitforbit.archive.report import InspectReport, TensorReport
 from bitforbit.archive.shard_reader import ShardReader
 from bitforbit.archive.shard_writer import Coder, opened
-from bitforbit.archive.source import SourceFile, refuse_kind, source_file
+from bitforbit.archive.source import SourceFile, refuse_kind, scan_directory, source_file
 from bitforbit.codecs import registry
 from bitforbit.codecs.base import Bytes
 from bitforbit.dtypes import FLOAT_LAYOUTS

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
+
+from bitforbit.archive.source import SourceFile
+from bitforbit.format.layout import Shard
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,7 @@ class CompressReport(_Report):
     weight_compressed_bytes count the tensors of all shards: parts with their padding, and uncompressed tensors, but
     no headers. bits_per_weight is 8 x weight_compressed_bytes / elements. resumed_files were taken over from an
     unfinished run. For format "df11" the counts of single tensors are those of the stored tensors' bytes only.
+    ``part`` (i, n) counts the files of that part only; remaining_files of all parts are not finished yet.
     """
 
     source: str
@@ -38,6 +45,44 @@ class CompressReport(_Report):
     compressed_tensors: int
     resumed_files: int
     seconds: float
+    part: tuple[int, int] | None = None
+    remaining_files: int = 0
+
+
+def compress_report(
+    src: Path,
+    dst: Path,
+    files: Sequence[SourceFile],
+    shards: Collection[Shard],
+    compressed_bytes: int,
+    resumed: int,
+    begin: float,
+    part: tuple[int, int] | None = None,
+    remaining: int = 0,
+) -> CompressReport:
+    """Count; ``files`` and ``shards`` are those of this run, ``begin`` its ``time.perf_counter()``."""
+    weights = [(shard.stored_bytes(e), e) for shard in shards for e in shard.original.tensors]
+    stored = sum(size for size, _ in weights)
+    elements = sum(e.elements for _, e in weights)
+    return CompressReport(
+        source=str(src),
+        destination=str(dst),
+        format="planes",
+        original_bytes=sum(file.size for file in files),
+        compressed_bytes=compressed_bytes,
+        weight_original_bytes=sum(e.nbytes for _, e in weights),
+        weight_compressed_bytes=stored,
+        elements=elements,
+        bits_per_weight=8 * stored / elements if elements else 0.0,
+        files=len(files),
+        shards=len(shards),
+        tensors=len(weights),
+        compressed_tensors=sum(shard.compressed_tensors for shard in shards),
+        resumed_files=resumed,
+        seconds=time.perf_counter() - begin,
+        part=part,
+        remaining_files=remaining,
+    )
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,15 @@ def scan(root: Path) -> SourceTree:
     return SourceTree(root, files, sorted(directories))
 
 
+def scan_directory(src: Path) -> SourceTree:
+    """The tree of a source directory. Raises SourceNotFoundError, PickleRefusedError or GgufRefusedError for others."""
+    if not src.is_dir():
+        if src.exists():
+            refuse_kind(src, [src.name])
+        raise SourceNotFoundError(f"{src}: expected a model directory, got {'a file' if src.exists() else 'nothing'}")
+    return scan(src)
+
+
 def source_file(location: Path) -> SourceFile:
     """A source that is a single file. Raises SourceNotFoundError."""
     info = _stat(location)

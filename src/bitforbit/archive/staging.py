@@ -7,7 +7,6 @@ is on disk (fsync), has its final name, and its line is on disk too; a torn last
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -18,18 +17,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
 
 from bitforbit import __version__
-from bitforbit.archive.filesystem import exchange, exists, free_bytes, sync_directory, sync_tree, tree_bytes
+from bitforbit.archive.filesystem import exists, free_bytes, replace, sync_tree
+from bitforbit.archive.tree import GrowingTree
 from bitforbit.errors import BitforbitError, DestinationExistsError, DiskFullError, ResumeError, UsageError
 
 PARTIAL_SUFFIX = ".bitforbit-partial"
 _TEMPORARY_SUFFIX = ".bitforbit-tmp"
-_WRITE_BUFFER_BYTES = 1 << 20
-
-HOPELESS_RATIO = 0.25
-"""No model is expected to shrink below this share of its size; less free space is refused before writing."""
 
 
 @dataclass(frozen=True)
@@ -59,25 +54,23 @@ class Plan:
         }
 
 
-class Staging:
+class Staging(GrowingTree):
     """One run's staging directory. Methods may be called from several threads."""
+
+    suffix = PARTIAL_SUFFIX
+    continue_hint = "run again with resume (--resume)"
 
     def __init__(self, dst: Path, plan: Plan, *, overwrite: bool, resume: bool) -> None:
         """Create it, or continue it if ``resume``.
 
         Raises DestinationExistsError, ResumeError, DiskFullError, and UsageError if another run is using it.
         """
-        self.dst = dst.resolve()
-        self.path = self.dst.with_name(self.dst.name + PARTIAL_SUFFIX)
-        self.tree = self.path / "tree"
-        self.finished: dict[str, Any] = {}
+        super().__init__(dst, plan.needed_bytes, overwrite=overwrite)
         self._plan = plan
-        self._overwrite = overwrite
         self._journal_path = self.path / "journal.jsonl"
         self._lock = threading.Lock()
         self._restore_interrupted_swap()
-        if not overwrite and exists(self.dst):
-            raise DestinationExistsError(f"{dst}: exists already; choose another place, or overwrite it on purpose")
+        self._check_destination()
         self.dst.parent.mkdir(parents=True, exist_ok=True)
         self._fd = self._open_locked()
         try:
@@ -86,7 +79,10 @@ class Staging:
             else:
                 shutil.rmtree(self.tree, ignore_errors=True)
                 self._clear_except_tree()
-                self._check_space()
+                free = free_bytes(self.path)
+                if free < plan.minimum_bytes:
+                    self.path.rmdir()
+                self._check_space(plan.minimum_bytes, free)
                 self.tree.mkdir()
                 with self.guard("the journal"):
                     self._append(plan.header())
@@ -110,20 +106,6 @@ class Staging:
                 shutil.rmtree(entry)
             else:
                 entry.unlink()
-
-    def _restore_interrupted_swap(self) -> None:
-        old = self.path / "old"
-        if old.exists() and not os.path.lexists(self.dst):
-            old.rename(self.dst)
-
-    def _check_space(self) -> None:
-        free = free_bytes(self.path)
-        if free < self._plan.minimum_bytes:
-            self.path.rmdir()
-            raise DiskFullError(
-                f"{self.dst}: about {self._plan.needed_bytes} bytes are needed, {free} are free; free some space or "
-                "choose another place. Nothing was written"
-            )
 
     # --- the journal ---------------------------------------------------------------------------------------------
 
@@ -159,43 +141,21 @@ class Staging:
         return f"the unfinished run had another {key} ({before!s:.80})"
 
     def record(self, path: str, stored_size: int, entry: object) -> None:
-        """Note that the file of the tree is finished; ``entry`` is what a resumed run needs to know of it."""
+        """See :class:`GrowingTree`."""
         with self._lock:
             self._append({"path": path, "stored_size": stored_size, "entry": entry})
             self.finished[path] = entry
 
     # --- files ---------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def create(self, path: str) -> Iterator[BinaryIO]:
-        """A file of the tree, open for writing and reading; on disk under its name once the block ends well."""
+    def is_finished(self, path: str) -> bool:
+        """See :class:`GrowingTree`."""
+        return path in self.finished
+
+    def _temporary(self, path: str) -> Path:
         final = self.tree / path
         final.parent.mkdir(parents=True, exist_ok=True)
-        temporary = final.with_name(hashlib.sha256(final.name.encode()).hexdigest()[:16] + _TEMPORARY_SUFFIX)
-        try:
-            with temporary.open("wb+", buffering=_WRITE_BUFFER_BYTES) as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.rename(final)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-
-    @contextmanager
-    def guard(self, what: str) -> Iterator[None]:
-        """Turn a full disk into DiskFullError with what is free and what is needed."""
-        try:
-            yield
-        except OSError as e:
-            if isinstance(e, DiskFullError) or e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            missing = max(0, self._plan.needed_bytes - tree_bytes(self.tree))
-            raise DiskFullError(
-                f"disk full while writing {what} for {self.dst}: {free_bytes(self.path)} bytes are free, "
-                f"about {missing} more are needed. Finished files are kept in {self.path}: free "
-                "some space and run again with resume (--resume), or delete that directory"
-            ) from e
+        return final.with_name(hashlib.sha256(final.name.encode()).hexdigest()[:16] + _TEMPORARY_SUFFIX)
 
     # --- the end -------------------------------------------------------------------------------------------------
 
@@ -209,12 +169,7 @@ class Staging:
         if not self._overwrite and exists(self.dst):
             raise DestinationExistsError(f"{self.dst}: appeared while this run was writing; move it, then resume")
         self._journal_path.unlink()  # from here on the tree may hold the old destination: never resume from it
-        if not os.path.lexists(self.dst):
-            result.rename(self.dst)
-        elif not exchange(result, self.dst):
-            self.dst.rename(self.path / "old")
-            result.rename(self.dst)
-        sync_directory(self.dst.parent)
+        replace(result, self.dst, self.path / "old")
         self.discard()
 
     def discard(self) -> None:

@@ -73,8 +73,8 @@ class Grid:
         return ((self.columns(device) + 1) * self.block).clamp(max=self.kv_tokens) - 1 <= self.positions(device)[0]
 
     def own(self, device: torch.device | None = None) -> Tensor:
-        """Blocks that hold keys of the queries' own tokens, bool ``[q blocks, kv blocks]``: two if ``offset`` is odd to
-        the blocks. Without a causal mask too: queries are then matched with the last keys."""
+        """Blocks that hold keys of the queries' own tokens, bool ``[q blocks, kv blocks]``: two a row where the first
+        query lies inside a block. Without a causal mask the queries are matched with the last keys, too."""
         first, last = self.positions(device)
         columns = self.columns(device)
         block = self.block

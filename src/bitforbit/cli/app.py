@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from bitforbit import __version__
-from bitforbit.cli import bench, chat, compress, decompress, demo, info, inspect, io, run, verify
+from bitforbit.cli import bench, chat, compress, decompress, demo, info, inspect, io, plan, run, verify
 
 app = typer.Typer(
     name="bitforbit",
@@ -26,6 +26,7 @@ app.command("chat")(chat.command)
 app.command("bench")(bench.command)
 app.command("info")(info.command)
 app.command("io")(io.command)
+app.command("plan")(plan.command)
 app.command("demo")(demo.command)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,6 +33,13 @@ def command(
     exclude: Annotated[
         list[str] | None, typer.Option("--exclude", metavar="GLOB", help="Store tensors of these names as they are.")
     ] = None,
+    shards: Annotated[
+        str | None,
+        typer.Option("--shards", metavar="I/N", help="Compress the I-th N-th of the files only; then see --merge."),
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Make DST of what --shards wrote, once every part is done.")
+    ] = False,
     units: Annotated[
         Path | None,
         typer.Option("--units", metavar="FILE", help="DFloat11 units: a JSON object like a model's pattern_dict."),
@@ -42,23 +50,31 @@ def command(
     json: options.Json = False,
 ) -> None:
     """Compress a model: a directory with the same files, a third smaller, from which every file comes back exactly."""
-    from bitforbit.archive import compress
+    from bitforbit import archive
     from bitforbit.cli.source import resolve
+    from bitforbit.errors import UsageError
 
+    part = None if shards is None else _part(shards)
+    if merge and (part or units or format is not Format.planes):
+        raise UsageError("--merge goes with SRC, DST, --include, --exclude and --overwrite only")
     path = resolve(source, silent=quiet or json)
-    with progress_bar(silent=quiet or json) as progress:
-        report = compress(
-            path,
-            destination,
-            format=format.value,
-            units=None if units is None else _units(units),
-            threads=options.thread_count(threads),
-            include=include or (),
-            exclude=exclude or (),
-            overwrite=overwrite,
-            resume=resume,
-            progress=progress,
-        )
+    if merge:
+        report = archive.merge(path, destination, include=include, exclude=exclude, overwrite=overwrite)
+    else:
+        with progress_bar(silent=quiet or json) as progress:
+            report = archive.compress(
+                path,
+                destination,
+                format=format.value,
+                units=None if units is None else _units(units),
+                threads=options.thread_count(threads),
+                include=include or (),
+                exclude=exclude or (),
+                overwrite=overwrite,
+                resume=resume,
+                part=part,
+                progress=progress,
+            )
     if json:
         output.print_json(report.to_json())
         return
@@ -81,8 +97,24 @@ def command(
                 f"{output.duration(report.seconds)} ({output.rate(report.original_bytes, report.seconds)})"
                 + (f", {report.resumed_files} file(s) done before" if report.resumed_files else ""),
             ),
+            *([] if part is None else [("next", _next(report.remaining_files))]),
         ],
     )
+
+
+def _part(text: str) -> tuple[int, int]:
+    from bitforbit.errors import UsageError
+
+    match = re.fullmatch(r"(\d+)/(\d+)", text, re.ASCII)
+    if match is None:
+        raise UsageError(f"--shards: expected I/N such as 3/8, got {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def _next(remaining_files: int) -> str:
+    if remaining_files:
+        return f"{remaining_files} file(s) of other parts are not finished"
+    return "every part is done: run bitforbit compress SRC DST --merge"
 
 
 def _units(path: Path) -> Any:

@@ -11,8 +11,8 @@ from typing import Any
 
 from bitforbit.errors import MissingDependencyError, SourceNotFoundError
 
-# org/name, with an optional @revision (branch, tag or commit).
-_HUB_MODEL = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
+HUB_MODEL = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
+"""org/name, with an optional @revision (branch, tag or commit)."""
 
 _MANIFEST = "bitforbit.json"
 _WEIGHTS = ".safetensors"
@@ -32,7 +32,7 @@ def resolve(source: str, *, silent: bool) -> Path:
     Raises SourceNotFoundError, MissingDependencyError, PickleRefusedError or GgufRefusedError.
     """
     path = Path(source)
-    match = _HUB_MODEL.fullmatch(source)
+    match = HUB_MODEL.fullmatch(source)
     if path.exists() or path.is_symlink() or match is None:
         return path
     cached = _fetch(match["repo"], match["revision"], silent)

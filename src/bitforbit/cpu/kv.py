@@ -3,8 +3,9 @@
 Arrays are addresses: tensors belong to the caller, who keeps them alive and contiguous as bitforbit.kv.layout says.
 The bytes that :func:`flush` writes are the same on every instruction set. :func:`attend` is flash decoding: FP32 sums,
 parts of 512 tokens merged in order; a result depends on its own row only, not on the batch or the number of threads.
-Models in bfloat16 use the CPU's BF16 products where it has them (scales folded into the queries and probabilities);
-else every element is dequantized to float32 in registers.
+Models in bfloat16 with 2 or 4 bits use the CPU's BF16 products where it has them (scales folded into the queries and
+probabilities; keys or values beyond about 1e34 overflow there); else every element is dequantized to float32 in
+registers.
 """
 
 from __future__ import annotations

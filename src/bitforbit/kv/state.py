@@ -158,7 +158,7 @@ class KvState:
             place = begin % self.capacity
             for window, x in ((self.window_k, k), (self.window_v, v)):
                 window[:, :, place : place + end - begin] = x[:, :, begin - first : end - first]
-        if first < self._padding + self.spec.sink:
+        if self.spec.sink and first < self._padding + self.spec.sink:
             self._store_sinks(first, k, v)
 
     def _store_sinks(self, first: int, k: Tensor, v: Tensor) -> None:

@@ -9,13 +9,14 @@ from torch import nn
 
 from bitforbit.cuda.fused.order import Order
 from bitforbit.nn.classes import Linear
+from bitforbit.nn.gpu_specs import TilesSpec
 from bitforbit.ops import gpu
 
 
 def prove_orders(
     model: nn.Module, tokens: Iterable[int] = (1,), dims: Iterable[int] = (2, 3)
 ) -> dict[gpu.Product, Order | None]:
-    """The orders of torch's own sums for all linears of a model in tiles, for these numbers of tokens.
+    """The orders of torch's own sums for all BF16 linears of a model in tiles, for these numbers of tokens.
 
     None for a product that no kernel can follow: its weight is decoded. ``dims`` are the numbers of dimensions that
     activations have (2: [tokens, features]; 3: [batch, sequence, features]). Without this, products are proven while
@@ -37,7 +38,8 @@ def prove_orders(
 def _by_device(model: nn.Module) -> dict[torch.device, list[Linear]]:
     found: dict[torch.device, list[Linear]] = {}
     for module in model.modules():
-        if isinstance(module, Linear) and module._bitforbit_specs["weight"].layout == "tiles":
+        spec = module._bitforbit_specs["weight"] if isinstance(module, Linear) else None
+        if isinstance(module, Linear) and isinstance(spec, TilesSpec) and spec.kind == "BF16":
             found.setdefault(module._bitforbit_parts("weight")[0].device, []).append(module)
     return found
 

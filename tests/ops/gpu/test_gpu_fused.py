@@ -290,7 +290,7 @@ def test_nothing_is_kept_in_memory_of_inductor_s_graphs(monkeypatch):
     np.testing.assert_array_equal(words(case.linear(x, None, "fused")), expected(x, case.weight, None))
     assert not fused._local.workspaces
     with pytest.raises(UsageError, match="expected a bias"):
-        case.linear(x, gaussian((ROWS,), torch.float32), "fused")
+        case.linear(x, gaussian((ROWS,), torch.float64), "fused")
 
 
 def test_what_was_decoded_ahead_in_vain_is_freed():

@@ -264,10 +264,10 @@ __device__ __forceinline__ void store_item(const Norm& norm, const Output& out, 
   }
 }
 
-// Block (group, item, row * heads + head): queries 8 (first_group + group) and up of those of a head of the
-// keys, of which there are queries_per_head * query_rows. Items below `segments` are segments. The quantized part was
-// made of the first `slots` slots, `visible` are seen; with a counter it says how many `slots` are, and as many more
-// are seen. Strides are in elements.
+// Block (group, row * heads + head, item), items that are no segments first, as they take long: queries 8 (first_group
+// + group) and up of those of a head of the keys, of which there are queries_per_head * query_rows. Items below
+// `segments` are segments. The quantized part was made of the first `slots` slots, `visible` are seen; with a counter
+// it says how many `slots` are, and as many more are seen. Strides are in elements.
 extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
     kv_attend(u8* const* gmem_segments, const u16* gmem_window_k, const u16* gmem_window_v, const u16* gmem_sink_k,
               const u16* gmem_sink_v, const i32* gmem_start, u32 heads, u32 residual, u32 sink, u32 capacity, u32 slots,
@@ -275,7 +275,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
               u32 queries_per_head, u32 query_rows, u32 first_group, float scaling, float softcap, const u8* gmem_mask,
               u64 mask_row, u64 mask_head, u64 mask_query, u32 segments, float* gmem_sums, float* gmem_norms) {
   const u32 warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const u32 group = blockIdx.x, item = blockIdx.y, row_head = blockIdx.z;
+  const u32 group = blockIdx.x, row_head = blockIdx.y, exact_items = gridDim.z - segments;
+  const u32 item = blockIdx.z < exact_items ? segments + blockIdx.z : blockIdx.z - exact_items;
   const u32 row = row_head / heads, head = row_head % heads;
   if (gmem_counter != nullptr) {
     visible = visible - slots + static_cast<u32>(*gmem_counter);
@@ -339,7 +340,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BITFORBIT_BLOCKS)
     }
   }
   norm.add_lanes();
-  const u64 place = (static_cast<u64>(item) * gridDim.z + row_head) * gridDim.x + group;
+  const u64 place = (static_cast<u64>(item) * gridDim.y + row_head) * gridDim.x + group;
   store_item(norm, out, min(all_queries - first_query, kQueries), gmem_sums + place * kQueries * kHead,
              gmem_norms + place * kQueries * 2);
 }

@@ -14,6 +14,7 @@ constexpr u32 kExponentShift = 7;
 constexpr u32 kExponentBits = 0x7F80;          // of a weight: [14:7]
 constexpr u32 kSignMantissaPair = 0x80708070;  // of a pair: [31], [22:20], [15], [6:4]
 constexpr u32 kExponentPair = 0x00800080;      // a pair of ones at the exponents' lowest bits
+constexpr u32 kStoredPair = 0x83F083F0;        // of a pair without the base: [31], [25:20], [15], [9:4]
 
 // A lane's share of a tile. Pairs 2k and 2k + 1 are made of two words of four bytes each, one for each weight: low
 // byte of a weight [7:4] (the code's bit 0, and the mantissa), high byte [7] sign, [1:0] bits 2 and 1 of the code.
@@ -37,8 +38,8 @@ __device__ __forceinline__ void write_lane(u8* words, u8* signs, const Lane& lan
   for (u32 w = 0; w < 3; ++w) reinterpret_cast<u32*>(signs)[kWarp * w] = lane.high[w];
 }
 
-// The base, an even number, as decode_lane takes it: in each byte.
-__device__ __forceinline__ u32 base_word(u32 base) { return (base >> 1) * 0x01010101; }
+// The base as decode_lane takes it.
+__device__ __forceinline__ u32 base_word(u32 base) { return base * kExponentPair; }
 
 // High bytes of the four weights of pairs 2k and 2k + 1, without the base; other bits are garbage.
 __device__ __forceinline__ u32 high_bytes(const u32 (&high)[3], u32 k) {
@@ -49,13 +50,12 @@ __device__ __forceinline__ u32 high_bytes(const u32 (&high)[3], u32 k) {
 }
 
 // A lane's 32 weights: pair[4i + r] is register r of step i. Escapes have the base as their exponent.
-__device__ __forceinline__ void decode_lane(const Lane& lane, u32 base, u32 (&pair)[kPairs]) {
+__device__ __forceinline__ void decode_lane(const Lane& lane, u32 base_pair, u32 (&pair)[kPairs]) {
 #pragma unroll
   for (u32 k = 0; k < kPairs / 2; ++k) {
-    const u32 low = (k % 2 == 0 ? lane.low[k / 2] : lane.low[k / 2] << 4) & 0xF0F0F0F0;
-    const u32 high = (high_bytes(lane.high, k) & 0x83838383) + base;
-    pair[2 * k] = __byte_perm(low, high, 0x5140);
-    pair[2 * k + 1] = __byte_perm(low, high, 0x7362);
+    const u32 low = k % 2 == 0 ? lane.low[k / 2] : lane.low[k / 2] << 4, high = high_bytes(lane.high, k);
+    pair[2 * k] = (__byte_perm(low, high, 0x5140) & kStoredPair) + base_pair;
+    pair[2 * k + 1] = (__byte_perm(low, high, 0x7362) & kStoredPair) + base_pair;
   }
 }
 

@@ -107,7 +107,7 @@ def attend(
     for first in range(0, chosen.groups, chosen.pass_groups):
         groups = min(chosen.pass_groups, chosen.groups - first)
         queue.launch(
-            parts, LaunchConfig((groups, chosen.items, rows), (THREADS, 1, 1)), call.segments, call.window_k,
+            parts, LaunchConfig((groups, rows, chosen.items), (THREADS, 1, 1)), call.segments, call.window_k,
             call.window_v, call.sink_k, call.sink_v, call.start, call.heads, call.residual, call.sink, call.capacity,
             call.tokens, visible, call.counter, q, *q_strides, queries_per_head, query_rows, first, scaling,
             softcap, mask, *mask_strides, chosen.segments, workspace, norms,

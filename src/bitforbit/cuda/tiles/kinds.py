@@ -35,8 +35,6 @@ class Kind:
     """Exponents that there are, but for 255 as that of FP8's NaN."""
     mantissa: tuple[int, ...]
     """Bits of the mantissa."""
-    base_step: int
-    """The window begins at a multiple of it."""
     word_bytes: tuple[int, ...]
     """Words of a lane, 4 bytes each, are loaded together in runs of so many bytes; a run of all lanes is together."""
 
@@ -83,9 +81,9 @@ class Kind:
         return words if self.item_bytes == 2 else (words >> 8 & 0x80 | words >> 4 & 0x7F).astype(np.uint8)
 
 
-BF16 = Kind("BF16", 0, 2, 7, 256, (*range(7),), 1, (16, 16, 4, 4, 4))
-F16 = Kind("F16", 1, 2, 10, 32, (*range(10),), 1, (16, 16, 16, 8))
-F8_E4M3 = Kind("F8_E4M3", 2, 1, 7, 16, (4, 5, 6), 2, (16, 4, 4, 4))
+BF16 = Kind("BF16", 0, 2, 7, 256, (*range(7),), (16, 16, 4, 4, 4))
+F16 = Kind("F16", 1, 2, 10, 32, (*range(10),), (16, 16, 16, 8))
+F8_E4M3 = Kind("F8_E4M3", 2, 1, 7, 16, (4, 5, 6), (16, 4, 4, 4))
 KINDS = (BF16, F16, F8_E4M3)
 NAMES = tuple(kind.name for kind in KINDS)
 

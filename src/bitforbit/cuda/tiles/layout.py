@@ -47,7 +47,7 @@ Four parts, bytes each:
     at 72; zeros.
 
 Exponents are 0-255 of BF16, 0-31 of FP16; 0-15 of FP8, and 255 for its NaN. The base is the lowest of those with the
-fewest escapes for which all of the window is among them; for FP8 it is even.
+fewest escapes for which all of the window is among them.
 """
 
 from __future__ import annotations

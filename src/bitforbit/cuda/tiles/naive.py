@@ -35,9 +35,8 @@ _SIGN = 15
 
 def choose_base(histogram: Ints, kind: Kind = BF16) -> int:
     """The window's first exponent, from the number of weights of each of the 256 exponents."""
-    bases = range(0, kind.max_base + 1, kind.base_step)
-    inside = [int(histogram[base : base + WINDOW].sum()) for base in bases]
-    return bases[inside.index(max(inside))]
+    inside = [int(histogram[base : base + WINDOW].sum()) for base in range(kind.max_base + 1)]
+    return inside.index(max(inside))
 
 
 def pack(elements: Elements, kind: Kind = BF16) -> dict[str, Bytes]:

@@ -77,9 +77,8 @@ class Window:
     @classmethod
     def choose(cls, histogram: list[int], kind: Kind = BF16) -> Window:
         """The lowest of the windows with the fewest escapes, for 256 numbers of weights."""
-        bases = range(0, kind.max_base + 1, kind.base_step)
-        inside = [sum(histogram[base : base + WINDOW]) for base in bases]
-        base = bases[inside.index(max(inside))]
+        inside = [sum(histogram[base : base + WINDOW]) for base in range(kind.max_base + 1)]
+        base = inside.index(max(inside))
         escaped = [e for e in range(EXPONENTS) if histogram[e] and not base <= e < base + WINDOW]
         return cls(base, tuple(escaped), sum(histogram) - max(inside))
 

@@ -6,6 +6,7 @@ chunked layers, encoders) is scaled_dot_product_attention, as with transformers'
 computes, unless the density is 1: opt-in, per model.
 
 Padded batches: each row is computed without its padding, so that a row gets the blocks that it would get alone.
+Quantized caches: the first call is block-sparse, and what comes later reads the cache as it is packed.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from bitforbit.attention import block_sparse as sparse
 from bitforbit.attention import patterns
 from bitforbit.attention.grid import Grid
 from bitforbit.errors import AttentionError
+from bitforbit.integrations.transformers.kv.attention import READERS, kivi_attention
+from bitforbit.integrations.transformers.kv.handle import KvHandle
 
 NAME = "bitforbit_block_sparse"
 WINDOWED = ("sliding_attention", "chunked_attention")
@@ -55,6 +58,9 @@ class BlockSparseSpec:
             raise AttentionError(f"block: expected a power of two from 16 tokens on, got {self.block!r}")
         if self.dense_below < 0:
             raise AttentionError(f"dense_below: expected 0 or more tokens, got {self.dense_below!r}")
+
+
+_DEFAULT = BlockSparseSpec()
 
 
 def block_sparse(
@@ -92,8 +98,8 @@ def block_sparse(
 def block_sparse_attention(
     module: nn.Module,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | KvHandle,
+    value: Tensor | KvHandle,
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -104,43 +110,65 @@ def block_sparse_attention(
     ``attention_mask``: what ``block_sparse_mask`` made. Raises AttentionError for scores that are changed (soft caps,
     sinks, biases) and, in a sparse call, for masks other than causal ones with padding at the ends, and dropout.
     """
+    # Keys of a static cache beyond those that have been written are cut off with the mask, or by the number of queries.
+    kv_tokens = query.shape[2] if attention_mask is None else attention_mask.shape[-1]
+    spec = _spec(module, query.shape[2], kv_tokens, kwargs)
+    if isinstance(key, KvHandle) or isinstance(value, KvHandle):
+        if spec is None or not isinstance(key, KvHandle) or not key.handle_first or key.handle_keys is None:
+            mask = _as_matrix(attention_mask, query)
+            return kivi_attention(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
+        _refuse(kwargs, dropout)
+        out = _sparse(spec, query, key.handle_keys, key.handle_values, attention_mask, scaling)
+        layer = key.handle_layer
+        if attention_mask is not None and layer.state is not None:
+            layer.state.set_padding(attention_mask[:, None, None, :])
+        layer.attended()
+        return out, None
+    _refuse(kwargs, 0 if spec is None else dropout)
+    if spec is None:
+        if attention_mask is not None and attention_mask.ndim == 2:
+            key, value = key[:, :, :kv_tokens], value[:, :, :kv_tokens]
+        mask = _as_matrix(attention_mask, query)
+        dense, _ = sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
+        return dense, None
+    return _sparse(spec, query, key[:, :, :kv_tokens], value[:, :, :kv_tokens], attention_mask, scaling), None
+
+
+def _spec(module: nn.Module, queries: int, keys: int, kwargs: dict[str, Any]) -> BlockSparseSpec | None:
+    """The settings of a call that is to be block-sparse; None: dense."""
+    spec: BlockSparseSpec | None = getattr(module, ATTRIBUTE, _DEFAULT)
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    if spec is None or not causal or _windowed(module, kwargs):
+        return None
+    return None if queries < spec.block or keys < spec.dense_below else spec
+
+
+def _refuse(kwargs: dict[str, Any], dropout: float) -> None:
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             raise AttentionError(f"{NAME} has no {name}: use attn_implementation='eager' for this model")
-    if not isinstance(key, Tensor):
-        raise AttentionError(f"expected a cache that returns tensors, got keys of type {type(key).__name__}")
-    spec = getattr(module, ATTRIBUTE, BlockSparseSpec())
-    causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    # Keys of a static cache beyond those that have been written are cut off with the mask, or by the number of queries.
-    kv_tokens = query.shape[2] if attention_mask is None else attention_mask.shape[-1]
-    if (
-        spec is None
-        or not causal
-        or _windowed(module, kwargs)
-        or query.shape[2] < spec.block
-        or kv_tokens < spec.dense_below
-    ):
-        return _dense(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     if dropout:
         raise AttentionError(f"{NAME} has no dropout, got {dropout}: set attention_dropout=0, or train with 'sdpa'")
-    key, value = key[:, :, :kv_tokens], value[:, :, :kv_tokens]
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _sparse(
+    spec: BlockSparseSpec, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
+) -> Tensor:
+    """Every row without its padding; ``[B, Lq, Hq, Dv]``."""
+    kv_tokens = key.shape[2]
     out = torch.zeros(*query.shape[:3], value.shape[3], dtype=query.dtype, device=query.device)
-    for rows, start, end in _ranges(attention_mask, query.shape[0], kv_tokens):
+    for rows, start, end in _ranges(mask, query.shape[0], kv_tokens):
         # The queries are the last ones of kv_tokens: those of the row's own tokens are [first, last) among them.
         first = max(start - (kv_tokens - query.shape[2]), 0)
         last = end - (kv_tokens - query.shape[2])
         if first < last:
-            q = query[rows, :, first:last]
-            out[rows, :, first:last] = _sparse(spec, q, key[rows, :, start:end], value[rows, :, start:end], scaling)
-    return out.transpose(1, 2).contiguous(), None
-
-
-def _sparse(spec: BlockSparseSpec, q: Tensor, k: Tensor, v: Tensor, scaling: float | None) -> Tensor:
-    """Rows without padding."""
-    grid = Grid(q.shape[2], k.shape[2], spec.block)
-    layout = patterns.with_density(spec.pattern, grid, spec.density, q, k, spec.seed)
-    return sparse.attention(q, k, v, layout, grid, scaling=scaling)
+            q, k, v = query[rows, :, first:last], key[rows, :, start:end], value[rows, :, start:end]
+            grid = Grid(q.shape[2], k.shape[2], spec.block)
+            layout = patterns.with_density(spec.pattern, grid, spec.density, q, k, spec.seed)
+            out[rows, :, first:last] = sparse.attention(q, k, v, layout, grid, scaling=scaling)
+    return out.transpose(1, 2).contiguous()
 
 
 def _ranges(mask: Tensor | None, batch: int, kv_tokens: int) -> list[tuple[slice | list[int], int, int]]:
@@ -173,17 +201,13 @@ def _windowed(module: nn.Module, kwargs: dict[str, Any]) -> bool:
     return types is not None and index is not None and index < len(types) and types[index] in WINDOWED
 
 
-def _dense(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """SDPA as transformers calls it, with the mask that it would have made."""
-    if mask is not None and mask.ndim == 2:
-        key, value = key[:, :, : mask.shape[1]], value[:, :, : mask.shape[1]]
-        q_tokens, kv_tokens = query.shape[2], mask.shape[1]
-        causal = torch.ones(q_tokens, kv_tokens, dtype=torch.bool, device=query.device).tril(kv_tokens - q_tokens)
-        mask = causal & mask[:, None, None, :]
-    out, _ = sdpa_attention_forward(module, query, key, value, mask, **kwargs)
-    return out, None
+def _as_matrix(mask: Tensor | None, query: Tensor) -> Tensor | None:
+    """The mask that transformers' "sdpa" would have been given, bool ``[B, 1, Lq, tokens so far]``."""
+    if mask is None or mask.ndim != 2:
+        return mask
+    q_tokens, kv_tokens = query.shape[2], mask.shape[1]
+    causal = torch.ones(q_tokens, kv_tokens, dtype=torch.bool, device=query.device).tril(kv_tokens - q_tokens)
+    return causal & mask[:, None, None, :]
 
 
 def block_sparse_mask(
@@ -229,5 +253,6 @@ def block_sparse_mask(
     return seen
 
 
+READERS.add(NAME)
 AttentionInterface.register(NAME, block_sparse_attention)
 AttentionMaskInterface.register(NAME, block_sparse_mask)

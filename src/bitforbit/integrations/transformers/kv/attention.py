@@ -21,6 +21,8 @@ from bitforbit.errors import KvCacheError
 from bitforbit.integrations.transformers.kv.handle import KvHandle
 
 NAME = "bitforbit_kivi"
+READERS = {NAME}
+"""Attentions that take what a quantized layer hands out."""
 
 _UNKNOWN = ("position_bias", "indices", "block_indices", "sinks")
 """What attention functions of some models are given, and a quantized layer cannot do."""
@@ -68,7 +70,11 @@ def _from_cache(
         )
     state = layer.state
     assert state is not None  # it was made before the handle
-    state.set_padding(None if mask is None else _tokens(mask, state.slots))
+    if not layer.padding_is_known:
+        if mask is not None:
+            state.set_padding(_tokens(mask, state.slots))
+        # A prompt in chunks may begin with nothing but padding.
+        layer.padding_is_known = mask is None or max(state.starts) < state.slots
     if handle.handle_first:
         out = _exact(module, query, keys, values, mask, scaling, softcap, sinks, options)
     elif layer.spec.residual is None:

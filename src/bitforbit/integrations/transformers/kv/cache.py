@@ -39,6 +39,7 @@ class KiviLayer(CacheLayerMixin):
         self.state: KvState | None = None
         self._open: KvHandle | None = None
         self._recording = False
+        self.padding_is_known = False
 
     def __repr__(self) -> str:
         spec = self.spec
@@ -164,7 +165,7 @@ class KiviLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget all tokens."""
         self.state = self._open = None
-        self.is_initialized = False
+        self.is_initialized = self.padding_is_known = False
 
     def activate_past_recording(self) -> None:
         """From now on, tokens that come several at a time are quantized only after a :meth:`crop`, or the next call."""
@@ -182,6 +183,7 @@ class KiviLayer(CacheLayerMixin):
             return
         if count < 0:
             self.state.crop(max(0, self.state.slots + count))
+            self.padding_is_known = False  # a row may be empty now
         self._settle()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bitforbit.errors import KvCacheError
-from bitforbit.integrations.transformers.kv.attention import NAME
+from bitforbit.integrations.transformers.kv.attention import NAME, READERS
 from bitforbit.integrations.transformers.kv.cache import KiviCache
 
 
@@ -37,7 +37,7 @@ def set_attention(model: Any, name: str = NAME) -> None:
 
     Raises KvCacheError if the model's class does not allow it.
     """
-    if attention(model) == name:
+    if attention(model) == name or (name == NAME and attention(model) in READERS):
         return
     config = model.config
     text = config.get_text_config(decoder=True)
