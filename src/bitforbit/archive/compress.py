@@ -18,9 +18,9 @@ from bitforbit.archive.source import (
     check_apart,
     check_plain,
     check_plain_header,
-    quantized_components,
     refuse_kind,
     scan_directory,
+    shards_to_compress,
     source_file,
 )
 from bitforbit.archive.staging import Plan, staged
@@ -78,9 +78,7 @@ def compress(
         return compress_part(src, dst, part, settings, threads, overwrite, progress, begin)
     if src.is_dir():
         tree = scan_directory(src)
-        headers = check_plain(tree)
-        kept = quantized_components(tree)
-        headers = {path: header for path, header in headers.items() if path.rpartition("/")[0] not in kept}
+        headers = shards_to_compress(tree)
     else:
         tree, headers = _single(src, dst)
     job = Job(tree, headers, settings, threads, progress)

@@ -165,12 +165,14 @@ def check_plain(tree: SourceTree) -> dict[str, Header]:
     return headers
 
 
-def quantized_components(tree: SourceTree) -> set[str]:
-    """Directories of a pipeline of diffusers that hold a quantized model: compressed ones could not be run."""
+def shards_to_compress(tree: SourceTree) -> dict[str, Header]:
+    """:func:`check_plain`, without the shards of a pipeline's components that are quantized: those could not be run."""
+    headers = check_plain(tree)
     if not any(file.path == PIPELINE_NAME for file in tree.files):
-        return set()
+        return headers
     configs = {file.path.rpartition("/")[0]: file for file in tree.files if file.path.endswith("/config.json")}
-    return {path for path, file in configs.items() if "quantization_config" in (load_object(file.location) or {})}
+    kept = {path for path, file in configs.items() if "quantization_config" in (load_object(file.location) or {})}
+    return {path: header for path, header in headers.items() if path.rpartition("/")[0] not in kept}
 
 
 def refuse_kind(where: Path, names: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ from transformers import CLIPTextModel, SiglipVisionConfig, SiglipVisionModel
 
 import bitforbit
 from bitforbit.archive import shard_writer
+from bitforbit.archive.merge import merge
 from bitforbit.cli import main
 from bitforbit.errors import AlreadyCompressedError, NotCompressedError, ResumeError
 from bitforbit.integrations.diffusers.config import BitforbitConfig
@@ -96,6 +97,14 @@ def test_an_interrupted_run_is_continued(made: Directories, tmp_path: Path, monk
     os.utime(source / "vae" / "config.json", ns=(1, 1))
     with pytest.raises(ResumeError, match=r"vae/config\.json"):
         bitforbit.compress(source, target, threads=1, resume=True)
+
+
+def test_parts_make_the_same_files(made: Directories, tmp_path: Path) -> None:
+    plain, compressed = made("fluxes")
+    for i in (1, 2):
+        bitforbit.compress(plain, tmp_path / "dst", part=(i, 2), threads=1)
+    merge(plain, tmp_path / "dst")
+    assert files(tmp_path / "dst") == files(compressed)
 
 
 def test_variants(made: Directories, tmp_path: Path) -> None:
