@@ -69,3 +69,19 @@ def test_pipelines(made: Directories, tmp_path: Path) -> None:
     assert not np.array_equal(changed, before)
     ours.unload_lora_weights()
     assert np.array_equal(zoo.image(ours), before)
+
+
+def test_an_adapter_that_widens_a_layer(made: Directories) -> None:
+    """As those for control images do: that layer becomes a plain one."""
+    generator = torch.Generator().manual_seed(0)
+    lora = {
+        "transformer.x_embedder.lora_A.weight": torch.randn(2, 32, generator=generator).bfloat16(),
+        "transformer.x_embedder.lora_B.weight": torch.randn(32, 2, generator=generator).bfloat16(),
+    }
+    results = []
+    for directory in made("fluxes"):
+        pipeline = DiffusionPipeline.from_pretrained(directory, dtype=torch.bfloat16)
+        pipeline.load_lora_weights(dict(lora))
+        with torch.no_grad():
+            results.append(pipeline.transformer.x_embedder(torch.ones(1, 4, 32).bfloat16()))
+    assert torch.equal(*results)
