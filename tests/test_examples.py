@@ -51,3 +51,18 @@ def test_long_prefill(capsys: pytest.CaptureFixture[str]) -> None:
     finally:
         torch.set_num_threads(threads)
     assert capsys.readouterr().out.count("loss") == 7
+
+
+def test_diffusers_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("diffusers")
+    from bitforbit.integrations.autoload import autoload
+
+    autoload()  # what torch does where the package is installed
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert runpy.run_path(str(EXAMPLES / "diffusers_pipeline.py"))["main"]([]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert "the same image" in capsys.readouterr().out

@@ -13,7 +13,7 @@ import transformers as tf
 import bitforbit
 from bitforbit import BitforbitConfig, errors
 from bitforbit import nn as bnn
-from bitforbit.integrations.transformers import runtime
+from bitforbit.integrations import runtime
 from bitforbit.nn import layout
 from bitforbit.ops import gpu
 from cuda_shim.emulation import EmulatedLauncher, EmulatedQueue

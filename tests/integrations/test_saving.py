@@ -119,7 +119,7 @@ def test_config_of_the_saved_model(directories: Directories, tmp_path: Path) -> 
 
 
 def test_nothing_is_left_behind_by_a_failure(directories: Directories, tmp_path: Path, monkeypatch: Any) -> None:
-    from bitforbit.integrations.transformers import native as writer
+    from bitforbit.integrations import native as writer
 
     model = tf.AutoModelForCausalLM.from_pretrained(directories("llama")[1])
     model.save_pretrained(tmp_path)

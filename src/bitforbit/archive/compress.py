@@ -20,6 +20,7 @@ from bitforbit.archive.source import (
     check_plain_header,
     refuse_kind,
     scan_directory,
+    shards_to_compress,
     source_file,
 )
 from bitforbit.archive.staging import Plan, staged
@@ -48,7 +49,8 @@ def compress(
 
     ``include`` and ``exclude`` are globs over tensor names; what is not selected is stored as it is. The destination
     appears in one step when everything is on disk; until then results grow in ``<dst>.bitforbit-partial``, from which
-    ``resume`` continues. ``format="df11"`` writes a DFloat11 model; ``units`` then overrides the units derived from
+    ``resume`` continues. Components of a pipeline (model_index.json) that are quantized already are copied.
+    ``format="df11"`` writes a DFloat11 model; ``units`` then overrides the units derived from
     the tensors' names, in the form of that format's ``pattern_dict``.
 
     ``part=(i, n)``, 1 <= i <= n, compresses the i-th n-th of a directory's files only, for many machines with a shared
@@ -76,7 +78,7 @@ def compress(
         return compress_part(src, dst, part, settings, threads, overwrite, progress, begin)
     if src.is_dir():
         tree = scan_directory(src)
-        headers = check_plain(tree)
+        headers = shards_to_compress(tree)
     else:
         tree, headers = _single(src, dst)
     job = Job(tree, headers, settings, threads, progress)

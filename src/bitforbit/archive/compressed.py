@@ -60,12 +60,23 @@ def is_compressed(path: Path) -> bool:
     return path.name.endswith(SHARD_SUFFIX) and is_shard(read_header(path))
 
 
+def _refuse_components(directory: Path) -> None:
+    """Raise NotCompressedError for a pipeline whose components were saved compressed, each by itself."""
+    names = sorted(path.parent.name for path in directory.glob(f"*/{MANIFEST_NAME}"))
+    if names and not (directory / MANIFEST_NAME).is_file():
+        raise NotCompressedError(
+            f"{directory}: expected a directory with {MANIFEST_NAME}, got one whose parts were compressed one by one; "
+            f"name one of them: {', '.join(names)}"
+        )
+
+
 def open_compressed(path: Path) -> CompressedModel:
     """A compressed directory or shard.
 
     Raises SourceNotFoundError, NotCompressedError, or a FormatError if the manifest or the single shard is damaged.
     """
     if path.is_dir():
+        _refuse_components(path)
         manifest = read_manifest(path)
         return CompressedModel(path, False, manifest.files, manifest.directories)
     file = source_file(path)

@@ -10,7 +10,7 @@ from bitforbit.archive.filesystem import tree_bytes
 from bitforbit.archive.job import Job, Settings
 from bitforbit.archive.parts import PARTS_SUFFIX, Parts, plan_of, read_plan
 from bitforbit.archive.report import CompressReport, compress_report
-from bitforbit.archive.source import check_apart, check_plain, scan_directory
+from bitforbit.archive.source import check_apart, scan_directory, shards_to_compress
 from bitforbit.errors import IncompletePartsError, ResumeError
 
 _NAMED = 20
@@ -44,7 +44,7 @@ def merge(
     settings = Settings(
         plan.get("include", ()) if include is None else include, plan.get("exclude", ()) if exclude is None else exclude
     )
-    job = Job(tree, check_plain(tree), settings)
+    job = Job(tree, shards_to_compress(tree), settings)
     parts = Parts(dst, plan_of(tree, settings), tree.total_bytes, overwrite=overwrite)
     parts.check_plan()
     with parts.merging():

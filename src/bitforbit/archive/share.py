@@ -10,7 +10,7 @@ from bitforbit.archive.job import Job, Settings
 from bitforbit.archive.parts import Parts, plan_of
 from bitforbit.archive.progress import Progress
 from bitforbit.archive.report import CompressReport, compress_report
-from bitforbit.archive.source import SourceFile, check_plain, scan_directory
+from bitforbit.archive.source import SourceFile, scan_directory, shards_to_compress
 from bitforbit.errors import UsageError
 
 
@@ -26,7 +26,7 @@ def compress_part(
 ) -> CompressReport:
     """``compress`` for the i-th n-th of the files; ``begin`` is the ``time.perf_counter()`` of the start."""
     tree = scan_directory(src)
-    job = Job(tree, check_plain(tree), settings, threads, progress)
+    job = Job(tree, shards_to_compress(tree), settings, threads, progress)
     mine = files_of_part(job.independent_files, part)
     parts = Parts(dst, plan_of(tree, settings), sum(file.size for file in mine), overwrite=overwrite)
     parts.open(job.minimum_bytes(mine))

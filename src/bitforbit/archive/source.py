@@ -24,6 +24,9 @@ from bitforbit.format.spec import MANIFEST_NAME, QUANT_METHOD, SHARD_SUFFIX
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 GGUF_SUFFIX = ".gguf"
+PIPELINE_NAME = "model_index.json"
+"""What a pipeline of diffusers has beside its components."""
+
 SKIPPED_DIRECTORIES = (".git", ".cache/huggingface")
 """Left out wherever they are: they describe how the directory was fetched, and are no part of the model."""
 
@@ -160,6 +163,16 @@ def check_plain(tree: SourceTree) -> dict[str, Header]:
     for file in shards:
         check_plain_header(headers[file.path], file.location)
     return headers
+
+
+def shards_to_compress(tree: SourceTree) -> dict[str, Header]:
+    """:func:`check_plain`, without the shards of a pipeline's components that are quantized: those could not be run."""
+    headers = check_plain(tree)
+    if not any(file.path == PIPELINE_NAME for file in tree.files):
+        return headers
+    configs = {file.path.rpartition("/")[0]: file for file in tree.files if file.path.endswith("/config.json")}
+    kept = {path for path, file in configs.items() if "quantization_config" in (load_object(file.location) or {})}
+    return {path: header for path, header in headers.items() if path.rpartition("/")[0] not in kept}
 
 
 def refuse_kind(where: Path, names: Sequence[str]) -> None:

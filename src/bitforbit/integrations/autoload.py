@@ -1,4 +1,4 @@
-"""Makes transformers load compressed models without an import by the user.
+"""Makes transformers and diffusers load compressed models without an import by the user.
 
 torch calls :func:`autoload` at the end of ``import torch`` (entry point group ``torch.backends``). It puts a finder on
 ``sys.meta_path`` that waits for the module in which a library keeps its quantizers, and imports our plug-in for that
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
-PLUGINS = {"transformers.quantizers.auto": "bitforbit.integrations.transformers.register"}
+PLUGINS = {
+    "diffusers.quantizers.auto": "bitforbit.integrations.diffusers.register",
+    "transformers.quantizers.auto": "bitforbit.integrations.transformers.register",
+}
 """Module of another library -> module of ours that is imported once the other one is there."""
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from bitforbit.nn import model as plain
 
 if TYPE_CHECKING:
+    from diffusers import ModelMixin
     from transformers import PreTrainedModel
 
 
@@ -19,17 +20,22 @@ def compress_model(
 ) -> nn.Module:
     """Compress the parameters of a model in place: see :func:`bitforbit.nn.compress_model`.
 
-    A model of transformers then saves itself as a compressed one, as if it had been loaded with ``BitforbitConfig``.
+    A model of transformers or diffusers then saves itself as a compressed one, as if it had been loaded with
+    ``BitforbitConfig``.
     """
     models = list(_transformers_models(module))
-    if not models:
-        return plain.compress_model(module, mode, skip, threads)
-    from bitforbit.integrations.transformers.adopt import adopt, ties_of
+    ties = []
+    if models:
+        from bitforbit.integrations.transformers.adopt import adopt, ties_of
 
-    ties = [ties_of(model) for model in models]
+        ties = [ties_of(model) for model in models]
     plain.compress_model(module, mode, skip, threads)
     for model, tied in zip(models, ties, strict=True):
         adopt(model, tied, mode)
+    for model in _diffusers_models(module):
+        from bitforbit.integrations.diffusers.adopt import adopt as adopt_diffusers
+
+        adopt_diffusers(model, mode)
     return module
 
 
@@ -40,17 +46,32 @@ def decompress_model(module: nn.Module) -> nn.Module:
         from bitforbit.integrations.transformers.adopt import release
 
         release(model)
+    for model in _diffusers_models(module):
+        from bitforbit.integrations.diffusers.adopt import release as release_diffusers
+
+        release_diffusers(model)
     return module
 
 
 def _transformers_models(module: nn.Module) -> Iterator[PreTrainedModel]:
     """The models of transformers in a module; not the models within those."""
-    if "transformers.modeling_utils" not in sys.modules:
-        return
-    from transformers import PreTrainedModel
+    if "transformers.modeling_utils" in sys.modules:
+        from transformers import PreTrainedModel
 
-    if isinstance(module, PreTrainedModel):
+        yield from _outermost(module, PreTrainedModel)
+
+
+def _diffusers_models(module: nn.Module) -> Iterator[ModelMixin]:
+    """The models of diffusers in a module; not the models within those."""
+    if "diffusers.models.modeling_utils" in sys.modules:
+        from diffusers import ModelMixin
+
+        yield from _outermost(module, ModelMixin)
+
+
+def _outermost(module: nn.Module, kind: type[nn.Module]) -> Iterator[Any]:
+    if isinstance(module, kind):
         yield module
         return
     for child in module.children():
-        yield from _transformers_models(child)
+        yield from _outermost(child, kind)

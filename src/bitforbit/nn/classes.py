@@ -252,6 +252,8 @@ def _make(base: type[nn.Module], names: tuple[str, ...]) -> type[Compressed]:
         "__doc__": base.__doc__,
         "_bitforbit_base": base,
         "_bitforbit_names": names,
+        # Calling it makes a plain module: PEFT makes the halves of an adapter from the class of a convolution.
+        "__new__": lambda cls, *args, **kwargs: base(*args, **kwargs),
         **{name: _weight_property(name) for name in names},
     }
     first: type[Compressed] = Compressed
@@ -268,5 +270,5 @@ def _make(base: type[nn.Module], names: tuple[str, ...]) -> type[Compressed]:
 
 def _new(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
     cls = class_for(base, names)
-    module: nn.Module = cls.__new__(cls)
+    module: nn.Module = nn.Module.__new__(cls)
     return module

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bitforbit.errors import GpuUnavailableError, UsageError
-from bitforbit.integrations.transformers.config import RUNTIMES
+from bitforbit.integrations.options import RUNTIMES
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,6 @@ def _usable() -> bool:
 
 
 def _require(device: torch.device) -> None:
-    from bitforbit.integrations.transformers.runtime import require_gpu
+    from bitforbit.integrations.runtime import require_gpu
 
     require_gpu(device)

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from bitforbit.integrations.names import is_compressed, may_compress, split, stored_name
 from bitforbit.integrations.transformers.config import BitforbitConfig
-from bitforbit.integrations.transformers.ties import Ties, is_compressed, split, stored_name
+from bitforbit.integrations.transformers.ties import Ties
 from bitforbit.nn import Compressed, CompressedSpec, compressed_parameters, install_parameter
-from bitforbit.nn.model import left_plain
 from bitforbit.nn.parameters import planes, remove_parameter
 
 
@@ -25,16 +25,7 @@ class Installer:
 
     def may_compress(self, name: str) -> bool:
         """Whether the parameter of that full name is one to be compressed; one that is already counts as such."""
-        module_name, parameter_name = split(name)
-        if self.config.keeps(module_name):
-            return False
-        module = self.model.get_submodule(module_name)
-        if parameter_name in compressed_parameters(module):
-            return True
-        parameter = module._parameters.get(parameter_name)
-        if parameter is None or parameter.dim() < 2 or not parameter.is_floating_point():
-            return False
-        return left_plain(module) is None
+        return may_compress(self.model, name, self.config)
 
     def install(self, name: str, spec: CompressedSpec, sizes: Mapping[str, int]) -> list[str]:
         """Make a parameter, and those tied to it, compressed, with empty parts on the meta device.

@@ -13,15 +13,13 @@ import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightTransform
 
+from bitforbit.archive.source import PIPELINE_NAME
 from bitforbit.codecs.base import EncodedTensor
 from bitforbit.codecs.planes.layout import matrix_view
 from bitforbit.cpu import default_threads
 from bitforbit.errors import UsageError
-from bitforbit.integrations.transformers import plan, transforms
-from bitforbit.integrations.transformers.config import BitforbitConfig
-from bitforbit.integrations.transformers.install import Installer
-from bitforbit.integrations.transformers.plan import Destination
-from bitforbit.integrations.transformers.source import (
+from bitforbit.integrations.names import split, stored_name
+from bitforbit.integrations.source import (
     DF11_CONFIG,
     TORCH_DTYPES,
     Df11Source,
@@ -30,7 +28,10 @@ from bitforbit.integrations.transformers.source import (
     df11_source,
     native_source,
 )
-from bitforbit.integrations.transformers.ties import split, stored_name
+from bitforbit.integrations.transformers import plan, transforms
+from bitforbit.integrations.transformers.config import BitforbitConfig
+from bitforbit.integrations.transformers.install import Installer
+from bitforbit.integrations.transformers.plan import Destination
 from bitforbit.nn import Compressed, Df11Spec, PlanesSpec, compressed_parameters, layout
 
 
@@ -290,7 +291,8 @@ def _check_dtype(source: NativeSource, asked: torch.dtype, directory: Path) -> N
         if tensor.unit is not None and tensor.dtype in TORCH_DTYPES:
             dtype = TORCH_DTYPES[tensor.dtype]
             sizes[dtype] = sizes.get(dtype, 0) + torch.Size(tensor.shape).numel()
-    if not sizes or asked in sizes:
+    # A pipeline of diffusers asks for one dtype for all its components, in whichever they are stored.
+    if not sizes or asked in sizes or (directory.parent / PIPELINE_NAME).is_file():
         return
     stored = max(sizes, key=lambda dtype: sizes[dtype])
     path = directory / "config.json"

@@ -25,7 +25,7 @@ from transformers.core_model_loading import (
 from transformers.integrations.accelerate import load_offloaded_parameter
 
 from bitforbit.errors import UsageError
-from bitforbit.integrations.transformers.ties import is_compressed, spec_of, stored_name
+from bitforbit.integrations.names import is_compressed, spec_of, stored_name
 from bitforbit.nn import CompressedSpec, compressed_parameters
 from bitforbit.nn.values import decode
 

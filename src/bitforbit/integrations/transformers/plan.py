@@ -22,7 +22,7 @@ from transformers.core_model_loading import (
 )
 
 from bitforbit.errors import MissingTensorError, ShapeMismatchError, UsageError
-from bitforbit.integrations.transformers.source import StoredTensor
+from bitforbit.integrations.source import StoredTensor
 
 
 @dataclass(frozen=True, slots=True)

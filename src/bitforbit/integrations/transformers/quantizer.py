@@ -12,7 +12,7 @@ import torch
 from transformers.quantizers.base import HfQuantizer
 
 from bitforbit.errors import UsageError
-from bitforbit.integrations.transformers import runtime
+from bitforbit.integrations import runtime
 from bitforbit.integrations.transformers.config import BitforbitConfig
 
 if TYPE_CHECKING:
@@ -52,12 +52,12 @@ class BitforbitQuantizer(HfQuantizer):
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
         """Bytes per element to be reserved for a parameter that is to be loaded, as far as is known of it."""
-        from bitforbit.integrations.transformers import ties
+        from bitforbit.integrations import names
 
         size = float(param.element_size())
         module, _, own = param_name.rpartition(".")
         _, _, name = own.partition("__")
-        spec = ties.spec_of(model, f"{module}.{name}" if module else name) if name else None
+        spec = names.spec_of(model, f"{module}.{name}" if module else name) if name else None
         if spec is not None:
             if self.quantization_config.runtime == "planes":
                 return size

@@ -20,10 +20,10 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils.hub import create_and_tag_model_card
 
 from bitforbit.errors import UsageError
-from bitforbit.integrations.transformers import native
+from bitforbit.integrations import first, native
+from bitforbit.integrations.source import DF11_CONFIG
 from bitforbit.integrations.transformers.config import BitforbitConfig
 from bitforbit.integrations.transformers.originals import Originals
-from bitforbit.integrations.transformers.source import DF11_CONFIG
 from bitforbit.nn import compressed_parameters
 from bitforbit.nn.state import raw_state_dicts
 
@@ -35,12 +35,14 @@ def attach(model: PreTrainedModel) -> None:
     """Make a model save itself in the native format, and know its ties by the names of parts."""
     model.__dict__[_METHOD] = functools.partial(save_pretrained, model)
     model.__dict__[_TIE] = functools.partial(_tie_weights, model)
+    first.attach(model)
 
 
 def detach(model: PreTrainedModel) -> None:
     """Undo :func:`attach`."""
     model.__dict__.pop(_METHOD, None)
     model.__dict__.pop(_TIE, None)
+    first.detach(model)
 
 
 def _tie_weights(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:

@@ -11,30 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from bitforbit.nn import CompressedSpec, compressed_parameters, part_name
-
-
-def split(name: str) -> tuple[str, str]:
-    """Module and parameter of a full name."""
-    module, _, parameter = name.rpartition(".")
-    return module, parameter
-
-
-def stored_name(name: str, part: str) -> str:
-    """Full name of a part: ``a.b.weight`` -> ``a.b.code__weight``."""
-    module, parameter = split(name)
-    return f"{module}.{part_name(part, parameter)}" if module else part_name(part, parameter)
-
-
-def spec_of(model: nn.Module, name: str) -> CompressedSpec | None:
-    """The spec of the parameter of that full name; None if it is a plain one."""
-    module, parameter = split(name)
-    return compressed_parameters(model.get_submodule(module)).get(parameter)
-
-
-def is_compressed(model: nn.Module, name: str) -> bool:
-    """Whether the parameter of that full name is a compressed one."""
-    return spec_of(model, name) is not None
+from bitforbit.integrations.names import spec_of, stored_name
 
 
 class Ties:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import bisect
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import huggingface_hub
 import numpy as np
@@ -31,28 +32,45 @@ from bitforbit.format.header import Header, parse_header
 from bitforbit.format.layout import Shard, open_shard
 from bitforbit.format.manifest import FileEntry, Manifest
 from bitforbit.format.spec import INDEX_SUFFIX, LENGTH_BYTES, MANIFEST_NAME, SHARD_SUFFIX
-from bitforbit.integrations.transformers.originals import Originals
 from bitforbit.ops.checks import dtype_name
 
 _CODEC = "planes"
 _CONFIG = "config.json"
 
 
+class Originals(Protocol):
+    """The tensors of the plain checkpoint that a model stands for."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """dtype and shape of every tensor, by name."""
+        ...
+
+    def is_compressed(self, name: str) -> bool:
+        """Whether the model holds any of what this tensor is made of in compressed form."""
+        ...
+
+    def value(self, name: str) -> torch.Tensor:
+        """The tensor, contiguous, in CPU memory."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class WeightNames:
-    """Names of weight files: transformers puts the variant in different places."""
+    """Names of weight files: the libraries put the variant in different places. ``kind`` differs between them."""
 
     variant: str | None
+    kind: str = "model"
 
     @property
     def stem(self) -> str:
         """``model`` or ``model.fp16``."""
-        return f"model.{self.variant}" if self.variant else "model"
+        return f"{self.kind}.{self.variant}" if self.variant else self.kind
 
     @property
     def index(self) -> str:
         """``model.safetensors.index.json`` or ``model.safetensors.index.fp16.json``."""
-        return f"model.safetensors.index.{self.variant}.json" if self.variant else f"model{INDEX_SUFFIX}"
+        return f"{self.kind}.safetensors.index.{self.variant}.json" if self.variant else f"{self.kind}{INDEX_SUFFIX}"
 
     def match(self, name: str) -> bool:
         """Whether a file is one of these weight files."""
@@ -85,9 +103,17 @@ class ModelBytes:
 
 
 def write_weights(
-    originals: Originals, staging: Path, names: WeightNames, max_shard_size: int | str, threads: int | None
+    originals: Originals,
+    staging: Path,
+    names: WeightNames,
+    max_shard_size: int | str,
+    threads: int | None,
+    counted: bool = True,
 ) -> list[FileEntry]:
-    """Write all shards, and the index if there are several. What is plain in the model is stored plain."""
+    """Write all shards, and the index if there are several. What is plain in the model is stored plain.
+
+    ``counted``: whether the index states the number of parameters, as transformers' does.
+    """
     empty = {n: torch.empty(shape, dtype=dtype, device="meta") for n, (dtype, shape) in originals.shapes.items()}
     plan = huggingface_hub.split_torch_state_dict_into_shards(
         empty, filename_pattern=f"{names.stem}{{suffix}}{SHARD_SUFFIX}", max_shard_size=max_shard_size
@@ -100,9 +126,9 @@ def write_weights(
         entries.append(_write_shard(originals, tensor_names, staging / file, pipe))
         shards[file] = open_shard(staging / file)
     if plan.is_sharded:
-        parameters = sum(tensor.numel() for tensor in empty.values())
+        count = {"total_parameters": sum(tensor.numel() for tensor in empty.values())} if counted else {}
         index = {
-            "metadata": {"total_parameters": parameters, **plan.metadata},
+            "metadata": {**count, **plan.metadata},
             "weight_map": plan.tensor_to_filename,
         }
         text = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode("utf-8")
