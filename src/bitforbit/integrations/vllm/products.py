@@ -1,0 +1,75 @@
+"""Products with a compressed weight, as vLLM computes them with a plain one, or straight from the compressed form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import vllm.envs as envs
+from torch import Tensor, nn
+from torch.nn import functional
+from vllm.model_executor.determinism.batch_invariant import linear_batch_invariant
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm, dispatch_unquantized_gemm
+from vllm.platforms import current_platform
+
+from bitforbit import ops
+from bitforbit.integrations.vllm.parameter import decode, parts_of, spec_of
+from bitforbit.nn.gpu_specs import TilesSpec
+from bitforbit.nn.spec import PlanesSpec
+
+
+def linear(layer: nn.Module, x: Tensor, bias: Tensor | None, mode: str) -> Tensor:
+    """``x @ weight.T + bias`` for a layer with a compressed ``weight``: x ``[..., cols]`` -> ``[..., rows]``."""
+    spec = spec_of(layer)
+    assert spec is not None
+    parts = parts_of(layer, spec)
+    if isinstance(spec, PlanesSpec) and not current_platform.is_cuda_alike():
+        if mode == "fused" and spec.kind == "BF16":
+            fused: Tensor = ops.linear(x, *parts, bias, *spec.arguments, mode)
+            return fused
+        dispatch = not getattr(layer, "_cpu_skip_gemm_dispatch", False)
+        return cpu_linear(x, list(parts), bias, *spec.arguments, dispatch)
+    if mode == "fused" and isinstance(spec, TilesSpec):
+        product: Tensor = ops.tiles_linear(x, *parts, bias, spec.rows, spec.cols, mode, [], spec.kind)
+        return product
+    weight = decode(layer, spec)
+    if envs.VLLM_BATCH_INVARIANT:
+        return linear_batch_invariant(x, weight, bias)
+    return dispatch_unquantized_gemm()(layer, x, weight, bias)
+
+
+@torch.library.custom_op(
+    "bitforbit_vllm::cpu_linear",
+    mutates_args=(),
+    schema="(Tensor x, Tensor[] parts, Tensor? bias, str kind, int rows, int cols, int rows_per_table, "
+    "ScalarType dtype, bool dispatch) -> Tensor",
+)
+def cpu_linear(
+    x: Tensor, parts: Sequence[Tensor], bias: Tensor | None,
+    kind: str, rows: int, cols: int, rows_per_table: int, dtype: torch.dtype, dispatch: bool,
+) -> Tensor:  # fmt: skip
+    """A product on a CPU with vLLM's own kernel, whose choice and packing depend on the weight's shape.
+
+    The weight is decoded and packed for each call. ``dispatch``: false for layers of which vLLM wants torch's product.
+    """
+    code, digits, sign_mantissa, tails = parts
+    weight = ops.decode(code, digits, sign_mantissa, tails, kind, rows, cols, rows_per_table, dtype, 0, rows)
+    if not dispatch:
+        return functional.linear(x, weight, bias)
+    layer: Any = nn.Module()
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        # Packing may change its dtype, so it must be the layer's own.
+        layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
+    result: Tensor = layer.cpu_linear(x, layer.weight, None if bias is None else layer.bias)
+    return result
+
+
+@cpu_linear.register_fake
+def _(
+    x: Tensor, parts: Sequence[Tensor], bias: Tensor | None,
+    kind: str, rows: int, cols: int, rows_per_table: int, dtype: torch.dtype, dispatch: bool,
+) -> Tensor:  # fmt: skip
+    return x.new_empty((*x.shape[:-1], rows))
