@@ -16,13 +16,11 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from bitforbit.errors import UsageError
 from bitforbit.format.spec import QUANT_METHOD
 from bitforbit.integrations.transformers.config import BitforbitConfig
+from bitforbit.integrations.vllm import MODE_VARIABLE
 from bitforbit.integrations.vllm.embedding import BitforbitEmbeddingMethod
 from bitforbit.integrations.vllm.experts import BitforbitExpertsMethod
 from bitforbit.integrations.vllm.linear import BitforbitLinearMethod
 from bitforbit.ops import MODES
-
-MODE_VARIABLE = "BITFORBIT_VLLM_MODE"
-"""Environment variable that sets the mode, whatever the model's ``config.json`` says."""
 
 
 class BitforbitQuantizationConfig(QuantizationConfig):
