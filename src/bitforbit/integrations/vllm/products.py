@@ -24,14 +24,16 @@ def linear(layer: nn.Module, x: Tensor, bias: Tensor | None, mode: str) -> Tenso
     spec = spec_of(layer)
     assert spec is not None
     parts = parts_of(layer, spec)
-    if isinstance(spec, PlanesSpec) and not current_platform.is_cuda_alike():
+    product: Tensor
+    if isinstance(spec, PlanesSpec) and current_platform.is_cpu():
         if mode == "fused" and spec.kind == "BF16":
-            fused: Tensor = ops.linear(x, *parts, bias, *spec.arguments, mode)
-            return fused
+            product = ops.linear(x, *parts, bias, *spec.arguments, mode)
+            return product
         dispatch = not getattr(layer, "_cpu_skip_gemm_dispatch", False)
-        return cpu_linear(x, list(parts), bias, *spec.arguments, dispatch)
+        product = torch.ops.bitforbit_vllm.cpu_linear(x, list(parts), bias, *spec.arguments, dispatch)
+        return product
     if mode == "fused" and isinstance(spec, TilesSpec):
-        product: Tensor = ops.tiles_linear(x, *parts, bias, spec.rows, spec.cols, mode, [], spec.kind)
+        product = ops.tiles_linear(x, *parts, bias, spec.rows, spec.cols, mode, [], spec.kind)
         return product
     weight = decode(layer, spec)
     if envs.VLLM_BATCH_INVARIANT:
@@ -39,12 +41,6 @@ def linear(layer: nn.Module, x: Tensor, bias: Tensor | None, mode: str) -> Tenso
     return dispatch_unquantized_gemm()(layer, x, weight, bias)
 
 
-@torch.library.custom_op(
-    "bitforbit_vllm::cpu_linear",
-    mutates_args=(),
-    schema="(Tensor x, Tensor[] parts, Tensor? bias, str kind, int rows, int cols, int rows_per_table, "
-    "ScalarType dtype, bool dispatch) -> Tensor",
-)
 def cpu_linear(
     x: Tensor, parts: Sequence[Tensor], bias: Tensor | None,
     kind: str, rows: int, cols: int, rows_per_table: int, dtype: torch.dtype, dispatch: bool,
@@ -67,9 +63,19 @@ def cpu_linear(
     return result
 
 
-@cpu_linear.register_fake
-def _(
+def _fake(
     x: Tensor, parts: Sequence[Tensor], bias: Tensor | None,
     kind: str, rows: int, cols: int, rows_per_table: int, dtype: torch.dtype, dispatch: bool,
 ) -> Tensor:  # fmt: skip
     return x.new_empty((*x.shape[:-1], rows))
+
+
+_LIBRARY = torch.library.Library("bitforbit_vllm", "DEF")
+_LIBRARY.define(
+    "cpu_linear(Tensor x, Tensor[] parts, Tensor? bias, str kind, int rows, int cols, int rows_per_table, "
+    "ScalarType dtype, bool dispatch) -> Tensor",
+    # Which kernel torch picks depends on the strides of its input: compilers must leave them alone.
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
+_LIBRARY.impl("cpu_linear", cpu_linear, "CPU")
+torch.library.register_fake("bitforbit_vllm::cpu_linear", _fake, lib=_LIBRARY)

@@ -20,11 +20,13 @@ from bitforbit.integrations.transformers.source import native_source
 
 Weights = Iterator[tuple[str, torch.Tensor]]
 
+_MARK = "_reads_bitforbit"
+
 
 def install() -> None:
     """Wrap the method of vLLM's loader that reads files; it offers no other place. Models of others are not touched."""
     stock = DefaultModelLoader._get_weights_iterator
-    if hasattr(stock, "__wrapped__"):
+    if hasattr(stock, _MARK):
         return
 
     @functools.wraps(stock)
@@ -44,6 +46,7 @@ def install() -> None:
         weights: Weights = stock(self, source)
         return weights
 
+    setattr(read, _MARK, True)
     DefaultModelLoader._get_weights_iterator = read
 
 
