@@ -23,6 +23,7 @@ _RUNNER = Path(__file__).with_name("generate_with_vllm.py")
 _SIZES = {
     "vocab_size": 1000, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256,
+    "initializer_range": 0.2,  # so that logits differ much, and tokens too
 }  # fmt: skip
 
 

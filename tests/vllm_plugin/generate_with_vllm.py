@@ -21,9 +21,11 @@ def main(runs: list[dict[str, Any]], path: Path) -> None:
 def result(environment: dict[str, str] | None = None, **options: Any) -> dict[str, Any]:
     """Greedy tokens, the logarithms of the three best at each step, and what the parameters are."""
     os.environ.update(environment or {})
+    from bitforbit.ops import stats
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    stats.reset()
     llm = LLM(skip_tokenizer_init=True, dtype="bfloat16", max_model_len=128, max_num_seqs=4, seed=0, **options)
     sampling = SamplingParams(temperature=0, max_tokens=12, detokenize=False, logprobs=3)
     prompts = [{"prompt_token_ids": list(range(1, 40))}, {"prompt_token_ids": [7, 3, 5]}]
@@ -36,7 +38,8 @@ def result(environment: dict[str, str] | None = None, **options: Any) -> dict[st
     del llm
     gc.collect()
     cleanup_dist_env_and_memory()
-    return {"tokens": tokens, "logprobs": logprobs, "parameters": parameters}
+    fused = stats.snapshot()["fused"].linears  # of this process
+    return {"tokens": tokens, "logprobs": logprobs, "parameters": parameters, "fused": fused}
 
 
 def parameter_sizes(worker: Any) -> dict[str, list[Any]]:

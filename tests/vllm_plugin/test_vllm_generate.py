@@ -24,6 +24,7 @@ def single(models: Path, generate: Any) -> dict[str, Any]:
 
 
 def assert_same(got: Any, expected: Any) -> None:
+    assert all(len(set(tokens)) > 3 for tokens in expected["tokens"]), "the model says the same all the time"
     assert got["tokens"] == expected["tokens"]
     assert got["logprobs"] == expected["logprobs"]
 
@@ -55,10 +56,13 @@ def test_plain_checkpoint_is_compressed_while_it_loads(single: dict[str, Any]) -
 
 
 def test_fused_mode(single: dict[str, Any]) -> None:
-    first = [[max(step.values()) for step in steps[:1]] for steps in single["fused"]["logprobs"]]
-    expected = [[max(step.values()) for step in steps[:1]] for steps in single["llama"]["logprobs"]]
-    assert first == [pytest.approx(values, abs=0.05) for values in expected]
-    assert single["fused"]["logprobs"] != single["llama"]["logprobs"]
+    # The first steps only: later ones may follow another token.
+    for steps, expected in zip(single["fused"]["logprobs"], single["llama"]["logprobs"], strict=True):
+        first = {token: expected[0].get(token) for token in steps[0]}
+        assert steps[0] == pytest.approx(first, abs=0.1)
+    # 2 layers, each of 4 matrices, and a head, for each step.
+    assert single["fused"]["fused"] >= 9 * 12
+    assert single["llama-packed"]["fused"] == 0
     assert_compressed(single["fused"])
 
 
