@@ -21,9 +21,10 @@ def main(runs: list[dict[str, Any]], path: Path) -> None:
 def result(environment: dict[str, str] | None = None, **options: Any) -> dict[str, Any]:
     """Greedy tokens, the logarithms of the three best at each step, and what the parameters are."""
     os.environ.update(environment or {})
-    from bitforbit.ops import stats
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
+
+    from bitforbit.ops import stats
 
     stats.reset()
     llm = LLM(skip_tokenizer_init=True, dtype="bfloat16", max_model_len=128, max_num_seqs=4, seed=0, **options)

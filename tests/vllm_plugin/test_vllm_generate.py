@@ -77,6 +77,11 @@ def test_tensor_parallel(models: Path, generate: Any) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_compiled(models: Path, generate: Any) -> None:
-    got, expected = generate({"model": str(models / "qwen3-packed")}, {"model": str(models / "qwen3")})
+def test_compiled(models: Path, generate: Any, tmp_path: Path) -> None:
+    cache = str(tmp_path / "cache")
+    packed = {"model": str(models / "qwen3-packed")}
+    got, expected = generate(packed, {"model": str(models / "qwen3")}, VLLM_CACHE_ROOT=cache)
     assert_same(got, expected)
+    # vLLM keeps what it compiled. The mode is chosen while it runs, as is how a weight is to be read.
+    (fused,) = generate(packed, VLLM_CACHE_ROOT=cache, BITFORBIT_VLLM_MODE="fused")
+    assert fused["fused"] >= 9 * 12

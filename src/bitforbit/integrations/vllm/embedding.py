@@ -24,6 +24,7 @@ class BitforbitEmbeddingMethod(QuantizeMethodBase):
 
     def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
         """See vLLM."""
+        parameter.register(layer, self.prefix)
         parameter.create_on_meta(self.stock.create_weights, layer, *args, **kwargs)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
@@ -40,6 +41,12 @@ class BitforbitEmbeddingMethod(QuantizeMethodBase):
 
     def embedding(self, layer: torch.nn.Module, input_: torch.Tensor) -> torch.Tensor:
         """Rows by number, ``[*input_.shape, cols]``."""
+        name = parameter.name_of(layer)
+        if name is not None and torch.compiler.is_compiling():
+            rows: torch.Tensor = torch.ops.bitforbit_vllm.embedding(
+                input_, name, layer.embedding_dim, layer.params_dtype
+            )
+            return rows
         spec = parameter.spec_of(layer)
         if spec is None:
             plain: torch.Tensor = self.stock.embedding(layer, input_)

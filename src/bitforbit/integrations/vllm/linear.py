@@ -27,7 +27,9 @@ class BitforbitLinearMethod(LinearMethodBase):
 
     def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
         """See vLLM."""
+        parameter.register(layer, self.prefix)
         parameter.create_on_meta(self.stock.create_weights, layer, *args, **kwargs)
+        self.rows = int(layer.weight.shape[0])
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Compress the weight. Raises MissingTensorError."""
@@ -36,6 +38,10 @@ class BitforbitLinearMethod(LinearMethodBase):
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """See vLLM."""
+        name = parameter.name_of(layer)
+        if name is not None and torch.compiler.is_compiling():
+            product: torch.Tensor = torch.ops.bitforbit_vllm.linear(x, bias, name, self.rows)
+            return product
         if parameter.spec_of(layer) is None:
             plain: torch.Tensor = self.stock.apply(layer, x, bias)
             return plain

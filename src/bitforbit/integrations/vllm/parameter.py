@@ -18,8 +18,28 @@ from bitforbit.nn.parameters import compressed
 from bitforbit.nn.spec import CompressedSpec, part_name
 
 _SPECS = "bitforbit_specs"
+_NAME = "bitforbit_name"
 _DONE = "_already_called_process_weights_after_loading"
 """vLLM's own mark of layers whose weights have been processed; it removes the mark before weights are loaded again."""
+
+
+def register(layer: nn.Module, prefix: str) -> None:
+    """Let compiled graphs find the layer by its name: they hold no weight, and no choice that depends on one.
+
+    vLLM keeps such graphs for later starts, with files of other contents and in other modes as well.
+    """
+    config = get_current_vllm_config_or_none()
+    layers = {} if config is None else config.compilation_config.static_forward_context
+    name = f"bitforbit.{prefix}"
+    if config is not None and prefix and name not in layers:
+        layers[name] = layer
+        layer.__dict__[_NAME] = name
+
+
+def name_of(layer: nn.Module) -> str | None:
+    """What the layer is called in compiled graphs; None if it is not known to them."""
+    name: str | None = layer.__dict__.get(_NAME)
+    return name
 
 
 def create_on_meta(create: Any, layer: nn.Module, *args: Any, **kwargs: Any) -> None:

@@ -9,6 +9,7 @@ import torch
 import vllm.envs as envs
 from torch import Tensor, nn
 from torch.nn import functional
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.determinism.batch_invariant import linear_batch_invariant
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm, dispatch_unquantized_gemm
 from vllm.platforms import current_platform
@@ -63,7 +64,29 @@ def cpu_linear(
     return result
 
 
-def _fake(
+def named_linear(x: Tensor, bias: Tensor | None, layer: str, rows: int) -> Tensor:
+    """What the layer of this name in vLLM's forward context makes of x: ``[..., rows]``."""
+    module = get_forward_context().no_compile_layers[layer]
+    result: Tensor = module.quant_method.apply(module, x, bias)
+    return result
+
+
+def named_embedding(ids: Tensor, layer: str, cols: int, dtype: torch.dtype) -> Tensor:
+    """Rows of the layer of this name by number, ``[*ids.shape, cols]``."""
+    module = get_forward_context().no_compile_layers[layer]
+    result: Tensor = module.quant_method.embedding(module, ids)
+    return result
+
+
+def _fake_named_linear(x: Tensor, bias: Tensor | None, layer: str, rows: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rows))
+
+
+def _fake_named_embedding(ids: Tensor, layer: str, cols: int, dtype: torch.dtype) -> Tensor:
+    return ids.new_empty((*ids.shape, cols), dtype=dtype)
+
+
+def _fake_cpu_linear(
     x: Tensor, parts: Sequence[Tensor], bias: Tensor | None,
     kind: str, rows: int, cols: int, rows_per_table: int, dtype: torch.dtype, dispatch: bool,
 ) -> Tensor:  # fmt: skip
@@ -71,11 +94,18 @@ def _fake(
 
 
 _LIBRARY = torch.library.Library("bitforbit_vllm", "DEF")
+# Which kernel torch picks depends on the strides of its input: compilers must leave them alone.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 _LIBRARY.define(
     "cpu_linear(Tensor x, Tensor[] parts, Tensor? bias, str kind, int rows, int cols, int rows_per_table, "
     "ScalarType dtype, bool dispatch) -> Tensor",
-    # Which kernel torch picks depends on the strides of its input: compilers must leave them alone.
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+    tags=_TAGS,
 )
 _LIBRARY.impl("cpu_linear", cpu_linear, "CPU")
-torch.library.register_fake("bitforbit_vllm::cpu_linear", _fake, lib=_LIBRARY)
+torch.library.register_fake("bitforbit_vllm::cpu_linear", _fake_cpu_linear, lib=_LIBRARY)
+_LIBRARY.define("linear(Tensor x, Tensor? bias, str layer, int rows) -> Tensor", tags=_TAGS)
+_LIBRARY.impl("linear", named_linear, "CompositeExplicitAutograd")
+torch.library.register_fake("bitforbit_vllm::linear", _fake_named_linear, lib=_LIBRARY)
+_LIBRARY.define("embedding(Tensor ids, str layer, int cols, ScalarType dtype) -> Tensor", tags=_TAGS)
+_LIBRARY.impl("embedding", named_embedding, "CompositeExplicitAutograd")
+torch.library.register_fake("bitforbit_vllm::embedding", _fake_named_embedding, lib=_LIBRARY)
