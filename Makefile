@@ -6,6 +6,7 @@ FUZZ_CXX ?= $(firstword $(shell command -v clang++ clang++-21 clang++-20 clang++
 VENV := .venv
 BIN := $(VENV)/bin
 FLOOR := .venv-floor
+VLLM := .venv-vllm
 $(FLOOR)/stamp test-floor: export PIP_CONSTRAINT := $(CURDIR)/$(FLOOR)/constraints.txt
 $(FLOOR)/stamp test-floor: export PIP_BUILD_CONSTRAINT := $(CURDIR)/$(FLOOR)/constraints.txt
 # The second and third line hold the build's own requirements to the same versions: older pips read PIP_CONSTRAINT
@@ -25,13 +26,14 @@ PY_DIRS := $(wildcard src tests benchmarks examples fuzz)
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-floor test-ray check format native-test fuzz bench gpu clean
+.PHONY: help demo test test-floor test-ray test-vllm check format native-test fuzz bench gpu clean
 
 help:
 	@echo 'make demo         compress a small model, restore it, compare every byte, generate text with it'
 	@echo 'make test         run the Python tests'
 	@echo 'make test-floor   run the tests of the transformers plug-in with the oldest transformers supported'
 	@echo 'make test-ray     run the test of the Ray example, which needs 79 MB more'
+	@echo 'make test-vllm    run the tests of the vLLM plug-in with a CPU build of vLLM (x86-64)'
 	@echo 'make check        formatting, linting, types, import direction'
 	@echo 'make format       format C++ and Python files in place'
 	@echo 'make native-test  run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer'
@@ -95,6 +97,13 @@ $(FLOOR)/stamp: constraints.txt constraints-floor.txt pyproject.toml
 	$(FLOOR)/bin/python -m pip install -c $(FLOOR)/constraints.txt '.[test]'
 	@touch $@
 
+# Needs another transformers than the rest. Without dependencies: requirements-vllm.txt holds all of them.
+$(VLLM)/stamp: requirements-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install torch==2.13.0
+	env -u PIP_CONSTRAINT $(VLLM)/bin/python -m pip install --no-deps -r requirements-vllm.txt
+	@touch $@
+
 # --- what people call ------------------------------------------------------------------------------------------
 
 demo: $(VENV)/stamp-run $(VENV)/stamp-base
@@ -110,6 +119,10 @@ test-floor: $(FLOOR)/stamp $(SOURCES)
 
 test-ray: $(VENV)/stamp-ray $(VENV)/stamp-base
 	$(BIN)/python -m pytest tests/test_examples_ray.py $(PYTEST_ARGS)
+
+test-vllm: $(VLLM)/stamp $(SOURCES)
+	$(VLLM)/bin/python -m pip install -q --no-deps .
+	$(VLLM)/bin/python -m pytest tests/vllm_plugin $(PYTEST_ARGS)
 
 check: $(VENV)/stamp-dev
 	$(BIN)/ruff check $(PY_DIRS)
@@ -147,5 +160,5 @@ gpu:
 	$(PYTHON) -m benchmarks.gpu $(GPU_ARGS)
 
 clean:
-	rm -rf $(VENV) $(FLOOR) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(FLOOR) $(VLLM) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests benchmarks examples fuzz -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

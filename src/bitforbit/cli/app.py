@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from bitforbit import __version__
-from bitforbit.cli import bench, chat, compress, decompress, demo, info, inspect, io, plan, run, verify
+from bitforbit.cli import bench, chat, compress, decompress, demo, info, inspect, io, plan, run, serve, verify
 
 app = typer.Typer(
     name="bitforbit",
@@ -23,6 +23,7 @@ app.command("verify")(verify.command)
 app.command("inspect")(inspect.command)
 app.command("run")(run.command)
 app.command("chat")(chat.command)
+app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve.command)
 app.command("bench")(bench.command)
 app.command("info")(info.command)
 app.command("io")(io.command)

@@ -1,0 +1,86 @@
+"""Experts of vLLM's mixture layers, compressed in the order in which its kernels want them.
+
+vLLM packs the two weights, ``w13_weight`` and ``w2_weight`` ``[experts, ...]``, for the kernel that it has chosen. What
+is compressed is the result, so that a forward pass decodes and does not pack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+from bitforbit.integrations.vllm import parameter
+from bitforbit.nn.spec import CompressedSpec
+
+_NAMES = ("w13_weight", "w2_weight")
+
+
+class BitforbitExpertsMethod(UnquantizedFusedMoEMethod):
+    """vLLM's method for plain experts; the weights exist in plain form only while a layer runs."""
+
+    uses_meta_device = True
+
+    def __init__(self, moe: Any, prefix: str) -> None:
+        super().__init__(moe)
+        self.prefix = prefix
+
+    @property
+    def supports_eplb(self) -> bool:
+        """False: experts that move between processes would have to be plain."""
+        return False
+
+    def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        """See vLLM."""
+        parameter.create_on_meta(super().create_weights, layer, *args, **kwargs)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Pack the weights as vLLM does, then compress them. Raises MissingTensorError."""
+        if not parameter.is_new(layer, self.prefix):
+            return
+        super().process_weights_after_loading(layer)
+        for name in _NAMES:
+            parameter.compress(layer, name)
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, topk_weights: Any, topk_ids: Any, *args: Any,
+              **kwargs: Any) -> torch.Tensor:  # fmt: skip
+        """See vLLM."""
+        with _decoded(layer, topk_ids):
+            out: torch.Tensor = super().apply(layer, x, topk_weights, topk_ids, *args, **kwargs)
+        return out
+
+    def apply_monolithic(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """See vLLM."""
+        with _decoded(layer, None):
+            return super().apply_monolithic(layer, *args, **kwargs)
+
+
+@contextmanager
+def _decoded(layer: torch.nn.Module, ids: torch.Tensor | None) -> Iterator[None]:
+    """Give the layer plain weights; only those of the experts ``ids`` need be valid, None: all."""
+    plain = []
+    for name in _NAMES:
+        spec = parameter.spec_of(layer, name)
+        if spec is not None:
+            layer.__dict__[name] = _weight(layer, spec, name, ids)
+            plain.append(name)
+    try:
+        yield
+    finally:
+        for name in plain:
+            del layer.__dict__[name]
+
+
+def _weight(layer: torch.nn.Module, spec: CompressedSpec, name: str, ids: torch.Tensor | None) -> torch.Tensor:
+    # A GPU would have to wait for the ids, which a graph cannot.
+    if ids is None or not ids.is_cpu or layer.expert_map is not None:
+        return parameter.decode(layer, spec, name)
+    parts, (rows, cols) = parameter.parts_of(layer, spec, name), spec.matrix_shape()
+    weight = torch.empty((rows, cols), dtype=spec.dtype)
+    height = rows // spec.shape[0]
+    for expert in ids.unique().tolist():
+        spec.decode_into(weight[expert * height : (expert + 1) * height], parts, expert * height)
+    return weight.view(spec.shape)

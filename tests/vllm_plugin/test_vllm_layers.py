@@ -1,0 +1,94 @@
+"""One layer at a time, without an engine: memory while loading, values, products, fallbacks and refusals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("vllm")
+
+from torch.nn import functional  # noqa: E402
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod  # noqa: E402
+
+from bitforbit.errors import MissingTensorError  # noqa: E402
+from bitforbit.integrations.vllm.embedding import BitforbitEmbeddingMethod  # noqa: E402
+from torch_helpers import assert_same_bits, gaussian, random_bits  # noqa: E402
+
+
+def weight_loader(param: Any, loaded_weight: Any) -> None:
+    param.data.copy_(loaded_weight)
+
+
+def layer_of(rows: int, cols: int, dtype: Any = torch.bfloat16, method: Any = None) -> Any:
+    layer: Any = torch.nn.Module()
+    layer.quant_method = method or BitforbitEmbeddingMethod("exact", "model.embed_tokens")
+    layer.quant_method.create_weights(layer, cols, [rows], cols, rows, params_dtype=dtype, weight_loader=weight_loader)
+    return layer
+
+
+def loaded(weight: Any, method: Any = None) -> Any:
+    layer = layer_of(*weight.shape, weight.dtype, method)
+    layer.weight.weight_loader(layer.weight, weight)
+    layer.quant_method.process_weights_after_loading(layer)  # as vLLM does for all layers, in the end
+    return layer
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rows_and_products(dtype: Any) -> None:
+    weight = gaussian((192, 96), dtype)
+    layer, stock = loaded(weight), loaded(weight, UnquantizedEmbeddingMethod())
+    assert {str(p.dtype) for p in layer.parameters()} == {"torch.uint8"}
+    assert sum(p.numel() for p in layer.parameters()) < weight.numel() * weight.element_size()
+    ids = torch.tensor([[0, 191, 5], [5, 64, 63]])
+    assert_same_bits(layer.quant_method.embedding(layer, ids), functional.embedding(ids, weight))
+    for tokens in (1, 7):
+        x = gaussian((tokens, 96), dtype, seed=tokens)
+        expected = stock.quant_method.apply(stock, x)
+        assert_same_bits(layer.quant_method.apply(layer, x), expected)
+        compiled = torch.compile(layer.quant_method.apply, fullgraph=True, backend="aot_eager")
+        assert_same_bits(compiled(layer, x), expected)
+
+
+def test_bias() -> None:
+    weight, bias, x = gaussian((64, 64)), gaussian((64,), seed=1), gaussian((3, 64), seed=2)
+    stock = layer_of(64, 64, method=UnquantizedEmbeddingMethod())
+    weight_loader(stock.weight, weight)
+    stock.bias = torch.nn.Parameter(bias.clone(), requires_grad=False)
+    stock.quant_method.process_weights_after_loading(stock)
+    layer = loaded(weight)
+    assert_same_bits(layer.quant_method.apply(layer, x, bias), stock.quant_method.apply(stock, x, stock.bias))
+
+
+def test_no_memory_before_loading_and_one_layer_at_a_time() -> None:
+    layer = layer_of(64, 64)
+    assert layer.weight.is_meta
+    layer.weight.weight_loader(layer.weight, gaussian((64, 64)))
+    assert "weight" not in layer._parameters
+
+
+def test_what_does_not_get_smaller_stays_plain() -> None:
+    weight = random_bits((64, 64), torch.bfloat16)
+    layer = loaded(weight)
+    assert_same_bits(layer.weight.detach(), weight)
+    assert_same_bits(layer.quant_method.embedding(layer, torch.arange(64)), weight)
+
+
+def test_tied_head() -> None:
+    embeddings, head = layer_of(64, 64), layer_of(64, 64)
+    head = head.quant_method.tie_weights(head, embeddings)
+    assert head.weight is embeddings.weight
+    weight, x = gaussian((64, 64)), gaussian((2, 64), seed=1)
+    embeddings.weight.weight_loader(embeddings.weight, weight)
+    for layer in (embeddings, head):
+        layer.quant_method.process_weights_after_loading(layer)
+    assert not list(head.parameters())
+    alone = loaded(weight)
+    assert_same_bits(head.quant_method.apply(head, x), alone.quant_method.apply(alone, x))
+
+
+def test_weights_that_no_file_has() -> None:
+    layer = layer_of(64, 64)
+    with pytest.raises(MissingTensorError, match=r"model\.embed_tokens"):
+        layer.quant_method.process_weights_after_loading(layer)
