@@ -16,7 +16,7 @@ from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
 from bitforbit.cpu import default_threads
 from bitforbit.format.header import read_header
 from bitforbit.format.spec import QUANT_METHOD
-from bitforbit.integrations.transformers.source import native_source
+from bitforbit.integrations.source import native_source
 
 Weights = Iterator[tuple[str, torch.Tensor]]
 
