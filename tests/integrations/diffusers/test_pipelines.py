@@ -18,8 +18,8 @@ from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 from transformers import CLIPTextModel, SiglipVisionConfig, SiglipVisionModel
 
 import bitforbit
-from bitforbit.archive import shard_writer
 from bitforbit.archive.merge import merge
+from bitforbit.archive.staging import Staging
 from bitforbit.cli import main
 from bitforbit.errors import AlreadyCompressedError, NotCompressedError, ResumeError
 from bitforbit.integrations.diffusers.config import BitforbitConfig
@@ -70,17 +70,16 @@ def test_command_line(made: Directories, tmp_path: Path, capsys: pytest.CaptureF
 
 
 def interrupt(patch: pytest.MonkeyPatch, source: Path, target: Path) -> None:
-    """Compress, and stop at the third file of weights."""
-    stock, calls = shard_writer.ShardWriter.write, []
+    """Compress, and stop when three files are finished."""
+    stock = Staging.record
 
-    def write(self: Any, out: Any) -> Any:
-        calls.append(out)
-        if len(calls) == 3:
+    def record(self: Staging, *entry: Any) -> None:
+        stock(self, *entry)
+        if len(self.finished) >= 3:
             raise KeyboardInterrupt
-        return stock(self, out)
 
     with patch.context() as context:
-        context.setattr(shard_writer.ShardWriter, "write", write)
+        context.setattr(Staging, "record", record)
         with pytest.raises(KeyboardInterrupt):
             bitforbit.compress(source, target, threads=1)
     assert not target.exists()
@@ -90,7 +89,7 @@ def test_an_interrupted_run_is_continued(made: Directories, tmp_path: Path, monk
     plain, compressed = made("fluxes")
     source, target = shutil.copytree(plain, tmp_path / "src"), tmp_path / "dst"
     interrupt(monkeypatch, source, target)
-    assert bitforbit.compress(source, target, threads=1, resume=True).resumed_files >= 2
+    assert bitforbit.compress(source, target, threads=1, resume=True).resumed_files >= 3
     assert files(target) == files(compressed)
     shutil.rmtree(target)
     interrupt(monkeypatch, source, target)
