@@ -257,11 +257,19 @@ def test_diffusers_pipeline(tmp_path: Path) -> None:
     (root / "scheduler" / "config.json").write_text("{}")
     compressed = round_trip(root, tmp_path)
     assert_same_tree(tmp_path / "restored", root)
-    vae = json.loads((compressed / "vae" / "config.json").read_text())
-    assert vae["quantization_config"]["base"] == {"quant_method": "x"}
+    for name in ("config.json", "diffusion.safetensors"):  # a component that is quantized already stays as it is
+        assert (compressed / "vae" / name).read_bytes() == (root / "vae" / name).read_bytes()
     assert (compressed / "scheduler" / "config.json").read_text() == "{}"
     nested = json.loads((compressed / "unet" / "nested" / "config.json").read_text())
     assert nested["quantization_config"]["quant_method"] == "bitforbit"
+
+
+def test_a_model_with_a_quantization_of_its_own(model: Path, tmp_path: Path) -> None:
+    (model / "config.json").write_text('{"quantization_config": {"quant_method": "x"}}')
+    compressed = round_trip(model, tmp_path)
+    config = json.loads((compressed / "config.json").read_text())
+    assert config["quantization_config"]["base"] == {"quant_method": "x"}
+    assert_same_tree(tmp_path / "restored", model)
 
 
 def test_pickles_are_carried_and_caches_skipped(model: Path, tmp_path: Path) -> None:
