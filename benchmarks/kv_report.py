@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import table
+from benchmarks.plots import save_svg
 
 Result = dict[str, Any]
 Where = Callable[[Result], str]
@@ -162,7 +163,6 @@ def picture(result: Result, path: Path) -> bool:
     points = result.get("points", ())
     if not points:
         return False
-    import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -184,7 +184,5 @@ def picture(result: Result, path: Path) -> bool:
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel(f"MiB, {result['layers']} layers")
     panels[0].legend(frameon=False, fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with mpl.rc_context({"svg.hashsalt": "bitforbit", "svg.fonttype": "none"}):  # the same file from the same figures
-        figure.savefig(path, metadata={"Date": None})
+    save_svg(figure, path)
     return True

@@ -18,7 +18,6 @@ def save(result: dict[str, Any], path: Path) -> bool:
     lines = [one for one in result.get("products", ()) if one["ratio"] is not None and one["kind"] in COLORS]
     if not lines:
         return False
-    import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -29,10 +28,18 @@ def save(result: dict[str, Any], path: Path) -> bool:
         _panel(axes, model, [line for line in lines if line["model"] == model])
     figure.axes[0].set_ylabel("time of cuBLAS BF16 / time of fused")
     figure.axes[-1].legend(frameon=False, fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with mpl.rc_context({"svg.hashsalt": "bitforbit", "svg.fonttype": "none"}):  # the same file from the same figures
-        figure.savefig(path, metadata={"Date": None})
+    save_svg(figure, path)
     return True
+
+
+def save_svg(figure: Any, path: Path) -> None:
+    """Write a matplotlib figure: the same file from the same figures, without trailing blanks, as every tracked text."""
+    import matplotlib as mpl
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with mpl.rc_context({"svg.hashsalt": "bitforbit", "svg.fonttype": "none"}):
+        figure.savefig(path, metadata={"Date": None})
+    path.write_text("".join(f"{line.rstrip()}\n" for line in path.read_text().splitlines()))
 
 
 def _panel(axes: Any, model: str, lines: list[dict[str, Any]]) -> None:
