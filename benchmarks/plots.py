@@ -33,7 +33,7 @@ def save(result: dict[str, Any], path: Path) -> bool:
 
 
 def save_svg(figure: Any, path: Path) -> None:
-    """Write a matplotlib figure: the same file from the same figures, without trailing blanks, as every tracked text."""
+    """Write a matplotlib figure: the same file from the same figures, without trailing blanks, as tracked texts are."""
     import matplotlib as mpl
 
     path.parent.mkdir(parents=True, exist_ok=True)
