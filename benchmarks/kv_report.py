@@ -149,6 +149,28 @@ def memory(result: Result, where: Where) -> str:
     )  # fmt: skip
 
 
+def attention(result: Result, where: Where) -> str:
+    """Milliseconds of one attention, and how many times faster than torch."""
+    rows = []
+    for r in result["results"]:
+        cells = [
+            f"{r['milliseconds'][name]:.2f} ({r['speedup'][name]:.1f}x, {r['speedup_over_grouped'][name]:.1f}x)"
+            for name in r["speedup"]
+        ]
+        times = [f"{r['milliseconds'][name]:.2f}" for name in ("gqa", "repeat", "grouped")]
+        rows.append([str(r["context"]), str(r["threads"]), *times, *cells])
+    names = [name.replace("k", "K").replace("v", "V") for name in result["results"][0]["speedup"]]
+    intro = (
+        f"One new token, 32 query heads on 8 key-value heads of 128, groups of 32, in milliseconds on "
+        f"`{result['implementation']}`; no cache holds what is read. Torch on a BF16 cache: `gqa` "
+        "(scaled_dot_product_attention with enable_gqa), `repeat` (keys and values repeated per query head, as "
+        "transformers does), `grouped` (the query heads of a key-value head as rows of one query, written by hand). In "
+        "brackets: times faster than the better of `gqa` and `repeat`, and than `grouped`:"
+    )
+    headers = ["tokens", "threads", "gqa", "repeat", "grouped", *names]
+    return "\n".join([intro, "", table(headers, rows), "", where(result)])
+
+
 def _percent(scores: Result) -> str:
     """The change of perplexity, and its standard error."""
     change, error = scores["loss_difference"], scores.get("loss_difference_error", math.nan)

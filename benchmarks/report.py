@@ -281,6 +281,7 @@ PAGES = ("README.md", "docs/guide/kv-cache.md")
 SECTIONS: dict[str, Callable[[Result], str]] = {
     "kv_quality": lambda result: kv_report.quality(result, where),
     "kv_memory": lambda result: kv_report.memory(result, where),
+    "kv_attention": lambda result: kv_report.attention(result, where),
     "gpu": gpu,
     "codec": codec,
     "df11": df11,
