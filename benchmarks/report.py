@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks import kv_report, plots
+from benchmarks import attention_report, kv_report, plots
 from benchmarks.common import RESULTS, ROOT, table
 
 Result = dict[str, Any]
@@ -276,12 +276,14 @@ def newest_gpu() -> Result:
     return max(found, key=lambda content: str(content["date"]), default={})
 
 
-PAGES = ("README.md", "docs/guide/kv-cache.md")
+PAGES = ("README.md", "docs/guide/attention.md", "docs/guide/io.md", "docs/guide/kv-cache.md")
 
 SECTIONS: dict[str, Callable[[Result], str]] = {
     "kv_quality": lambda result: kv_report.quality(result, where),
     "kv_memory": lambda result: kv_report.memory(result, where),
     "kv_attention": lambda result: kv_report.attention(result, where),
+    "block_sparse": lambda result: attention_report.block_sparse(result, where),
+    "io_attention": lambda result: attention_report.io_attention(result, where),
     "gpu": gpu,
     "codec": codec,
     "df11": df11,
