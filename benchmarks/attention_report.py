@@ -60,8 +60,8 @@ def io_attention(result: Result, where: Callable[[Result], str]) -> str:
     headers = ["kernels", "tokens x channels", "flash, tiles in L1", "flash, tiles in L2", "square, tiles in L1"]
     return "\n".join(
         [
-            "One head in FP32, one thread: time of the fastest tile of a kind, relative to FlashAttention-2's order with "
-            "4 rows; in brackets its rows and the words (millions) that the model has it move:",
+            "One head in FP32, one thread: time of the fastest tile of a kind, relative to FlashAttention-2's order "
+            "with 4 rows; in brackets its rows and the words (millions) that the model has it move:",
             "",
             table(headers, rows),
             "",
