@@ -163,10 +163,16 @@ GPU_DECODERS = ("tiles to BF16", "planes to BF16", "DF11 to BF16")
 GPU_BATCHES = (1, 8, 32, 64)
 GPU_PICTURE = "docs/images/gpu_linear.svg"
 NOT_MEASURED = "not measured"
+GPU_NOT_MEASURED = (
+    "On GPUs, speed and memory are **not measured** at this version. `make gpu` does it on a machine that has one, and "
+    "the figures then stand here: tokens at batches from 1 to 64, prefill, loading, every product, the decoders."
+)
 
 
 def gpu(result: Result) -> str:
-    """A whole model, products and decoders on a GPU; an empty result gives the tables without figures."""
+    """A whole model, products and decoders on a GPU; one line if nothing was measured."""
+    if not result:
+        return GPU_NOT_MEASURED
     model, load, decode = (result.get(key, {}) for key in ("model", "load", "decode"))
     steps = {step["batch"]: step["step_ms"] for step in model.get("decode", ())}
     pairs = [(f"a token, batch {batch}", steps.get(batch), ".2f", " ms") for batch in GPU_BATCHES]
@@ -256,8 +262,6 @@ def _triple(values: dict[str, float | None] | None, form: str, unit: str) -> lis
 
 
 def _where_gpu(result: Result) -> str:
-    if not result:
-        return "No GPU has been measured at this version; `make gpu` does it."
     m, d = result["machine"], result["device"]
     torch = m["versions"].get("torch", "?")
     return (
