@@ -12,7 +12,6 @@ import typer
 from bitforbit.cli import options, output
 from bitforbit.cli.progress import progress_bar
 
-
 _NAMED = 5
 """Missing files that a warning names."""
 
@@ -107,8 +106,8 @@ def command(
     if report.missing_files:
         names = ", ".join(report.missing_files[:_NAMED]) + (", ..." if len(report.missing_files) > _NAMED else "")
         output.warn(
-            f"{source}: an index names {len(report.missing_files)} file(s) that are not there ({names}); if the download "
-            "was incomplete, complete it and compress again"
+            f"{source}: an index names {len(report.missing_files)} file(s) that are not there ({names}); if the "
+            "download was incomplete, complete it and compress again"
         )
 
 

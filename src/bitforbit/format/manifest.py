@@ -118,15 +118,16 @@ def check_path(path: str, where: str) -> str:
 
 def _rewritten_bytes(value: object) -> int:
     """What an entry, not checked yet, says that its original inflates to."""
-    size = value.get("size") if isinstance(value, dict) and value.get("kind") == "rewritten" else 0
-    return size if jsontext.is_size(size) else 0
+    if not isinstance(value, dict) or value.get("kind") != "rewritten" or not jsontext.is_size(value.get("size")):
+        return 0
+    return int(value["size"])
 
 
 def _check_rewritten(sizes: Sequence[int], where: str) -> None:
     if sum(sizes) > MAX_REWRITTEN_BYTES:
         raise ManifestError(
-            f"{where}: expected originals of at most {MAX_REWRITTEN_BYTES} bytes together in rewritten files (config.json "
-            f"and indices), got {sum(sizes)}"
+            f"{where}: expected originals of at most {MAX_REWRITTEN_BYTES} bytes together in rewritten files "
+            f"(config.json and indices), got {sum(sizes)}"
         )
 
 
