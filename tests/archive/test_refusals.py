@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import shutil
 import zlib
 from pathlib import Path
@@ -51,6 +52,21 @@ def test_gguf_nothing_and_missing(tmp_path: Path) -> None:
     with pytest.raises(errors.SourceNotFoundError):
         archive.verify(tmp_path / "absent")
     assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ["pipe", "directory"])
+def test_what_is_no_file(kind: str, model: Path, tmp_path: Path) -> None:
+    """A pipe in the place of a file of the manifest would be waited for."""
+    compressed = tmp_path / "c"
+    archive.compress(model, compressed)
+    for path in (compressed / "config.json", next(compressed.glob("*.safetensors"))):
+        path.unlink()
+        os.mkfifo(path) if kind == "pipe" else path.mkdir()
+    report = archive.verify(compressed)
+    assert {failure.error for failure in report.errors} >= {"MissingPartError"}
+    with pytest.raises(errors.MissingPartError, match="expected a file"):
+        archive.decompress(compressed, tmp_path / "d")
 
 
 def test_already_compressed(model: Path, tmp_path: Path) -> None:

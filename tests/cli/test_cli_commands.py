@@ -207,6 +207,11 @@ def test_version_and_help(run: Run) -> None:
     for name in ("compress", "decompress", "verify", "inspect", "info", "demo"):
         assert name in shown.stdout
         assert run(name, "--help").returncode == 0
+    assert "[rows," in run("decompress", "--help").stdout  # not taken for markup
+    module = subprocess.run(
+        [sys.executable, "-m", "bitforbit", "--version"], check=True, capture_output=True, text=True
+    )
+    assert module.stdout == f"bitforbit {bitforbit.__version__}\n"
 
 
 def test_help_imports_nothing_heavy() -> None:

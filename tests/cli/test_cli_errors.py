@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from cli_models import Run, one_object
+from safetensors.numpy import save_file
 
 from bitforbit import archive
 from bitforbit.cli import main
@@ -98,6 +101,37 @@ def test_a_reader_that_went_away(model: Path) -> None:
     os.close(write)
     assert done.returncode == 141
     assert not done.stderr
+
+
+def test_names_cannot_drive_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Names of tensors and files come from strangers."""
+    name = "a\x1b[2J\x07\n\u202eb"
+    source = tmp_path / f"model{name}"
+    source.mkdir()
+    save_file({name: np.ones((64, 64), np.float32)}, source / "m.safetensors")
+    assert main(["compress", str(source), str(tmp_path / "c"), "-q"]) == 0
+    assert main(["inspect", str(tmp_path / "c"), "-q", "--all"]) == 0
+    (tmp_path / "c" / f"x{name}").touch()
+    assert main(["verify", str(tmp_path / "c"), "-q"]) == 0
+    assert main(["verify", str(source), "-q"]) == 2
+    out, err = capsys.readouterr()
+    assert not {"\x1b", "\x07", "\u202e"} & {*out, *err}
+    assert r"a\x1b[2J\x07\n\u202eb" in out
+    assert err.count("\n") == 1
+
+
+def test_a_missing_shard_is_mentioned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    save_file({"a": np.ones((64, 64), np.float32)}, source / "model-1-of-2.safetensors")
+    weight_map = {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors", "c": 3}
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert main(["compress", str(source), str(tmp_path / "c"), "-q"]) == 0
+    err = capsys.readouterr().err
+    assert err.startswith("warning: ")
+    assert "model-2-of-2.safetensors" in err
+    assert main(["compress", str(source), str(tmp_path / "d"), "--json"]) == 0
+    assert one_object(capsys.readouterr().out)["missing_files"] == ["model-2-of-2.safetensors"]
 
 
 # --- progress --------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from bitforbit import errors
 from bitforbit.format import checksum
 from bitforbit.format.manifest import FileEntry, Manifest
 from bitforbit.format.record import OriginalFile, ShardRecord, TensorRecord, pack, read_record, unpack
-from bitforbit.format.spec import part_name
+from bitforbit.format.spec import MAX_HEADER_BYTES, part_name
 
 RECORD = ShardRecord(
     OriginalFile(1000, "a" * 64, "b" * 32, b"{}  "),
@@ -158,6 +158,17 @@ def test_refuses_paths(path: Any) -> None:
 def test_refuses_manifest(data: bytes) -> None:
     with pytest.raises(errors.ManifestError):
         Manifest.from_bytes(data, "here")
+
+
+def test_originals_have_a_limit_together() -> None:
+    """A megabyte of manifest must not inflate to a gigabyte."""
+    entry = file_entry(kind="rewritten", size=MAX_HEADER_BYTES, original="not even read")
+    files = [entry | {"path": f"{i}/config.json"} for i in range(5)]
+    with pytest.raises(errors.ManifestError, match="together"):
+        Manifest.from_bytes(manifest(*files), "here")
+    entries = [FileEntry(str(i), "rewritten", MAX_HEADER_BYTES, "a" * 64, 5, "b" * 32, b"") for i in range(5)]
+    with pytest.raises(errors.ManifestError, match="together"):
+        Manifest("w", [], entries).to_bytes()
 
 
 def test_refuses_newer_manifest() -> None:

@@ -99,3 +99,17 @@ def test_torch_is_matched_whatever_was_proven(tokens):
     for b in (None, bias):
         for x in (gaussian((tokens, 512), seed=1), gaussian((1, tokens, 512), seed=2)):
             assert_same_bits(ops.linear(x, *parts, b, *how, "exact"), torch.nn.functional.linear(x, weight, b))
+
+
+def test_threads_that_flush_denormals():
+    """Torch's kernels then take a denormal bias for zero, in the one thread that asked for it."""
+    weight, x = gaussian((256, 512)) * 1e-20, gaussian((4, 512), seed=1) * 1e-20
+    bias = gaussian((256,), seed=2) * 1e-37
+    assert 0 < float(bias.abs().max()) < torch.finfo(torch.bfloat16).smallest_normal
+    parts, how = encode(weight)
+    try:
+        for flush in (False, True):
+            torch.set_flush_denormal(flush)
+            assert_same_bits(ops.linear(x, *parts, bias, *how, "exact"), torch.nn.functional.linear(x, weight, bias))
+    finally:
+        torch.set_flush_denormal(False)

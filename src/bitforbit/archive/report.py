@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bitforbit.archive.source import SourceFile
+from bitforbit.archive.source import SourceFile, missing_files
 from bitforbit.format.layout import Shard
 
 
@@ -28,6 +28,7 @@ class CompressReport(_Report):
     no headers. bits_per_weight is 8 x weight_compressed_bytes / elements. resumed_files were taken over from an
     unfinished run. For format "df11" the counts of single tensors are those of the stored tensors' bytes only.
     ``part`` (i, n) counts the files of that part only; remaining_files of all parts are not finished yet.
+    missing_files are named by an index of the source, but not there: what was compressed may be an incomplete download.
     """
 
     source: str
@@ -47,6 +48,7 @@ class CompressReport(_Report):
     seconds: float
     part: tuple[int, int] | None = None
     remaining_files: int = 0
+    missing_files: list[str] = field(default_factory=list)
 
 
 def compress_report(
@@ -82,6 +84,7 @@ def compress_report(
         seconds=time.perf_counter() - begin,
         part=part,
         remaining_files=remaining,
+        missing_files=missing_files(files) if part is None else [],
     )
 
 

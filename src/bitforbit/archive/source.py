@@ -20,7 +20,7 @@ from bitforbit.errors import (
 from bitforbit.format.header import Header, read_header
 from bitforbit.format.jsontext import is_unicode
 from bitforbit.format.layout import is_shard
-from bitforbit.format.spec import MANIFEST_NAME, QUANT_METHOD, SHARD_SUFFIX
+from bitforbit.format.spec import INDEX_SUFFIX, MANIFEST_NAME, QUANT_METHOD, SHARD_SUFFIX
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 GGUF_SUFFIX = ".gguf"
@@ -97,8 +97,10 @@ def scan_directory(src: Path) -> SourceTree:
 
 
 def source_file(location: Path) -> SourceFile:
-    """A source that is a single file. Raises SourceNotFoundError."""
+    """A source that is a single file. Raises SourceNotFoundError, also for what would block or never end."""
     info = _stat(location)
+    if not stat.S_ISREG(info.st_mode):
+        raise SourceNotFoundError(f"{location}: expected a file, got a directory, device, pipe or socket")
     return SourceFile(location.name, location, info.st_size, info.st_mtime_ns)
 
 
@@ -126,7 +128,7 @@ def _walk(
     for name in names:
         entry, path = directory / name, prefix + name
         if not is_unicode(path):
-            raise UsageError(f"{entry!r}: expected a file name in UTF-8; rename the file")
+            raise UsageError(f"{os.fspath(entry)!r}: expected a file name in UTF-8; rename the file")
         info = _stat(entry)
         if stat.S_ISDIR(info.st_mode):
             if not any(f"/{path}".endswith(f"/{skipped}") for skipped in SKIPPED_DIRECTORIES):
@@ -173,6 +175,19 @@ def shards_to_compress(tree: SourceTree) -> dict[str, Header]:
     configs = {file.path.rpartition("/")[0]: file for file in tree.files if file.path.endswith("/config.json")}
     kept = {path for path, file in configs.items() if "quantization_config" in (load_object(file.location) or {})}
     return {path: header for path, header in headers.items() if path.rpartition("/")[0] not in kept}
+
+
+def missing_files(files: Sequence[SourceFile]) -> list[str]:
+    """Files that an index among these names, but that are not among them: an incomplete download."""
+    there = {file.path for file in files}
+    named: set[str] = set()
+    for file in files:
+        if file.path.endswith(INDEX_SUFFIX):
+            directory, slash, _ = file.path.rpartition("/")
+            weight_map = (load_object(file.location) or {}).get("weight_map")
+            values = weight_map.values() if isinstance(weight_map, dict) else ()
+            named.update(directory + slash + name for name in values if isinstance(name, str))
+    return sorted(named - there)
 
 
 def refuse_kind(where: Path, names: Sequence[str]) -> None:

@@ -57,5 +57,7 @@ def _fail(kind: str, message: str, as_json: bool, code: int = EXIT_BAD_INPUT) ->
 
         print(json.dumps({"error": {"type": kind, "message": line}}))
     elif line:
-        print(f"error: {line}", file=sys.stderr)
+        from bitforbit.cli.output import printable
+
+        print(f"error: {printable(line)}", file=sys.stderr)
     return code

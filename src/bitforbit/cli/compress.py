@@ -12,6 +12,9 @@ import typer
 from bitforbit.cli import options, output
 from bitforbit.cli.progress import progress_bar
 
+_NAMED = 5
+"""Missing files that a warning names."""
+
 
 class Format(str, Enum):  # noqa: UP042 - typer shows the values
     """What to write."""
@@ -100,6 +103,12 @@ def command(
             *([] if part is None else [("next", _next(report.remaining_files))]),
         ],
     )
+    if report.missing_files:
+        names = ", ".join(report.missing_files[:_NAMED]) + (", ..." if len(report.missing_files) > _NAMED else "")
+        output.warn(
+            f"{source}: an index names {len(report.missing_files)} file(s) that are not there ({names}); if the "
+            "download was incomplete, complete it and compress again"
+        )
 
 
 def _part(text: str) -> tuple[int, int]:

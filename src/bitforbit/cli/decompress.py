@@ -21,7 +21,7 @@ def command(
         typer.Option(
             "--shapes",
             metavar="FILE",
-            help='JSON object {"name": [rows, columns]}, for DFloat11 models that lack them.',
+            help='JSON object {"name": \\[rows, columns]}, for DFloat11 models that lack them.',
         ),
     ] = None,
     sha256: Annotated[

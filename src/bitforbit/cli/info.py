@@ -15,12 +15,14 @@ _PACKAGES = {
         "torch",
         "transformers",
         "accelerate",
+        "diffusers",
         "peft",
+        "vllm",
         "cuda-bindings",
         "nvidia-cuda-nvrtc",
     ),
 }
-_VARIABLES = ("BITFORBIT_ISA", "BITFORBIT_THREADS", "BITFORBIT_CACHE", "BITFORBIT_PARANOID")
+_VARIABLES = ("BITFORBIT_ISA", "BITFORBIT_THREADS", "BITFORBIT_CACHE", "BITFORBIT_PARANOID", "BITFORBIT_VLLM_MODE")
 
 
 def command(json: options.Json = False) -> None:

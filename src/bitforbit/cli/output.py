@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,11 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s"
 
 
+def printable(text: str) -> str:
+    """Text as it is, but for what a terminal would obey: names of files and tensors come from strangers."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def number(value: float | None) -> str:
     """Two decimals, or a dash for None."""
     return "-" if value is None else f"{value:.2f}"
@@ -55,8 +61,8 @@ def print_facts(title: str, facts: Iterable[tuple[str, str]], *, to_errors: bool
     from rich.markup import escape
 
     console = _console(to_errors)
-    console.print(f"[bold]{escape(title)}[/bold]", soft_wrap=True)
-    rows = list(facts)
+    console.print(f"[bold]{escape(printable(title))}[/bold]", soft_wrap=True)
+    rows = [(name, printable(value)) for name, value in facts]
     width = max((len(name) for name, _ in rows), default=0)
     for name, value in rows:
         console.print(f"  {escape(name):<{width}}  {escape(value)}", soft_wrap=True)
@@ -70,7 +76,7 @@ def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, left:
     from rich.markup import escape
 
     console = _console()
-    lines = [list(headings), *(list(row) for row in rows)]
+    lines = [list(headings), *([printable(cell) for cell in row] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(headings))]
     if console.is_terminal:
         rest = sum(widths[1:]) + len(_GAP) * (len(widths) - 1)
@@ -90,10 +96,15 @@ def _shortened(text: str, length: int) -> str:
 
 
 def print_line(text: str = "") -> None:
-    """One line, as it is."""
+    """One line, or several."""
     from rich.markup import escape
 
-    _console().print(escape(text), soft_wrap=True)
+    _console().print(escape("\n".join(map(printable, text.split("\n")))), soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    """A line on standard error."""
+    print(f"warning: {printable(text)}", file=sys.stderr)
 
 
 def _console(to_errors: bool = False) -> Any:

@@ -14,7 +14,13 @@ from bitforbit.format import jsontext
 from bitforbit.format.checksum import SHA256_DIGITS, XXH3_128_DIGITS
 from bitforbit.format.jsontext import Fields
 from bitforbit.format.record import check_version, pack, unpack
-from bitforbit.format.spec import FORMAT_VERSION, MANIFEST_NAME, MAX_HEADER_BYTES, MAX_MANIFEST_BYTES
+from bitforbit.format.spec import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    MAX_HEADER_BYTES,
+    MAX_MANIFEST_BYTES,
+    MAX_REWRITTEN_BYTES,
+)
 
 Kind = Literal["shard", "rewritten", "copied"]
 _KINDS: dict[str, Kind] = {"shard": "shard", "rewritten": "rewritten", "copied": "copied"}
@@ -67,7 +73,8 @@ class Manifest:
     files: Sequence[FileEntry]
 
     def to_bytes(self) -> bytes:
-        """Text of ``bitforbit.json``."""
+        """Text of ``bitforbit.json``. Raises ManifestError for rewritten files that no reader takes: hundreds of MB."""
+        _check_rewritten([entry.size for entry in self.files if entry.kind == "rewritten"], MANIFEST_NAME)
         value = {
             "format_version": FORMAT_VERSION,
             "writer": self.writer,
@@ -81,6 +88,7 @@ class Manifest:
         """Inverse of :meth:`to_bytes`. Raises ManifestError or UnsupportedVersionError."""
         top = Fields(jsontext.parse(data, where=where, error=ManifestError, duplicate=ManifestError), where)
         check_version(top)
+        _check_rewritten([_rewritten_bytes(value) for value in top.array("files")], where)
         files = [FileEntry.from_json(v, f"{where}, file {i}") for i, v in enumerate(top.array("files"))]
         directories: list[str] = []
         for value in top.array("directories"):
@@ -106,6 +114,21 @@ def check_path(path: str, where: str) -> str:
     if not path or "\0" in path or not jsontext.is_unicode(path) or any(p in ("", ".", "..") for p in path.split("/")):
         raise ManifestError(f"{where}: expected a relative path without '..', got {path!r}; the manifest is damaged")
     return path
+
+
+def _rewritten_bytes(value: object) -> int:
+    """What an entry, not checked yet, says that its original inflates to."""
+    if not isinstance(value, dict) or value.get("kind") != "rewritten" or not jsontext.is_size(value.get("size")):
+        return 0
+    return int(value["size"])
+
+
+def _check_rewritten(sizes: Sequence[int], where: str) -> None:
+    if sum(sizes) > MAX_REWRITTEN_BYTES:
+        raise ManifestError(
+            f"{where}: expected originals of at most {MAX_REWRITTEN_BYTES} bytes together in rewritten files "
+            f"(config.json and indices), got {sum(sizes)}"
+        )
 
 
 def _check_tree(files: Sequence[str], directories: Sequence[str], where: str) -> None:

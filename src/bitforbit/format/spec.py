@@ -27,6 +27,9 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_MANIFEST_BYTES = 1 << 30
 """A manifest larger than this is refused before it is read."""
 
+MAX_REWRITTEN_BYTES = 4 * MAX_HEADER_BYTES
+"""Original bytes of all rewritten files of a manifest together: it is not inflated if it promises more."""
+
 MAX_EXPANSION = 1024
 """A shard whose record promises an original more than this many times larger is refused: no codec reaches it."""
 

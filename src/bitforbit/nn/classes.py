@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from bitforbit.errors import CompressedParameterError
 from bitforbit.nn import layout, state
@@ -26,6 +27,7 @@ from bitforbit.nn.siblings import Sibling
 from bitforbit.nn.spec import CompressedSpec, part_name
 from bitforbit.nn.values import Values, decode
 from bitforbit.nn.weight import CompressedWeight
+from bitforbit.ops import direct
 
 _reading = threading.local()
 """Weights decoded for the forwards under way in this thread: ``by_module: {id(module): {name: tensor}}``."""
@@ -162,6 +164,9 @@ class Linear(Compressed, nn.Linear):
         p = self._parameters
         bias = p["bias"] if "bias" in p else self.bias  # noqa: SIM401
         spec, mode = self._bitforbit_specs["weight"], self._bitforbit_mode
+        if direct.is_transformed():
+            weight = decode(spec, self._bitforbit_parts("weight"))
+            return functional.linear(input, weight.to(input.dtype) if weight.itemsize == 1 else weight, bias)
         if mode == "fused" and isinstance(spec, TilesSpec):
             siblings = self._bitforbit_siblings
             if siblings is not None:

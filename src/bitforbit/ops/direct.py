@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from bitforbit.ops import cpu_impl
 from bitforbit.ops.gpu import df11, fused, planes, tiles
@@ -113,3 +114,10 @@ def is_ordinary_call(x: Tensor, bias: Tensor | None) -> bool:
         and not torch.is_autocast_enabled("cpu" if x.is_cpu else "cuda")
         and not torch._C._is_torch_function_mode_enabled()
     )
+
+
+def is_transformed() -> bool:
+    """Within ``torch.func`` or forward-mode differentiation, whose rules our operators do not have."""
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
