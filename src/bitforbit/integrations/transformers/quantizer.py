@@ -130,6 +130,10 @@ class BitforbitQuantizer(HfQuantizer):
         self.pre_quantized = True
         attach(model)
         siblings.find(model)
+        if {"cpu", "disk"} & set(getattr(model, "hf_device_map", {}).values()):
+            from bitforbit.integrations.transformers import offload
+
+            offload.stream(model)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
