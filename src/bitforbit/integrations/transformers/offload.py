@@ -78,13 +78,11 @@ def _start(
     for name, module in blocks.items():
         for each in module.modules():
             hook = _offloading_hook(each)
-            if hook is None:
-                continue
-            borders.setdefault(name, hook)
-            loader = hook.weights_map.dataset
             remove_hook_from_module(each)  # which brings back what is in host memory
-            for own in each._parameters:
-                loader.state_dict.pop(f"{hook.weights_map.prefix}{own}", None)
+            if hook is not None:
+                borders.setdefault(name, hook)
+                for own in each._parameters:
+                    hook.weights_map.dataset.state_dict.pop(f"{hook.weights_map.prefix}{own}", None)
         module.requires_grad_(False)
     started = stream_blocks(blocks, device, ahead=ahead, stored=stored)
     for name, module in blocks.items():
