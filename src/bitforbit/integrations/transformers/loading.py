@@ -186,7 +186,8 @@ class Load:
     def part(self, anchor: str, target: str, index: int) -> torch.Tensor | None:
         """See :class:`transforms.Work`."""
         sharding, source = self.sharding, self._source
-        assert sharding is not None and isinstance(source, NativeSource)
+        assert sharding is not None
+        assert isinstance(source, NativeSource)
         (name,) = source.anchors[anchor]
         # The checksums of files are checked once by all processes together.
         check = self._config.verify and self._positions[name] % sharding.size == sharding.rank

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,11 +25,15 @@ from bitforbit.integrations.names import is_compressed, split
 from bitforbit.integrations.source import NativeSource
 from bitforbit.integrations.transformers import parallel_plan
 
+_Result = TypeVar("_Result")
+
 _FORWARD = "forward"
 _LOCAL = "_hf_quantized_needs_local_tp"
 """Mark of transformers: the module's forward wants local tensors, also where gradients are on."""
 _ROWS = "_bitforbit_rows"
 """Rows [begin, end) of the whole table that an embedding holds."""
+_SUMMED = "_bitforbit_summed"
+"""Whether the outputs of a module are to be summed over the processes here."""
 
 
 def sharding_of(model: PreTrainedModel) -> Sharding | None:
@@ -57,12 +61,12 @@ class Sharding:
     @property
     def rank(self) -> int:
         """Number of this process."""
-        return dist.get_rank()
+        return int(dist.get_rank())
 
     @property
     def size(self) -> int:
         """Number of processes."""
-        return dist.get_world_size()
+        return int(dist.get_world_size())
 
     @property
     def device(self) -> torch.device:
@@ -149,9 +153,11 @@ class Sharding:
             forward = module.__dict__.get(_FORWARD)
             if isinstance(forward, functools.partial) and forward.func is _forward:
                 del module.__dict__[_FORWARD]
+        for name in parallel_plan.unsummed_experts(self._model):
+            self._model.get_submodule(name).__dict__[_SUMMED] = True
         self.agree(None)
 
-    def guarded(self, work: Callable[[], Any]) -> Any:
+    def guarded(self, work: Callable[[], _Result]) -> _Result:
         """The result of work that may fail in this process alone: the others are told, and fail as well."""
         try:
             return work()
@@ -178,8 +184,8 @@ class Sharding:
             local = module._parameters[own]
             if local is not None and not isinstance(local, DTensor):
                 module._parameters[own] = nn.Parameter(like(whole, local.detach()), requires_grad=False)
-            module.__dict__.pop(_LOCAL, None)
-            module.__dict__.pop(_ROWS, None)
+            for mark in (_LOCAL, _ROWS, _SUMMED):
+                module.__dict__.pop(mark, None)
         self.placeholders.clear()
 
 
@@ -228,10 +234,17 @@ class _Stored:
 
 def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     rows = module.__dict__.get(_ROWS)
-    if rows is None:
-        return type(module).forward(module, *args, **kwargs)
-    # A table split by rows: those of other processes count as zeros, as in a sharded nn.Embedding of torch.
-    (ids, *rest), (begin, end) = args, rows
+    if rows is not None:
+        return _lookup(module, rows, *args, **kwargs)
+    output = type(module).forward(module, *args, **kwargs)
+    if module.__dict__.get(_SUMMED):
+        dist.all_reduce(output)
+    return output
+
+
+def _lookup(module: nn.Module, rows: tuple[int, int], ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """From a table split by rows: those of other processes count as zeros, as with a DTensor of torch."""
+    begin, end = rows
     others = (ids < begin) | (ids >= end)
-    values = type(module).forward(module, (ids - begin).masked_fill(others, 0), *rest, **kwargs)
+    values: torch.Tensor = type(module).forward(module, (ids - begin).masked_fill(others, 0), *args, **kwargs)
     return values.masked_fill(others.unsqueeze(-1), 0)

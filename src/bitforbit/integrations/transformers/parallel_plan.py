@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.distributed.tensor_parallel import TensorParallelLayer
 
@@ -18,6 +19,8 @@ _SPLIT = ("colwise", "colwise_gather_output", "colwise_rep", "embedding_colwise"
           "packed_colwise", "packed_rowwise", "rowwise", "rowwise_rep", "rowwise_split_input")  # fmt: skip
 _WHOLE = ("all_reduce", "ep_dispatch_experts", "ep_router", "local_params", "mla_kv_a_proj", "moe_identity_expert",
           "moe_tp_experts", "replicate", "replicated_with_grad_allreduce")  # fmt: skip
+_OLD = not hasattr(TensorParallelLayer, "_from_local_last_dim_shard")
+"""Whether transformers is one of the releases from 5.17 on that do less; 5.23 is not."""
 _PACKED = 2
 """Matrices in one of the packed styles, such as gate and up."""
 _KEYS = ("k_proj", "qkv_proj", "query_key_value")
@@ -63,9 +66,19 @@ def check(model: PreTrainedModel, size: int) -> None:
         what, count = next((what, count) for what, count in needs.items() if count % size)
         allowed = ", ".join(str(n) for n in range(2, common + 1) if common % n == 0) or "none"
         raise UsageError(
-            f"expected a number of processes that divides {what}, which is {count}, got {size}; this model can be split "
-            f"over these numbers: {allowed}"
+            f"expected a number of processes that divides {what}, which is {count}, got {size}; this model can be "
+            f"split over these numbers: {allowed}"
         )
+
+
+def unsummed_experts(model: PreTrainedModel) -> Iterator[str]:
+    """Modules of experts whose outputs transformers does not sum, as it looks for DTensors in them and finds none."""
+    tensor, _ = _plans(model)
+    for name, module in model.named_modules():
+        if _OLD and _style(name, tensor) == "moe_tp_experts":
+            split = (p for p in module.parameters() if isinstance(p, DTensor))
+            if all(placement.is_replicate() for p in split for placement in p.placements):
+                yield name
 
 
 def _plans(model: PreTrainedModel) -> tuple[Mapping[str, str], Mapping[str, str]]:
@@ -99,7 +112,7 @@ def _needs(model: PreTrainedModel, name: str, parameter: torch.Tensor, style: st
         yield f"the number of experts in {name}", parameter.shape[0]
     elif style.startswith("packed"):
         yield f"half of dimension {dim} of {name}", parameter.shape[dim] // _PACKED
-    elif not hasattr(TensorParallelLayer, "_from_local_last_dim_shard"):  # transformers before 5.21: even parts only
+    elif _OLD:  # even parts only
         yield f"dimension {dim} of {name}", parameter.shape[dim]
 
 
@@ -107,4 +120,4 @@ def _split_dim(model: PreTrainedModel, name: str, parameter: torch.Tensor, style
     embedding = isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Embedding)
     if embedding:
         return 1 if "colwise" in style else 0
-    return parameter.dim() - (1 if "rowwise" in style else 2)
+    return int(parameter.dim()) - (1 if "rowwise" in style else 2)
