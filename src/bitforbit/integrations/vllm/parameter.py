@@ -1,19 +1,23 @@
 """Weights of vLLM's layers: on the meta device until they are loaded, compressed from then on.
 
 A layer's compressed weight ``w`` is parameters ``code__w``, ... (the parts, uint8 ``[nbytes]``) and an attribute
-``bitforbit_specs["w"]`` that says how to read them. vLLM has sharded it before: it is what this process needs.
+``bitforbit_specs["w"]`` that says how to read them. vLLM has sharded it before: it is what this process needs. For
+code that looks at a layer's weight, as that of LoRA does, a matrix ``w`` stays there, lazy: decoded if it is used.
 """
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.config import get_current_vllm_config_or_none
+from vllm.config.compilation import CUDAGraphMode
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info, initialize_online_processing
 
-from bitforbit.errors import MissingTensorError
+from bitforbit.errors import CompressedParameterError, MissingTensorError
+from bitforbit.integrations.vllm.lazy import LazyTensor, Range, Whole
 from bitforbit.nn.parameters import compressed
 from bitforbit.nn.spec import CompressedSpec, part_name
 
@@ -65,15 +69,24 @@ def is_new(layer: nn.Module, prefix: str) -> bool:
 
 
 def compress(layer: nn.Module, name: str) -> bool:
-    """Put the compressed form in the place of a parameter; False if it is left plain, since that does not pay."""
+    """Put the compressed form in the place of a parameter; False if it is left plain, since that does not pay.
+
+    Where weights are loaded anew, raises CompressedParameterError if captured graphs would go on using the old ones.
+    """
+    before = spec_of(layer, name)
     made = compressed(layer._parameters[name].detach())
     if made is None:
+        layer.__dict__.get(_SPECS, {}).pop(name, None)
+        _keep_new(layer, name, before != None)
         return False
     spec, parts = made
     del layer._parameters[name]
     for part in spec.part_names:
         layer.register_parameter(part_name(part, name), nn.Parameter(parts[part], requires_grad=False))
     layer.__dict__.setdefault(_SPECS, {})[name] = spec
+    if len(spec.shape) == 2:
+        layer.__dict__[name] = LazyTensor.of(_LayerWeight(layer, name, spec))
+    _keep_new(layer, name, spec != before)
     return True
 
 
