@@ -43,7 +43,7 @@ class LazyTensor(torch.Tensor):
     """On the meta device, a view of a contiguous tensor of the shape of the whole."""
 
     # Without this, classes of parameters with a __torch_function__ of their own refuse to work with this one.
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def of(whole: Whole) -> LazyTensor:
@@ -52,6 +52,7 @@ class LazyTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, whole: Whole, view: torch.Tensor) -> LazyTensor:
+        """A view of ``whole``: ``view`` is one, on the meta device, of a contiguous tensor of the same shape."""
         made: LazyTensor = torch.Tensor._make_wrapper_subclass(
             cls, view.shape, view.stride(), view.storage_offset(), dtype=whole.dtype, device=whole.device
         )

@@ -51,7 +51,8 @@ def install() -> None:
     def load(self: Any, model: torch.nn.Module, model_config: Any) -> None:
         quantization = _quantization()
         if quantization is not None:
-            embedding.adopt(model, quantization)
+            untied = quantization.untied or model_config.word_embeddings_untied_by_checkpoint
+            embedding.adopt(model, quantization, untied)
         stock_load(self, model, model_config)
 
     DefaultModelLoader._get_weights_iterator = read
@@ -59,15 +60,13 @@ def install() -> None:
 
 
 def _quantization() -> Any:
-    """The configuration of our method for the model that is being loaded; None if it is loaded with another, or none."""
+    """Our configuration for the model that is being loaded; None if it is loaded with another, or none."""
     config = get_current_vllm_config_or_none()
     found = None if config is None else config.quant_config
     return found if found is not None and found.get_name() == QUANT_METHOD else None
 
 
-def restored(
-    files: Sequence[str], experts: set[int] | None = None, share: tuple[int, int] = (0, 1)
-) -> Weights | None:
+def restored(files: Sequence[str], experts: set[int] | None = None, share: tuple[int, int] = (0, 1)) -> Weights | None:
     """Every tensor of these files by its original name; None if none of them was compressed by bitforbit.
 
     Matrices are lazy: what is read of them is what vLLM's loaders cut out. ``experts``: numbers of the experts that
@@ -85,7 +84,7 @@ def restored(
         for name, stored in source.tensors.items():
             if should_skip_weight(name, experts):
                 continue
-            if len(stored.shape) < 2:
+            if len(stored.shape) < 2 or stored.dtype not in TORCH_DTYPES:
                 yield name, source.restore_slice(name, check=True)
             else:
                 yield name, LazyTensor.of(StoredWeight(source, stored, name in checked))
@@ -109,4 +108,6 @@ class StoredWeight(Whole):
         if all_rows and all_columns and unit is not None:
             return self._source.restore(unit)[name]
         check, self._check = self._check or all_rows, False
-        return self._source.restore_slice(name, None if all_rows else rows, None if all_columns else columns, check=check)
+        return self._source.restore_slice(
+            name, None if all_rows else rows, None if all_columns else columns, check=check
+        )
