@@ -32,13 +32,14 @@ def result(
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.lora.request import LoRARequest
 
+    from bitforbit.errors import BitforbitError
     from bitforbit.ops import stats
 
     stats.reset()
     found: dict[str, Any] = {}
     try:
         llm = LLM(skip_tokenizer_init=True, dtype="bfloat16", max_model_len=128, max_num_seqs=4, seed=0, **options)
-    except Exception as error:
+    except (ValueError, RuntimeError, BitforbitError) as error:
         found["error"] = f"{type(error).__name__}: {error}"
     else:
         found |= said(llm, None if lora is None else LoRARequest("adapter", 1, lora))

@@ -35,8 +35,8 @@ class BitforbitExpertsMethod(UnquantizedFusedMoEMethod):
         self.prefix = prefix
         if moe.moe_parallel_config.enable_eplb:
             raise UsageError(
-                f"{prefix}: expected enable_eplb to be off, since it moves plain experts between processes; leave it off, "
-                f"or {_REMEDY}"
+                f"{prefix}: expected enable_eplb to be off, since experts that move between processes must be plain; "
+                f"leave it off, or {_REMEDY}"
             )
         config = get_current_vllm_config_or_none()
         adapters = None if config is None else config.lora_config
