@@ -12,15 +12,19 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 from bitforbit.errors import UsageError
-from bitforbit.format.spec import QUANT_METHOD
+from bitforbit.format.spec import QUANT_METHOD, part_name
 from bitforbit.integrations.transformers.config import BitforbitConfig
 from bitforbit.integrations.vllm import MODE_VARIABLE
 from bitforbit.integrations.vllm.embedding import BitforbitEmbeddingMethod
 from bitforbit.integrations.vllm.experts import BitforbitExpertsMethod
 from bitforbit.integrations.vllm.linear import BitforbitLinearMethod
+from bitforbit.nn.spec import PARTS
 from bitforbit.ops import MODES
+
+_STORED_HEAD = part_name("lm_head.weight", PARTS[0])
 
 
 class BitforbitQuantizationConfig(QuantizationConfig):
@@ -36,6 +40,13 @@ class BitforbitQuantizationConfig(QuantizationConfig):
         self.mode = os.environ.get(MODE_VARIABLE) or self.options.mode
         if self.mode not in MODES:
             raise UsageError(f"{MODE_VARIABLE}: expected a mode among {', '.join(MODES)}, got {self.mode!r}")
+        self.untied = False
+        """Whether the files hold a head of their own although the model's config ties it to the embeddings."""
+
+    def keeps(self, prefix: str) -> bool:
+        """Whether the layer of this name is to stay plain."""
+        keeps: bool = self.options.keeps(prefix)
+        return keeps
 
     def get_name(self) -> str:
         """See vLLM."""
@@ -60,14 +71,27 @@ class BitforbitQuantizationConfig(QuantizationConfig):
         """See vLLM."""
         return cls(config)
 
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Believe the files rather than a config that ties a head of which they hold a weight.
+
+        vLLM does so for plain files, whose tensors it knows by name; the parts of compressed ones it does not.
+        """
+        if not getattr(hf_config, "tie_word_embeddings", False):
+            return
+        names = get_safetensors_params_metadata(model_name, revision=revision)
+        self.untied = any(name.endswith(_STORED_HEAD) for name in names)
+        if self.untied:
+            hf_config.tie_word_embeddings = False
+            hf_config.get_text_config().tie_word_embeddings = False
+
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """How a layer stores and uses its weights; None: as without compression."""
         if isinstance(layer, LinearBase):
             # Routers are small, and vLLM multiplies by them with kernels of their own.
-            if isinstance(layer, GateLinear) or self.options.keeps(prefix):
+            if isinstance(layer, GateLinear) or self.keeps(prefix):
                 return UnquantizedLinearMethod()
             return BitforbitLinearMethod(self.mode, prefix)
-        if self.options.keeps(prefix):
+        if self.keeps(prefix):
             return None
         if isinstance(layer, VocabParallelEmbedding):
             return BitforbitEmbeddingMethod(self.mode, prefix)

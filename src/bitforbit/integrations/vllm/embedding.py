@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
-from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
-from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info, initialize_online_processing
+from vllm.model_executor.model_loader.reload.meta import to_meta_tensor
 
 from bitforbit.integrations.vllm import parameter, products
 
@@ -21,6 +27,8 @@ class BitforbitEmbeddingMethod(QuantizeMethodBase):
         self.mode = mode
         self.prefix = prefix
         self.stock = UnquantizedEmbeddingMethod()
+        self.twin: weakref.ref[torch.nn.Module] | None = None
+        """Embeddings whose weight may turn out to be the same as this head's."""
 
     def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
         """See vLLM."""
@@ -29,8 +37,13 @@ class BitforbitEmbeddingMethod(QuantizeMethodBase):
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Compress the weight. Raises MissingTensorError."""
-        if parameter.is_new(layer, self.prefix) and not parameter.compress(layer, "weight"):
+        if not parameter.is_new(layer, self.prefix):
+            return
+        if not parameter.compress(layer, "weight"):
             self.stock.process_weights_after_loading(layer)
+        twin = None if self.twin is None else self.twin()
+        if twin is not None:
+            parameter.share_if_same(layer, twin)
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Logits of a head: x ``[tokens, cols]`` -> ``[tokens, rows]``."""
@@ -74,8 +87,43 @@ class TiedHeadMethod(QuantizeMethodBase):
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Forget the parameter that stood for the shared weight."""
         layer._parameters.pop("weight", None)
+        # Not as a parameter, which it is of the embeddings: for code that asks for dtype and device.
+        layer.__dict__["weight"] = self.embeddings.weight
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Logits, from the weight of the embeddings."""
         logits: torch.Tensor = self.embeddings.quant_method.apply(self.embeddings, x, bias)
         return logits
+
+
+def adopt(model: torch.nn.Module, quantization: Any, untied: bool) -> None:
+    """Prepare the embeddings of a model whose weights are about to be loaded.
+
+    Many models of vLLM make embeddings without asking the quantization method: these get a method of ours here.
+    ``untied``: the model's config ties the head to the embeddings, but the files hold both; a copy is held once.
+    """
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, VocabParallelEmbedding)]
+    owners: dict[int, VocabParallelEmbedding] = {}
+    for name, layer in sorted(layers, key=lambda entry: isinstance(entry[1], ParallelLMHead)):
+        if type(layer.quant_method) is not UnquantizedEmbeddingMethod or quantization.keeps(layer.prefix or name):
+            continue
+        shared = owners.setdefault(id(layer.weight), layer)
+        if shared is not layer:
+            layer.quant_method = TiedHeadMethod(shared)
+            get_layerwise_info(layer).reset()
+            continue
+        layer.quant_method = BitforbitEmbeddingMethod(quantization.mode, name)
+        layer.use_fused_embedding = False  # vLLM's kernel reads plain rows
+        parameter.register(layer, name)
+        plain, empty = layer.weight, to_meta_tensor(layer.weight)
+        for module in model.modules():
+            for key, value in module._parameters.items():
+                if value is plain:
+                    module._parameters[key] = empty
+        owners[id(empty)] = layer
+        initialize_online_processing(layer)
+    ours = [layer for _, layer in layers if isinstance(layer.quant_method, BitforbitEmbeddingMethod)]
+    heads = [layer for layer in ours if isinstance(layer, ParallelLMHead)]
+    if untied and len(heads) == 1 and len(ours) == 2:
+        (embeddings,) = (layer for layer in ours if layer is not heads[0])
+        heads[0].quant_method.twin = weakref.ref(embeddings)

@@ -11,12 +11,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from vllm.config import get_current_vllm_config_or_none
+from vllm.lora.utils import is_in_target_modules
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.platforms import current_platform
 
+from bitforbit.errors import UsageError
 from bitforbit.integrations.vllm import parameter
 from bitforbit.nn.spec import CompressedSpec
 
 _NAMES = ("w13_weight", "w2_weight")
+_REMEDY = "keep the experts plain (modules_to_not_convert: experts in quantization_config)"
 
 
 class BitforbitExpertsMethod(UnquantizedFusedMoEMethod):
@@ -25,13 +30,21 @@ class BitforbitExpertsMethod(UnquantizedFusedMoEMethod):
     uses_meta_device = True
 
     def __init__(self, moe: Any, prefix: str) -> None:
+        """Raises UsageError if vLLM is to do with the experts what needs them plain."""
         super().__init__(moe)
         self.prefix = prefix
-
-    @property
-    def supports_eplb(self) -> bool:
-        """False: experts that move between processes would have to be plain."""
-        return False
+        if moe.moe_parallel_config.enable_eplb:
+            raise UsageError(
+                f"{prefix}: expected enable_eplb to be off, since experts that move between processes must be plain; "
+                f"leave it off, or {_REMEDY}"
+            )
+        config = get_current_vllm_config_or_none()
+        adapters = None if config is None else config.lora_config
+        if adapters is not None and is_in_target_modules(prefix, adapters.target_modules):
+            raise UsageError(
+                f"{prefix}: expected no adapters for compressed experts, whose weights their kernels read plain; name "
+                f"other layers with --lora-target-modules, or {_REMEDY}"
+            )
 
     def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
         """See vLLM."""
@@ -41,6 +54,9 @@ class BitforbitExpertsMethod(UnquantizedFusedMoEMethod):
         """Pack the weights as vLLM does, then compress them. Raises MissingTensorError."""
         if not parameter.is_new(layer, self.prefix):
             return
+        if current_platform.is_cpu():
+            # With a kernel made already, vLLM would not pack weights that are loaded anew.
+            self.moe_kernel = None
         super().process_weights_after_loading(layer)
         for name in _NAMES:
             parameter.compress(layer, name)

@@ -1,19 +1,22 @@
 """Weights of vLLM's layers: on the meta device until they are loaded, compressed from then on.
 
 A layer's compressed weight ``w`` is parameters ``code__w``, ... (the parts, uint8 ``[nbytes]``) and an attribute
-``bitforbit_specs["w"]`` that says how to read them. vLLM has sharded it before: it is what this process needs.
+``bitforbit_specs["w"]`` that says how to read them. vLLM has sharded it before: it is what this process needs. For
+code that looks at a layer's weight, as that of LoRA does, a matrix ``w`` stays there, lazy: decoded if it is used.
 """
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
 from torch import nn
-from vllm.config import get_current_vllm_config_or_none
+from vllm.config import CUDAGraphMode, get_current_vllm_config_or_none
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info, initialize_online_processing
 
-from bitforbit.errors import MissingTensorError
+from bitforbit.errors import CompressedParameterError, MissingTensorError
+from bitforbit.integrations.vllm.lazy import LazyTensor, Range, Whole
 from bitforbit.nn.parameters import compressed
 from bitforbit.nn.spec import CompressedSpec, part_name
 
@@ -65,16 +68,86 @@ def is_new(layer: nn.Module, prefix: str) -> bool:
 
 
 def compress(layer: nn.Module, name: str) -> bool:
-    """Put the compressed form in the place of a parameter; False if it is left plain, since that does not pay."""
+    """Put the compressed form in the place of a parameter; False if it is left plain, since that does not pay.
+
+    Where weights are loaded anew, raises CompressedParameterError if captured graphs would go on using the old ones.
+    """
+    before = spec_of(layer, name)
     made = compressed(layer._parameters[name].detach())
-    if made is None:
-        return False
-    spec, parts = made
-    del layer._parameters[name]
-    for part in spec.part_names:
-        layer.register_parameter(part_name(part, name), nn.Parameter(parts[part], requires_grad=False))
-    layer.__dict__.setdefault(_SPECS, {})[name] = spec
-    return True
+    specs = layer.__dict__.setdefault(_SPECS, {})
+    specs.pop(name, None)
+    if made is not None:
+        specs[name], parts = made
+        del layer._parameters[name]
+        for part in specs[name].part_names:
+            layer.register_parameter(part_name(part, name), nn.Parameter(parts[part], requires_grad=False))
+        if len(specs[name].shape) == 2:
+            layer.__dict__[name] = LazyTensor.of(_LayerWeight(layer, name))
+    _replace_old(layer, name, before)
+    return made is not None
+
+
+def share_if_same(layer: nn.Module, other: nn.Module, name: str = "weight") -> None:
+    """Let two layers hold the parts of their weight once, if they are the same bytes."""
+    spec = spec_of(layer, name)
+    if spec is None or spec != spec_of(other, name):
+        return
+    pairs = list(zip(parts_of(layer, spec, name), parts_of(other, spec, name), strict=True))
+    if all(torch.equal(own, same) for own, same in pairs):
+        for key in _names(spec, name):
+            layer._parameters[key] = other._parameters[key]
+
+
+def _replace_old(layer: nn.Module, name: str, before: CompressedSpec | None) -> None:
+    """Make vLLM use the new form of a weight that was loaded anew; it would copy it to where the old one is."""
+    info = get_layerwise_info(layer)
+    if info.kernel_tensors is None:
+        return
+    old, buffers = info.kernel_tensors
+    spec = spec_of(layer, name)
+    new = {key: layer._parameters[key] for key in _names(spec, name)}
+    if spec == before and all(key in old and old[key].shape == value.shape for key, value in new.items()):
+        return
+    config = get_current_vllm_config_or_none()
+    graphs = config is not None and config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE
+    if graphs and not next(iter(new.values())).is_cpu:
+        raise CompressedParameterError(
+            f"{name} of {type(layer).__name__}: expected weights that compress to as many bytes as those before, since "
+            "captured CUDA graphs read them where they are; start a new engine, or set enforce_eager to load others"
+        )
+    stale = _names(before, name)
+    info.kernel_tensors = ({key: value for key, value in old.items() if key not in stale} | new, buffers)
+
+
+def _names(spec: CompressedSpec | None, name: str) -> list[str]:
+    return [name] if spec is None else [part_name(part, name) for part in spec.part_names]
+
+
+class _LayerWeight(Whole):
+    """The compressed matrix of a layer."""
+
+    def __init__(self, layer: nn.Module, name: str) -> None:
+        spec = spec_of(layer, name)
+        assert spec is not None
+        self.shape, self.dtype = spec.shape, spec.dtype
+        self.device = parts_of(layer, spec, name)[0].device
+        self._layer = weakref.ref(layer)
+        self._name = name
+
+    def read(self, rows: Range, columns: Range) -> torch.Tensor:
+        """See :class:`Whole`. Raises CorruptTensorError."""
+        layer = self._layer()
+        assert layer is not None
+        spec = spec_of(layer, self._name)
+        assert spec is not None
+        block = spec.decode(parts_of(layer, spec, self._name), *rows)
+        return block[:, slice(*columns)].contiguous()
+
+    def refuse_write(self) -> None:
+        """Raise CompressedParameterError."""
+        raise CompressedParameterError(
+            f"{self._name}: expected no write to a compressed weight; load others with the engine's reload_weights"
+        )
 
 
 def spec_of(layer: nn.Module, name: str = "weight") -> CompressedSpec | None:
