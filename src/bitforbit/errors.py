@@ -103,6 +103,10 @@ class ModelLoadError(BitforbitError):
     """transformers could not make a model, or a complete one, of the directory."""
 
 
+class ServerError(BitforbitError):
+    """A server that was started here, or one of its processes, ended without being asked to."""
+
+
 class WorkerError(BitforbitError):
     """A process that measured part of a benchmark ended without a result."""
 
