@@ -10,9 +10,10 @@ the same prompt is continued greedily in each of these ways:
     streamed exact      the compressed model, its blocks read ahead: what users get
 
 Every way has the same bytes for its weights, and runs in a process of its own in a memory cgroup that may have those
-bytes and what Python, torch and a tiny model need, page cache included; more is not given, so that what is read again is
-read from disk. Files are taken out of the page cache before. The gate: tokens and bits of logits are those of the BF16
-model in memory. Without the right to make cgroups there is no limit ("limited": false): then the page cache helps
+bytes and what Python, torch and a tiny model need, page cache included; more is not given, so that what is read again
+is read from disk. Files are taken out of the page cache before, and what stays in memory is copied out of the mapped
+files after loading, or reading the rest would evict it. The gate: tokens and bits of logits are those of the
+BF16 model in memory. Without the right to make cgroups there is no limit ("limited": false): then the page cache helps
 whoever reads through it.
 
     python -m benchmarks.offload            minutes, and 6 GB in the cache directory (BITFORBIT_BENCH_CACHE)

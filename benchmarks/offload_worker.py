@@ -59,7 +59,17 @@ def load(task: Task) -> Any:
         options["quantization_config"] = BitforbitConfig()
     if task.budget is not None:
         options |= {"device_map": "auto", "max_memory": {"cpu": task.budget}, "offload_folder": task.folder}
-    return AutoModelForCausalLM.from_pretrained(task.path, **options).eval()
+    model = AutoModelForCausalLM.from_pretrained(task.path, **options).eval()
+    if task.budget is not None:
+        keep(model)
+    return model
+
+
+def keep(model: Any) -> None:
+    """Give what is to stay in memory pages of its own: mapped ones make way for what is read from disk later."""
+    for tensor in {id(t): t for t in (*model.parameters(), *model.buffers())}.values():
+        if tensor.is_cpu:  # not on the meta device: elsewhere
+            tensor.data = tensor.detach().clone()
 
 
 def generate(model: Any, task: Task) -> dict[str, Any]:
@@ -69,7 +79,8 @@ def generate(model: Any, task: Task) -> dict[str, Any]:
     from transformers.generation.streamers import BaseStreamer
 
     class Clock(BaseStreamer):
-        marks: list[tuple[float, int]] = []
+        def __init__(self) -> None:
+            self.marks: list[tuple[float, int]] = []
 
         def put(self, value: torch.Tensor) -> None:
             self.marks.append((time.perf_counter(), bytes_read()))
@@ -78,9 +89,7 @@ def generate(model: Any, task: Task) -> dict[str, Any]:
             pass
 
     clock = Clock()
-    prompt = torch.randint(
-        model.config.vocab_size, (1, task.prompt_tokens), generator=torch.Generator().manual_seed(0)
-    )
+    prompt = torch.randint(model.config.vocab_size, (1, task.prompt_tokens), generator=torch.Generator().manual_seed(0))
     config = GenerationConfig(
         max_new_tokens=task.new_tokens, min_new_tokens=task.new_tokens, do_sample=False, eos_token_id=None,
         pad_token_id=0, output_logits=True, return_dict_in_generate=True,
