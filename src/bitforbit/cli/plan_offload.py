@@ -100,7 +100,7 @@ def _speed(name: str, bandwidth: float) -> str:
 
 def _cells(row: OffloadRow) -> list[str]:
     offload = row.offload
-    slots = f"{offload.slots} x {output.size(offload.slot_bytes)}" if offload.slots else "-"
+    slots = f"{offload.slots}: {output.size(offload.slot_bytes)}"
     speed = "-" if offload.speed is None else f"{offload.speed:,.2f}"
     ratio = "-" if row.over_bf16 is None else f"{row.over_bf16:.2f}x"
     sizes = [output.size(offload.host_bytes), output.size(offload.disk_bytes)]

@@ -1,9 +1,9 @@
 """Models that do not fit: which blocks stay, what the rest takes elsewhere, and how fast blocks can follow each other.
 
 As :mod:`bitforbit.offload` runs them. Blocks are the layers, and the head if it is not the embedding. GPUs are filled
-in the order of use; what is left at the end runs on the first GPU, streamed through a ring of slots there, each as
-large as the largest of these blocks: while a block runs, the next ones are on their way. They come from host memory as
-long as there is room, in the layout that they run from, the others from the files.
+in the order of use; what is left at the end runs on the first GPU, streamed through slots there, for as many of the
+largest of these blocks as there are at a time: while one runs, the next ones are on their way. They come from host
+memory as long as there is room, in the layout that they run from, the others from the files.
 
 The uncompressed model is planned as accelerate runs it: a block's weights are fetched when it is its turn, into room
 for the largest one.
@@ -49,9 +49,10 @@ class Elsewhere:
 class Offload:
     """How a setting that does not fit runs all the same.
 
-    ``resident``: blocks on each GPU; ``streamed``: blocks that are not. ``memory``: of the fullest GPU, slots included
-    in its weights. ``host_bytes`` and ``disk_bytes``: of streamed blocks, where they are kept; ``disk_blocks`` of them
-    are in the files. ``speed``: predicted tokens per second, None where a bandwidth is unknown.
+    ``resident``: blocks on each GPU; ``streamed``: blocks that are not, which pass through ``slots`` slots of
+    ``slot_bytes`` together. ``memory``: of the fullest GPU, slots included in its weights. ``host_bytes`` and
+    ``disk_bytes``: of streamed blocks, where they are kept; ``disk_blocks`` of them are in the files. ``speed``:
+    predicted tokens per second, None where a bandwidth is unknown.
     """
 
     method: str
@@ -169,7 +170,7 @@ class Streaming:
         return found
 
     def _ring(self, streamed: Sequence[_Block]) -> int:
-        return min(self.slots, len(streamed)) * max((block.nbytes for block in streamed), default=0)
+        return sum(sorted((block.nbytes for block in streamed), reverse=True)[: self.slots])
 
     def _offload(self, resident: Sequence[int], memory: Memory, elsewhere: Elsewhere) -> Offload:
         streamed = self.blocks[sum(resident) :]
@@ -190,7 +191,7 @@ class Streaming:
             resident=tuple(resident),
             streamed=len(streamed),
             slots=min(self.slots, len(streamed)),
-            slot_bytes=max((block.nbytes for block in streamed), default=0),
+            slot_bytes=self._ring(streamed),
             memory=memory,
             host_bytes=host_bytes,
             disk_bytes=sum(block.stored for block in on_disk),
