@@ -232,6 +232,14 @@ class ShapeMismatchError(BitforbitError, ValueError):
     """A stored tensor whose shape is not the one that the model's config asks for."""
 
 
+class StreamedModelError(BitforbitError, RuntimeError):
+    """What cannot be done with a model some of whose blocks are in host memory or files until they run."""
+
+
+class BlockReadError(BitforbitError, OSError):
+    """A block of such a model that could not be read when it was to run."""
+
+
 # --- what happened on the way --------------------------------------------------------------------------------
 
 

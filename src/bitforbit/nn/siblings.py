@@ -23,7 +23,7 @@ from torch import nn
 from bitforbit.nn.gpu_specs import TilesSpec
 from bitforbit.nn.spec import Parameters
 from bitforbit.ops import direct
-from bitforbit.ops.gpu import fused, runtime
+from bitforbit.ops.gpu import fused, runtime, volatile
 from bitforbit.ops.gpu.fused import Matrix
 from bitforbit.ops.gpu.runtime import Place
 
@@ -101,6 +101,7 @@ class Sibling:
             or not 0 < x.numel() <= fused.MAX_TOKENS * spec.cols
             or (spec.kind == "F8_E4M3" and x.dtype is not torch.bfloat16)
             or (x.is_inference() and not policy.grouped_in_inference_mode)
+            or volatile.holds(own["tiles__weight"])
         ):
             return spec.linear(x, own, bias, "fused", self.group)
         return _local.calls.linear(self, _member(spec, own, bias), x)

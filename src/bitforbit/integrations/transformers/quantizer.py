@@ -130,6 +130,11 @@ class BitforbitQuantizer(HfQuantizer):
         self.pre_quantized = True
         attach(model)
         siblings.find(model)
+        ahead = self.quantization_config.ahead
+        if ahead is not None and {"cpu", "disk"} & set(getattr(model, "hf_device_map", {}).values()):
+            from bitforbit.integrations.transformers import offload
+
+            offload.stream(model, ahead)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

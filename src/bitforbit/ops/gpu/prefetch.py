@@ -175,6 +175,15 @@ class Prefetcher:
             self._join()
         return out
 
+    def multiply_apart(self, weight: Weight, product: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """As :meth:`multiply`, on the main stream alone. Nothing is remembered of the weight, nor decoded ahead for it."""
+        self.pass_by()
+        self._last = None
+        weight = weight.checked()
+        matrix = weight.matrix(self._streams.empty)
+        weight.decode(self._streams.main, matrix, self._status)
+        return product(matrix)
+
     def discard(self) -> None:
         """Free what was decoded ahead."""
         for key in list(self._ahead):

@@ -14,7 +14,7 @@ from torch.nn import functional
 from bitforbit.errors import UsageError
 from bitforbit.ops import stats
 from bitforbit.ops.checks import Parts, multiplies
-from bitforbit.ops.gpu import queues, slices, status
+from bitforbit.ops.gpu import queues, slices, status, volatile
 from bitforbit.ops.gpu.policy import Policy
 from bitforbit.ops.gpu.prefetch import Prefetcher, Successors
 from bitforbit.ops.gpu.streams import CudaStreams, OneStream, Streams
@@ -122,11 +122,16 @@ def linear(geometry: Geometry, x: torch.Tensor, parts: Parts, bias: torch.Tensor
     check_input(x, cols, geometry.dtype, device)
     word = checked_status(device)
     prefetcher = _prefetcher(device, word)
-    tokens, alone = x.numel() // cols, queues.in_graph_tree(device)
+    tokens, alone, apart = x.numel() // cols, queues.in_graph_tree(device), volatile.holds(parts[0])
 
     def multiply(part: Geometry, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        def product(matrix: torch.Tensor) -> torch.Tensor:
+            return functional.linear(x, matrix.to(x.dtype), bias)
+
         weight = Weight(part, parts)
-        return prefetcher.multiply(weight, tokens, lambda matrix: functional.linear(x, matrix.to(x.dtype), bias), alone)
+        if apart:
+            return prefetcher.multiply_apart(weight, product)
+        return prefetcher.multiply(weight, tokens, product, alone)
 
     step = _rows_of_slice(geometry, x, bias, prefetcher)
     if step == geometry.rows:

@@ -1,0 +1,171 @@
+"""Blocks of a model that a device map has put beside the device that computes: streamed, in the place of accelerate's
+hooks, which fetch tensor by tensor when it is needed.
+
+A block is a decoder layer (``_no_split_modules``) or a leaf such as the head, all of whose parameters are offloaded.
+Embeddings, tied weights, and what else is offloaded stay with accelerate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module, remove_hook_from_module
+from accelerate.utils import send_to_device
+from torch import nn
+from transformers import PreTrainedModel
+
+from bitforbit.format.header import Header, read_header
+from bitforbit.integrations.source import TORCH_DTYPES
+from bitforbit.offload import AHEAD, FileRange, Stream, stream_blocks
+
+_ATTRIBUTE = "_bitforbit_streams"
+
+
+def stream(model: PreTrainedModel, ahead: int = AHEAD) -> list[Stream]:
+    """Stream what accelerate would fetch, block by block. Returns the streams, one per device that computes."""
+    tied = _tied(model)
+    blocks: dict[torch.device, dict[str, nn.Module]] = {}
+    stored: dict[torch.device, dict[str, FileRange]] = {}
+    files = _Files()
+    for name, module in _candidates(model):
+        hooks = [hook for each in module.modules() if (hook := _offloading_hook(each)) is not None]
+        devices = {torch.device(_device(hook.execution_device)) for hook in hooks}
+        names = {f"{name}.{own}": own for own, _ in module.named_parameters()}
+        if len(devices) != 1 or tied & names.keys():
+            continue
+        ranges = _ranges(name, module, hooks, files)
+        if ranges is not None:
+            (device,) = devices
+            blocks.setdefault(device, {})[name] = module
+            stored.setdefault(device, {}).update(ranges)
+    streams = [_start(blocks[device], device, ahead, stored[device]) for device in blocks]
+    model.__dict__[_ATTRIBUTE] = streams
+    return streams
+
+
+def streams_of(model: nn.Module) -> list[Stream]:
+    """The streams of a model's blocks."""
+    return list(model.__dict__.get(_ATTRIBUTE, ()))
+
+
+class BlockHook(ModelHook):
+    """At a streamed block's border: brings its inputs to the device; knows where its parameters are, for saving."""
+
+    def __init__(self, stream: Stream, name: str, hook: AlignDevicesHook) -> None:
+        self.weights_map: Mapping[str, torch.Tensor] = stream.tensors(name)
+        self._stream = stream
+        self._name = name
+        self._skip_keys = hook.skip_keys
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """See ModelHook."""
+        device = self._stream.device
+        return send_to_device(args, device), send_to_device(kwargs, device, skip_keys=self._skip_keys)
+
+    def detach_hook(self, module: nn.Module) -> nn.Module:
+        """See ModelHook: whoever takes the hooks away, such as PEFT, gets the block as accelerate had found it."""
+        self._stream.remove(self._name)
+        return module
+
+
+def _start(
+    blocks: dict[str, nn.Module], device: torch.device, ahead: int, stored: Mapping[str, FileRange]
+) -> Stream:
+    borders: dict[str, AlignDevicesHook] = {}
+    for name, module in blocks.items():
+        for each in module.modules():
+            hook = _offloading_hook(each)
+            remove_hook_from_module(each)  # which brings back what is in host memory
+            if hook is not None:
+                borders.setdefault(name, hook)
+                for own in each._parameters:
+                    hook.weights_map.dataset.state_dict.pop(f"{hook.weights_map.prefix}{own}", None)
+        module.requires_grad_(False)
+    started = stream_blocks(blocks, device, ahead=ahead, stored=stored)
+    for name, module in blocks.items():
+        add_hook_to_module(module, BlockHook(started, name, borders[name]))
+    return started
+
+
+def _candidates(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that can be blocks, all of whose parameters are offloaded, in the order of the model."""
+    classes = set(getattr(model, "_no_split_modules", None) or ())
+
+    def visit(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        parameters = list(module.parameters())
+        if not parameters or isinstance(module, nn.Embedding):
+            return
+        is_block = type(module).__name__ in classes or not any(True for _ in module.children())
+        if name and is_block and all(p.is_meta for p in parameters) and _all_hooked(module):
+            if any(p.dim() > 1 or p.dtype == torch.uint8 for p in parameters):
+                yield name, module
+            return
+        for own, child in module.named_children():
+            yield from visit(f"{name}.{own}" if name else own, child)
+
+    yield from visit("", model)
+
+
+def _all_hooked(module: nn.Module) -> bool:
+    return all(
+        _offloading_hook(each) is not None for each in module.modules() if any(p is not None for p in each._parameters.values())
+    )
+
+
+def _offloading_hook(module: nn.Module) -> AlignDevicesHook | None:
+    hook = getattr(module, "_hf_hook", None)
+    hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
+    for each in hooks:
+        if isinstance(each, AlignDevicesHook) and each.offload and hasattr(each.weights_map, "dataset"):
+            return each
+    return None
+
+
+def _device(place: Any) -> Any:
+    return torch.device("cuda", place) if isinstance(place, int) else place
+
+
+def _tied(model: PreTrainedModel) -> set[str]:
+    ties: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    return {*ties, *ties.values()}
+
+
+class _Files:
+    """Headers of safetensors files, each read once."""
+
+    def __init__(self) -> None:
+        self._headers: dict[str, Header] = {}
+
+    def find(self, info: Mapping[str, str], parameter: nn.Parameter) -> FileRange | None:
+        """Where the bytes of a parameter lie; None unless they are there as they are wanted."""
+        path = info.get("safetensors_file")
+        if path is None:
+            return None
+        if path not in self._headers:
+            self._headers[path] = read_header(path)
+        header, name = self._headers[path], info["weight_name"]
+        for entry in header.tensors:
+            if entry.name == name:
+                same = TORCH_DTYPES.get(entry.dtype) == parameter.dtype and entry.shape == tuple(parameter.shape)
+                return FileRange(Path(path), header.data_start + entry.begin, entry.nbytes) if same else None
+        return None
+
+
+def _ranges(
+    name: str, module: nn.Module, hooks: Iterable[AlignDevicesHook], files: _Files
+) -> dict[str, FileRange] | None:
+    """Where the parameters of a block lie that are in files; None if it cannot be told."""
+    (loader,) = {id(hook.weights_map.dataset): hook.weights_map.dataset for hook in hooks}.values()
+    found: dict[str, FileRange] = {}
+    for own, parameter in module.named_parameters():
+        full = f"{name}.{own}"
+        if full in loader.state_dict:
+            continue
+        place = files.find(loader.index.get(full, {}), parameter)
+        if place is None:
+            return None
+        found[full] = place
+    return found
