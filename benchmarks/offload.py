@@ -41,7 +41,7 @@ from bitforbit.integrations.generation.directory import ModelDirectory
 from bitforbit.integrations.generation.measure import Workload
 
 IN_MEMORY = "in memory"
-WAYS = ("accelerate BF16", "accelerate exact")
+WAYS = ("accelerate BF16", "streamed BF16", "accelerate exact", "streamed exact")
 READ_BYTES = 1 << 23
 TIMEOUT_SECONDS = 300
 

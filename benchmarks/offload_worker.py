@@ -15,8 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-WAYS = ("in memory", "accelerate BF16", "accelerate exact")
-
 
 @dataclass(frozen=True)
 class Task:
@@ -34,7 +32,11 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """``bytes_per_token``: read from disk after the first token; ``blocks``: of the decoder, by where they are kept."""
+    """``bytes_per_token``: read from disk after the first token; ``blocks``: of the decoder, by where they are kept.
+
+    ``slot_bytes``: memory that streamed blocks pass through; ``late``: of the blocks that were fetched those that
+    nobody had asked for before they were to run.
+    """
 
     tokens: list[int]
     digest: str
@@ -46,23 +48,44 @@ class Outcome:
     peak_rss: int | None
     peak_group: int | None
     blocks: dict[str, int]
+    slot_bytes: int
+    late: int
 
 
 def load(task: Task) -> Any:
     """The model, where the way and the budget put it."""
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {"dtype": "auto"}
-    if task.way.endswith("exact"):
-        from bitforbit import BitforbitConfig
+    from bitforbit import BitforbitConfig
+    from bitforbit.integrations.transformers import offload
+    from bitforbit.offload import AHEAD
 
-        options["quantization_config"] = BitforbitConfig()
+    how, _, weights = task.way.partition(" ")
+    options: dict[str, Any] = {"dtype": "auto"}
+    if weights == "exact":
+        options["quantization_config"] = BitforbitConfig(**({} if how == "streamed" else {"ahead": None}))
     if task.budget is not None:
-        options |= {"device_map": "auto", "max_memory": {"cpu": task.budget}, "offload_folder": task.folder}
+        room = task.budget
+        if task.way == "streamed BF16":
+            # accelerate leaves room for one block; compressed models see to theirs by themselves.
+            room -= AHEAD * largest_block(task.path)
+        options |= {"device_map": "auto", "max_memory": {"cpu": room}, "offload_folder": task.folder}
     model = AutoModelForCausalLM.from_pretrained(task.path, **options).eval()
+    if task.way == "streamed BF16":
+        offload.stream(model, AHEAD)
     if task.budget is not None:
         keep(model)
     return model
+
+
+def largest_block(path: str) -> int:
+    """Bytes of the largest decoder layer of a plain model."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.bfloat16)
+    return max(sum(2 * p.numel() for p in layer.parameters()) for layer in model.get_decoder().layers)
 
 
 def keep(model: Any) -> None:
@@ -139,6 +162,7 @@ def measure(task: Task) -> Outcome:
     from benchmarks.memory_limit import Group
     from bitforbit.integrations.generation import memory
     from bitforbit.integrations.generation.load import quiet_transformers
+    from bitforbit.integrations.transformers.offload import streams_of
 
     quiet_transformers()
     begin = time.perf_counter()
@@ -156,6 +180,8 @@ def measure(task: Task) -> Outcome:
         peak_rss=memory.peak_bytes() if was_reset else None,
         peak_group=None if task.group is None else Group(Path(task.group)).peak_bytes(),
         blocks=blocks(model),
+        slot_bytes=sum(stream.slot_bytes for stream in streams_of(model)),
+        late=sum(stream.fetched[1] for stream in streams_of(model)),
     )
 
 
