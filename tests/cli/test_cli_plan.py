@@ -199,7 +199,21 @@ def test_the_hub(hub: Hub, run: Run, tmp_path: Path) -> None:
     assert not list((tmp_path / "hf").rglob("*.safetensors"))
     missing = run("plan", "maker/none", **environment)
     assert missing.returncode == 2
-    assert "maker/none: neither a local path nor a model on the Hub" in missing.stderr
+    assert "maker/none: neither a local path nor a public model on the Hub" in missing.stderr
+
+
+def test_without_network(hub: Hub, run: Run) -> None:
+    """What was asked for before is known still; else one line says that the Hub cannot be reached, at once."""
+    environment = {"HF_ENDPOINT": hub.url, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_XET": "1"}
+    assert run("plan", "maker/tiny", "--json", **environment).returncode == 0
+    environment["HF_ENDPOINT"] = "http://127.0.0.1:9"
+    again = run("plan", "maker/tiny", "--json", **environment)
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["sizes_from"] == "config.json"
+    never = run("plan", "maker/none", **environment)
+    assert never.returncode == 2
+    assert "the Hub cannot be reached" in never.stderr
+    assert len(never.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,13 @@ def command(
     reserve: Annotated[
         float | None, typer.Option("--reserve", metavar="GB", min=0, help="Kept free on each GPU; default 0.9, CPU 0.")
     ] = None,
+    host: Annotated[
+        str | None, typer.Option("--host", metavar="SIZE", help="Memory for blocks off the GPUs: 64GB; else enough.")
+    ] = None,
+    link: Annotated[
+        float | None, typer.Option("--link", metavar="GB/s", help="From there to a GPU; default: its data sheet's.")
+    ] = None,
+    disk: Annotated[float | None, typer.Option("--disk", metavar="GB/s", help="Of the disk; 3.5 assumed.")] = None,
     plot: Annotated[
         Path | None,
         typer.Option("--plot", metavar="FILE.png", help="Save a picture: memory by setting and context."),
@@ -70,6 +77,7 @@ def command(
 
     Nothing is loaded or run. Sizes are of the fullest GPU; tokens/s are upper estimates from bytes moved.
     """
+    from bitforbit.cli import plan_offload
     from bitforbit.cli.plan_source import read
     from bitforbit.planner import make_plan
 
@@ -85,7 +93,7 @@ def command(
     shape = read(model)
     request = _request(shape, gpu, _split(shape, gpus, tensor, pipeline), context, batch, chunk, mode, bits, reserve,
                        _caches(kv, kv_group, kv_residual, kv_sink))  # fmt: skip
-    plan = make_plan(request)
+    plan = make_plan(plan_offload.beside(request, host, link, disk))
     if json:
         output.print_json(_facts(model, plan))
     else:
@@ -169,6 +177,8 @@ def _show_gpus(json: bool) -> None:
 
 
 def _facts(model: str, plan: Plan) -> dict[str, Any]:
+    from bitforbit.cli import plan_offload
+
     request, shape = plan.request, plan.request.shape
     return {
         "model": model,
@@ -186,6 +196,7 @@ def _facts(model: str, plan: Plan) -> dict[str, Any]:
         "pipeline_parallel": request.split.pipeline,
         "batch": request.batch,
         "settings": [_row_facts(row) for row in plan.rows],
+        **plan_offload.facts(plan),
         "fits": any(row.fits for row in plan.rows),
         "advice": list(plan.advice),
         "notes": _notes(plan),
@@ -231,6 +242,7 @@ def _disk_bytes(shape: Shape) -> tuple[int | None, str]:
 
 
 def _show(model: str, plan: Plan) -> None:
+    from bitforbit.cli import plan_offload
     from bitforbit.planner.plan import describe
 
     request, shape = plan.request, plan.request.shape
@@ -262,6 +274,7 @@ def _show(model: str, plan: Plan) -> None:
     lossy = ", ".join(dict.fromkeys(row.kv for row in plan.rows if row.lossy))
     if lossy:
         output.print_line(f"KV {lossy}: lossy.")
+    plan_offload.show(plan)
     for line in _notes(plan):
         output.print_line(f"note: {line}")
     for line in plan.advice:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bitforbit.cli.source import HUB_MODEL
+from bitforbit.cli.source import HUB_MODEL, HubUnreachableError, from_cache, hub_info
 from bitforbit.errors import MissingDependencyError, PlanError, SourceNotFoundError
 
 if TYPE_CHECKING:
@@ -43,10 +43,13 @@ def _from_hub(repo: str, revision: str | None) -> Shape:
 
     network_error: type[Exception] = errors.HfHubHTTPError.__bases__[0]  # of the HTTP library that it uses
     try:
+        hub_info(repo, revision)
         config = Path(huggingface_hub.hf_hub_download(repo, "config.json", revision=revision))
+    except HubUnreachableError as e:
+        return _from_cache(repo, revision, e)
     except (network_error, OSError, ValueError) as e:
         reason = str(e).strip().partition("\n")[0]
-        raise SourceNotFoundError(f"{repo}: neither a local path nor a model on the Hub ({reason})") from None
+        raise SourceNotFoundError(f"{repo}: the model is on the Hub, but its config.json is not ({reason})") from None
     fields = _object(config)
     if "quantization_config" not in fields and "dfloat11_config" not in fields:
         try:
@@ -62,6 +65,24 @@ def _from_hub(repo: str, revision: str | None) -> Shape:
         return read_shape(config)
     except PlanError as e:
         return _from_transformers(config, e)
+
+
+def _from_cache(repo: str, revision: str | None, error: Exception) -> Shape:
+    """Of what was fetched before: all of it, or the config alone. Raises SourceNotFoundError."""
+    import huggingface_hub
+
+    from bitforbit.planner import read_shape
+
+    try:
+        return read_shape(from_cache(repo, revision, error))
+    except SourceNotFoundError:
+        config = huggingface_hub.try_to_load_from_cache(repo, "config.json", revision=revision)
+        if not isinstance(config, str):
+            raise
+    try:
+        return read_shape(Path(config))
+    except PlanError as e:
+        return _from_transformers(Path(config), e)
 
 
 def _object(config: Path) -> dict[str, Any]:

@@ -65,6 +65,31 @@ def needed(names: Sequence[str]) -> list[str]:
     return chosen
 
 
+class HubUnreachableError(Exception):
+    """Nothing is known of the model; what is cached may serve."""
+
+
+def hub_info(repo: str, revision: str | None) -> Any:
+    """What the Hub knows of a model. Asks once. Raises SourceNotFoundError, which says why, or HubUnreachableError."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    network_error: type[Exception] = errors.HfHubHTTPError.__bases__[0]  # of the HTTP library that it uses
+    name = f"{repo}@{revision}" if revision else repo
+    try:
+        return huggingface_hub.HfApi().model_info(repo, revision=revision)
+    except errors.GatedRepoError:
+        raise SourceNotFoundError(f"{name}: access to it must be granted on the Hub; then: hf auth login") from None
+    except errors.RepositoryNotFoundError:
+        raise SourceNotFoundError(f"{name}: neither a local path nor a public model on the Hub") from None
+    except errors.RevisionNotFoundError:
+        raise SourceNotFoundError(f"{name}: the model is on the Hub, but has no such revision") from None
+    except errors.HFValidationError as e:
+        raise SourceNotFoundError(f"{name}: neither a local path nor the name of a model on the Hub ({e})") from None
+    except (network_error, OSError) as e:
+        raise HubUnreachableError(str(e)) from e
+
+
 def _fetch(repo: str, revision: str | None, silent: bool) -> Path:
     try:
         import huggingface_hub
@@ -78,17 +103,9 @@ def _fetch(repo: str, revision: str | None, silent: bool) -> Path:
     network_error: type[Exception] = errors.HfHubHTTPError.__bases__[0]  # of the HTTP library that it uses
     name = f"{repo}@{revision}" if revision else repo
     try:
-        info: Any = huggingface_hub.HfApi().model_info(repo, revision=revision)
-    except errors.GatedRepoError:
-        raise SourceNotFoundError(f"{name}: access to it must be granted on the Hub; then: hf auth login") from None
-    except errors.RepositoryNotFoundError:
-        raise SourceNotFoundError(f"{name}: neither a local path nor a public model on the Hub") from None
-    except errors.RevisionNotFoundError:
-        raise SourceNotFoundError(f"{name}: the model is on the Hub, but has no such revision") from None
-    except errors.HFValidationError as e:
-        raise SourceNotFoundError(f"{name}: neither a local path nor the name of a model on the Hub ({e})") from None
-    except (network_error, OSError) as e:
-        return _from_cache(repo, revision, name, e)
+        info = hub_info(repo, revision)
+    except HubUnreachableError as e:
+        return from_cache(repo, revision, e)
     names = [file.rfilename for file in info.siblings or ()]
     _check_kind(name, names)
     patterns = [glob.escape(file) for file in needed(names)]
@@ -107,8 +124,11 @@ def _check_kind(name: str, files: Sequence[str]) -> None:
         raise SourceNotFoundError(f"{name}: expected a model with .safetensors files, got none")
 
 
-def _from_cache(repo: str, revision: str | None, name: str, error: Exception) -> Path:
+def from_cache(repo: str, revision: str | None, error: Exception) -> Path:
+    """A complete copy in the Hub's cache. Raises SourceNotFoundError, which says why the Hub was of no help."""
     import huggingface_hub
+
+    name = f"{repo}@{revision}" if revision else repo
 
     # The names of the model's files are not known here, so the choice of needed() is spelled as patterns.
     wanted = [*(f"*{suffix}" for suffix in (_WEIGHTS, *_SUFFIXES)), *(f"{stem}*" for stem in _STEMS)]

@@ -5,15 +5,18 @@ from bitforbit.planner.checkpoint import read_shape
 from bitforbit.planner.families import from_config
 from bitforbit.planner.gpus import GPUS, Gpu, find_gpu
 from bitforbit.planner.memory import Load, Memory, Split, Stage
-from bitforbit.planner.plan import RESERVE, Plan, Request, Row, make_plan
+from bitforbit.planner.offload import Elsewhere, Offload
+from bitforbit.planner.plan import DISK, RESERVE, OffloadRow, Plan, Request, Row, make_plan
 from bitforbit.planner.shapes import Dimensions, Layer, Matrix, Shape
 from bitforbit.planner.weights import METHODS, Storage
 
 __all__ = [
+    "DISK",
     "GPUS",
     "METHODS",
     "RESERVE",
     "Dimensions",
+    "Elsewhere",
     "Gpu",
     "KvSetting",
     "Layer",
@@ -21,6 +24,8 @@ __all__ = [
     "Load",
     "Matrix",
     "Memory",
+    "Offload",
+    "OffloadRow",
     "Plan",
     "Request",
     "Row",

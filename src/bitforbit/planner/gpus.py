@@ -1,8 +1,9 @@
 """GPUs by name: memory and bandwidth from the makers' data sheets.
 
 Memory: a data sheet's "80 GB" are 80 * 2^30 bytes of chips. Bandwidths are the data sheets' too; no program reaches
-them. Sources: NVIDIA's data sheets of H200, H100 (SXM, PCIe, NVL), A100 (40 and 80 GB), L40S, L4, A10, RTX A6000, RTX
-A5000, RTX 6000 Ada; of HGX B200 for B200; the product pages of the GeForce cards.
+them. So is the link to the host: 16 lanes of PCIe, of which the data sheets give both directions together. Sources:
+NVIDIA's data sheets of H200, H100 (SXM, PCIe, NVL), A100 (40 and 80 GB), L40S, L4, A10, RTX A6000, RTX A5000, RTX 6000
+Ada; of HGX B200 for B200; the product pages of the GeForce cards.
 """
 
 from __future__ import annotations
@@ -14,19 +15,23 @@ from bitforbit.errors import PlanError
 from bitforbit.iomodel.machine import Level, Machine
 
 _GIB = 1 << 30
+PCIE4, PCIE5 = 3.2e10, 6.4e10
+"""Bytes per second over 16 lanes of PCIe, in one direction."""
 
 
 @dataclass(frozen=True)
 class Gpu:
     """A device: ``memory`` in bytes, its ``bandwidth`` in bytes per second, None if unknown.
 
-    ``tiles``: compressed weights lie there as tiles, as on GPUs, not as planes, as on CPUs.
+    ``tiles``: compressed weights lie there as tiles, as on GPUs, not as planes, as on CPUs. ``link``: bytes per second
+    from host memory, None if unknown.
     """
 
     name: str
     memory: int
     bandwidth: float | None = None
     tiles: bool = True
+    link: float | None = None
 
     @property
     def machine(self) -> Machine:
@@ -35,24 +40,24 @@ class Gpu:
 
 
 GPUS = (
-    Gpu("B200", 180 * _GIB, 8.0e12),
-    Gpu("H200", 141 * _GIB, 4.8e12),
-    Gpu("H100", 80 * _GIB, 3.35e12),
-    Gpu("H100-PCIe", 80 * _GIB, 2.0e12),
-    Gpu("H100-NVL", 94 * _GIB, 3.9e12),
-    Gpu("A100", 80 * _GIB, 2.039e12),
-    Gpu("A100-PCIe", 80 * _GIB, 1.935e12),
-    Gpu("A100-40GB", 40 * _GIB, 1.555e12),
-    Gpu("L40S", 48 * _GIB, 8.64e11),
-    Gpu("L4", 24 * _GIB, 3.0e11),
-    Gpu("A10", 24 * _GIB, 6.0e11),
-    Gpu("A6000", 48 * _GIB, 7.68e11),
-    Gpu("A5000", 24 * _GIB, 7.68e11),
-    Gpu("RTX6000Ada", 48 * _GIB, 9.6e11),
-    Gpu("RTX5090", 32 * _GIB, 1.792e12),
-    Gpu("RTX4090", 24 * _GIB, 1.008e12),
-    Gpu("RTX4080", 16 * _GIB, 7.168e11),
-    Gpu("RTX3090", 24 * _GIB, 9.36e11),
+    Gpu("B200", 180 * _GIB, 8.0e12, link=PCIE5),
+    Gpu("H200", 141 * _GIB, 4.8e12, link=PCIE5),
+    Gpu("H100", 80 * _GIB, 3.35e12, link=PCIE5),
+    Gpu("H100-PCIe", 80 * _GIB, 2.0e12, link=PCIE5),
+    Gpu("H100-NVL", 94 * _GIB, 3.9e12, link=PCIE5),
+    Gpu("A100", 80 * _GIB, 2.039e12, link=PCIE4),
+    Gpu("A100-PCIe", 80 * _GIB, 1.935e12, link=PCIE4),
+    Gpu("A100-40GB", 40 * _GIB, 1.555e12, link=PCIE4),
+    Gpu("L40S", 48 * _GIB, 8.64e11, link=PCIE4),
+    Gpu("L4", 24 * _GIB, 3.0e11, link=PCIE4),
+    Gpu("A10", 24 * _GIB, 6.0e11, link=PCIE4),
+    Gpu("A6000", 48 * _GIB, 7.68e11, link=PCIE4),
+    Gpu("A5000", 24 * _GIB, 7.68e11, link=PCIE4),
+    Gpu("RTX6000Ada", 48 * _GIB, 9.6e11, link=PCIE4),
+    Gpu("RTX5090", 32 * _GIB, 1.792e12, link=PCIE5),
+    Gpu("RTX4090", 24 * _GIB, 1.008e12, link=PCIE4),
+    Gpu("RTX4080", 16 * _GIB, 7.168e11, link=PCIE4),
+    Gpu("RTX3090", 24 * _GIB, 9.36e11, link=PCIE4),
 )
 """Those that bitforbit's kernels are for (compute capability 8.0 and newer)."""
 
@@ -67,8 +72,8 @@ def find_gpu(text: str) -> Gpu:
     """
     cpu = _CPU_SIZE.fullmatch(text.strip())
     if cpu is not None:
-        return Gpu("CPU", _size(cpu["size"]) or _this_memory(), tiles=False)
-    nbytes = _size(text)
+        return Gpu("CPU", parse_size(cpu["size"]) or _this_memory(), tiles=False)
+    nbytes = parse_size(text)
     if nbytes is not None:
         return Gpu(text.strip(), nbytes)
     wanted = _plain(text)
@@ -81,7 +86,8 @@ def find_gpu(text: str) -> Gpu:
     )
 
 
-def _size(text: str | None) -> int | None:
+def parse_size(text: str | None) -> int | None:
+    """Bytes of ``"80GB"`` or ``"80GiB"``; None if it is no such size."""
     match = _SIZE.fullmatch((text or "").strip())
     if match is None:
         return None

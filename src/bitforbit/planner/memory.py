@@ -92,11 +92,17 @@ class Load:
 class Stage:
     """The layers of one group of GPUs, and what one of these GPUs holds."""
 
-    def __init__(self, shape: Shape, split: Split, index: int, storage: Storage, kv: KvSetting) -> None:
-        """``index``: of the group. Raises KvSpecError for heads that the cache has no groups for."""
+    def __init__(
+        self, shape: Shape, split: Split, index: int, storage: Storage, kv: KvSetting,
+        layers: Sequence[Layer] | None = None,
+    ) -> None:  # fmt: skip
+        """``index``: of the group; ``layers``: others than its own. Raises KvSpecError for heads that the cache has no
+        groups for.
+        """
         self.shape, self.split, self.storage = shape, split, storage
         self.first, self.last = index == 0, index == split.pipeline - 1
-        self.layers: Sequence[Layer] = [shape.layers[i] for i in split.stages(shape)[index]]
+        own = [shape.layers[i] for i in split.stages(shape)[index]] if layers is None else layers
+        self.layers: Sequence[Layer] = own
         d = shape.dimensions
         heads = max(1, d.kv_heads // split.tensor)
         item = max(2, ITEM_BYTES[d.dtype])  # of activations: FP8 models compute in 16 bits

@@ -9,6 +9,7 @@ from bitforbit.errors import KvSpecError, PlanError, UsageError
 from bitforbit.planner.cache import KvSetting
 from bitforbit.planner.gpus import Gpu
 from bitforbit.planner.memory import Load, Memory, Split, Stage
+from bitforbit.planner.offload import Elsewhere, Offload, Streaming
 from bitforbit.planner.shapes import Shape
 from bitforbit.planner.speed import tokens_per_second
 from bitforbit.planner.weights import Storage, UnknownSizeError
@@ -21,6 +22,9 @@ is kept free unless asked for."""
 
 LONGEST = 1 << 30
 """Tokens beyond which nobody asks."""
+
+DISK = 3.5e9
+"""Bytes per second of a disk of which nothing is known: what the data sheets of many NVMe drives say (PCIe 3.0)."""
 
 ONE = Split()
 _MOST_GPUS = 64
@@ -40,6 +44,13 @@ class Request:
     caches: tuple[KvSetting, ...] = (KvSetting("16"),)
     bits: float | None = None
     reserve: int | None = None
+    elsewhere: Elsewhere | None = None
+    """What there is beside GPUs; None: as much host memory as it takes, PCIe as the data sheet says, a usual disk."""
+
+    @property
+    def beside(self) -> Elsewhere:
+        """The same, never None."""
+        return Elsewhere(link=self.gpu.link, disk=DISK) if self.elsewhere is None else self.elsewhere
 
     @property
     def capacity(self) -> int:
@@ -48,6 +59,12 @@ class Request:
         if not 0 <= reserve < self.gpu.memory:
             raise PlanError(f"--reserve: expected less than {self.gpu.memory} bytes ({self.gpu.name}), got {reserve}")
         return self.gpu.memory - reserve
+
+    def bits_of(self, method: str) -> float | None:
+        """Bits per weight that were asked for, or that a checkpoint has, in place of those known here."""
+        if method == "bf16":
+            return None
+        return self.shape.df11_bits if self.bits is None and method == "df11" else self.bits
 
 
 @dataclass(frozen=True)
@@ -68,12 +85,23 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """``advice``: what to change, nearest first, if nothing fits; empty if something does."""
+    """``offload``: settings that do not fit, with blocks elsewhere. ``advice``: what to change, nearest first, if
+    nothing fits; empty if something does.
+    """
 
     request: Request
     rows: tuple[Row, ...]
     skipped: tuple[str, ...]
     advice: tuple[str, ...]
+    offload: tuple[OffloadRow, ...] = ()
+
+
+@dataclass(frozen=True)
+class OffloadRow:
+    """``over_bf16``: predicted speed over that of the uncompressed model with the same cache, None if unknown."""
+
+    offload: Offload
+    over_bf16: float | None
 
 
 def make_plan(request: Request) -> Plan:
@@ -95,14 +123,44 @@ def make_plan(request: Request) -> Plan:
                 skipped.append(f"{f'KV {kv.name}' if isinstance(e, KvSpecError) else method}: {e}")
     if error is not None and not rows:
         raise error
-    return Plan(request, tuple(rows), tuple(dict.fromkeys(skipped)), tuple(_advice(request, rows)))
+    offload = _offload_rows(request, rows)
+    advice = _advice(request, rows, offload)
+    return Plan(request, tuple(rows), tuple(dict.fromkeys(skipped)), tuple(advice), tuple(offload))
+
+
+def streaming_of(request: Request, method: str, kv: KvSetting, context: int) -> Streaming:
+    """The model under one setting, as far as it is streamed. Raises KvSpecError and UnknownSizeError."""
+    storage = Storage(method, request.shape.dimensions.dtype, request.gpu.tiles, request.bits_of(method))
+    load = Load(context, request.batch, request.call)
+    return Streaming(request.shape, request.split.pipeline, storage, kv, load, request.gpu)
+
+
+def _offload_rows(request: Request, rows: Sequence[Row]) -> list[OffloadRow]:
+    """Of the settings that do not fit those that run with blocks elsewhere."""
+    found: list[OffloadRow] = []
+    if request.split.tensor > 1:
+        return found
+    caches = {kv.name: kv for kv in request.caches}
+
+    def plan(method: str, kv: str, context: int) -> Offload | None:
+        streaming = streaming_of(request, method, caches[kv], context)
+        return streaming.plan(request.capacity, request.beside)
+
+    for row in rows:
+        if row.fits or row.method == "df11":
+            continue
+        made = plan(row.method, row.kv, row.context)
+        if made is None:
+            continue
+        plain = made if row.method == "bf16" else plan("bf16", row.kv, row.context)
+        theirs = None if plain is None else plain.speed
+        found.append(OffloadRow(made, made.speed / theirs if made.speed and theirs else None))
+    return found
 
 
 def stages_of(request: Request, method: str, kv: KvSetting) -> list[Stage]:
     """The groups of GPUs under one setting. Raises KvSpecError."""
-    dtype = request.shape.dimensions.dtype
-    bits = request.shape.df11_bits if request.bits is None and method == "df11" else request.bits
-    storage = Storage(method, dtype, request.gpu.tiles, bits if method != "bf16" else None)
+    storage = Storage(method, request.shape.dimensions.dtype, request.gpu.tiles, request.bits_of(method))
     return [Stage(request.shape, request.split, i, storage, kv) for i in range(request.split.pipeline)]
 
 
@@ -152,7 +210,7 @@ def _all_weights(request: Request, method: str) -> int:
     return stages_of(whole, method, KvSetting("16"))[0].weights
 
 
-def _advice(request: Request, rows: Sequence[Row]) -> list[str]:
+def _advice(request: Request, rows: Sequence[Row], offload: Sequence[OffloadRow]) -> list[str]:
     """The nearest plans that fit, if none of these does."""
     if any(row.fits for row in rows):
         return []
@@ -167,6 +225,7 @@ def _advice(request: Request, rows: Sequence[Row]) -> list[str]:
     other = _other_cache(request, rows)
     if other:
         advice.append(other)
+    advice += _offload_advice(request, rows, offload)
     for count in range(request.split.gpus + 1, _MOST_GPUS + 1):
         split = split_over(request.shape, count, tensor=request.split.tensor > 1)
         if split is not None and _some_fit(replace(request, split=split)):
@@ -175,6 +234,28 @@ def _advice(request: Request, rows: Sequence[Row]) -> list[str]:
     if not advice:
         advice.append(f"no number of such GPUs up to {_MOST_GPUS} fits; take larger ones, or a smaller model")
     return advice
+
+
+def _offload_advice(request: Request, rows: Sequence[Row], offload: Sequence[OffloadRow]) -> list[str]:
+    """The fastest way with blocks elsewhere; where there is none, how many tokens would have one."""
+    if offload:
+        best = max((row.offload for row in offload), key=lambda each: (each.speed or 0, sum(each.resident)))
+        where = "on GPUs" if request.gpu.tiles else "in memory"
+        return [f"offload fits: {best.method}, KV {best.kv}, {sum(best.resident)} of {best.blocks} blocks {where}"]
+    best_tokens, best_row = 0, None
+    for row in rows if request.split.tensor == 1 else ():
+        if row.method == "df11":
+            continue
+        kv = next(each for each in request.caches if each.name == row.kv)
+
+        def fits(tokens: int, method: str = row.method, kv: KvSetting = kv) -> bool:
+            made = streaming_of(request, method, kv, tokens).plan(request.capacity, request.beside)
+            return tokens < row.context and made is not None  # noqa: B023  (called in this round only)
+
+        tokens = _largest(fits)
+        if tokens > best_tokens:
+            best_tokens, best_row = tokens, row
+    return [f"{best_tokens:,} tokens fit with offload and {_name(best_row)}"] if best_row is not None else []
 
 
 def _other_cache(request: Request, rows: Sequence[Row]) -> str:
