@@ -122,14 +122,14 @@ __device__ __forceinline__ void scale_query(const Query& query, const u8* gmem_p
   for (u32 i = 0; i < kSteps; ++i) {
     const uint2 raw = __ldg(reinterpret_cast<const uint2*>(gmem_scale + 16 * i));
     const u32 scale[2] = {raw.x, raw.y};
-    u32 (&high)[2] = scaled.high.pair[i], (&rest)[2] = scaled.rest.pair[i];
 #pragma unroll
     for (u32 k = 0; k < 2; ++k) {
-      high[k] = multiply_pairs(query.pair[i][k], scale[k]);
-      rest[k] = lost_pairs(query.pair[i][k], scale[k], high[k]);
+      const u32 high = multiply_pairs(query.pair[i][k], scale[k]);
+      scaled.high.pair[i][k] = high;
+      scaled.rest.pair[i][k] = lost_pairs(query.pair[i][k], scale[k], high);
     }
-    add_offsets<kKeyBits>(first, high[0], high[1]);
-    add_offsets<kKeyBits>(first, rest[0], rest[1]);
+    add_offsets<kKeyBits>(first, scaled.high.pair[i][0], scaled.high.pair[i][1]);
+    add_offsets<kKeyBits>(first, scaled.rest.pair[i][0], scaled.rest.pair[i][1]);
   }
 }
 
