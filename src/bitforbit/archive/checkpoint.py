@@ -15,7 +15,7 @@ from bitforbit import dtypes, tensors
 from bitforbit.archive import indexing
 from bitforbit.archive.indexing import Index
 from bitforbit.archive.pipeline import Pipeline
-from bitforbit.archive.ranges import Range, Region, read_plain
+from bitforbit.archive.ranges import Range, Region, file_reader, read_plain
 from bitforbit.archive.rewrite import load_object
 from bitforbit.archive.shard_reader import ShardReader
 from bitforbit.archive.source import df11_config, refuse_kind
@@ -110,7 +110,8 @@ class Checkpoint:
         """A tensor of which parts can be read by indexing it.
 
         The checksums cover whole tensors. With ``check`` every reading compares that of the stored bytes, which
-        reads all of them; without, damaged data may come out as wrong numbers: ``bitforbit verify`` finds them.
+        reads all of them into memory; without, damaged data may come out as wrong numbers, which ``bitforbit verify``
+        finds.
         """
         return TensorSlice(self, self._entry(name), check)
 
@@ -211,7 +212,7 @@ class _File:
             self._reader.part(self._open(), entry, region, out, check=check)
         else:
             at = self.original.data_start + entry.begin
-            read_plain(self._open(), at, region, out, f"{self.path}, tensor {entry.name!r}")
+            read_plain(file_reader(self._open(), at, f"{self.path}, tensor {entry.name!r}"), region, out)
 
 
 def _files(path: Path) -> list[Path]:
