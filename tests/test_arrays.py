@@ -215,3 +215,8 @@ def test_public_names_are_lazy() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="nonsense"):
         _ = bitforbit.nonsense
+
+
+def test_modules_need_no_import_of_their_own() -> None:
+    code = "import bitforbit; bitforbit.nn.set_layout, bitforbit.ops.gpu, bitforbit.attention, bitforbit.iomodel, bitforbit.kv"
+    subprocess.run([sys.executable, "-c", code], check=True)
