@@ -218,5 +218,5 @@ def test_public_names_are_lazy() -> None:
 
 
 def test_modules_need_no_import_of_their_own() -> None:
-    code = "import bitforbit; bitforbit.nn.set_layout, bitforbit.ops.gpu, bitforbit.attention, bitforbit.iomodel, bitforbit.kv"
+    code = "import bitforbit as b; b.nn.set_layout, b.ops.gpu, b.attention, b.cpu, b.iomodel, b.kv"
     subprocess.run([sys.executable, "-c", code], check=True)
