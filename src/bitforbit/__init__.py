@@ -69,3 +69,8 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+# torch does this by an entry point, which a source tree does not have, and which can be turned off: compressed models
+# would then load with random weights. Standard library only, unless transformers is there already.
+importlib.import_module("bitforbit.integrations.autoload").autoload()
