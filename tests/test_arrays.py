@@ -215,3 +215,8 @@ def test_public_names_are_lazy() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="nonsense"):
         _ = bitforbit.nonsense
+
+
+def test_modules_need_no_import_of_their_own() -> None:
+    code = "import bitforbit as b; b.nn.set_layout, b.ops.gpu, b.attention, b.cpu, b.iomodel, b.kv"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -54,13 +54,16 @@ _HOMES = {
     "verify": "bitforbit.archive",
 }
 
+_MODULES = ("attention", "cpu", "errors", "iomodel", "kv", "nn", "ops")
+"""Modules that the guides speak of, which need no import of their own."""
+
 
 def __getattr__(name: str) -> Any:
     """Import public names on first use, so that ``import bitforbit`` is instant."""
     if name in _HOMES:
         value = getattr(importlib.import_module(_HOMES[name]), name)
-    elif name == "errors":
-        value = importlib.import_module("bitforbit.errors")
+    elif name in _MODULES:
+        value = importlib.import_module(f"bitforbit.{name}")
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value
@@ -69,3 +72,8 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+# torch does this by an entry point, which a source tree does not have, and which can be turned off: compressed models
+# would then load with random weights. Standard library only, unless transformers is there already.
+importlib.import_module("bitforbit.integrations.autoload").autoload()

@@ -144,6 +144,17 @@ def test_a_finished_file_that_is_gone_is_written_again(many: Path, tmp_path: Pat
     assert archive.verify(tmp_path / "c", against=many).ok
 
 
+def test_staging_is_no_link(model: Path, tmp_path: Path) -> None:
+    """What is in the staging directory is deleted: nobody may point it elsewhere."""
+    elsewhere = tmp_path / "precious"
+    elsewhere.mkdir()
+    (elsewhere / "file").touch()
+    (tmp_path / "c.bitforbit-partial").symlink_to(elsewhere)
+    with pytest.raises(errors.UsageError, match="symbolic link"):
+        archive.compress(model, tmp_path / "c")
+    assert (elsewhere / "file").exists()
+
+
 def test_two_runs_do_not_share_a_destination(model: Path, tmp_path: Path) -> None:
     class Nested:
         error: Exception | None = None

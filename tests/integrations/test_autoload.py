@@ -72,6 +72,18 @@ def test_registers_when_the_quantizers_are_there_already() -> None:
     assert run(code, TORCH_DEVICE_BACKEND_AUTOLOAD="0") == "True"
 
 
+@pytest.mark.parametrize("first", ["bitforbit", "transformers.quantizers.auto"])
+def test_importing_the_package_is_enough(first: str) -> None:
+    """Without an entry point (a source tree, PYTHONPATH), or with torch's autoload turned off."""
+    code = f"""
+        import {first}
+        import bitforbit
+        from transformers.quantizers import auto
+        print("bitforbit" in auto.AUTO_QUANTIZER_MAPPING)
+    """
+    assert run(code, TORCH_DEVICE_BACKEND_AUTOLOAD="0") == "True"
+
+
 def test_importing_the_config_registers() -> None:
     code = """
         import bitforbit

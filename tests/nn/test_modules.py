@@ -194,6 +194,15 @@ def test_tying_compressed_modules():
     assert_same_bits(model["head"].weight.data, other["embed"].weight.data)
 
 
+def test_tying_to_a_transposed_stack_is_refused():
+    """Parts of a transposed weight are not transposed."""
+    one, other = (nn.ParameterDict({"up": torch.randn(3, 64, 64)}).bfloat16() for _ in range(2))
+    for module in (one, other):
+        bnn.compress_parameter(module, "up")
+    with pytest.raises(CompressedParameterError):
+        one.up = other.up.mT
+
+
 def test_the_plain_weight_is_freed():
     linear = nn.Linear(64, 64)
     weight = weakref.ref(linear.weight)

@@ -92,7 +92,9 @@ class Staging(GrowingTree):
 
     def _open_locked(self) -> int:
         self.path.mkdir(exist_ok=True)
-        fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        if self.path.is_symlink():  # what is in the staging directory is deleted
+            raise UsageError(f"{self.path}: expected a directory of an unfinished run, got a symbolic link; remove it")
+        fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -16,14 +16,17 @@ class MadeModel:
 
 
 def parameter_shapes(config: Path) -> MadeModel | None:
-    """Of the language model that transformers makes of a config.json; None if it knows no such model."""
+    """Of the language model that transformers makes of a config.json; None if it knows no such model.
+
+    No code of the model's own is run, nor is anybody asked whether it may.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        made = AutoConfig.from_pretrained(str(config))
+        made = AutoConfig.from_pretrained(str(config), trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(made)
+            model = AutoModelForCausalLM.from_config(made, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, ImportError, AttributeError, OSError, RuntimeError):
         return None
     return MadeModel(made.to_dict(), {name: tuple(p.shape) for name, p in model.named_parameters()})

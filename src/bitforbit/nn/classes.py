@@ -215,7 +215,8 @@ def _weight_property(name: str) -> property:
         return self._bitforbit_read(name)
 
     def assign(self: Compressed, value: object) -> None:
-        if isinstance(value, CompressedWeight) and value.spec.shape == self._bitforbit_specs[name].shape:
+        own = self._bitforbit_specs[name]
+        if isinstance(value, CompressedWeight) and not value.transposed and value.spec.shape == own.shape:
             # The weight of another compressed module: libraries tie weights by such an assignment.
             layout.put(self, name, value.spec, value.parts)
         else:
