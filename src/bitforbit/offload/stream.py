@@ -115,6 +115,7 @@ class Stream:
             if forward.over:
                 return
             forward.over = True
+            block.forget()
             own = block.module.__dict__
             if own.get("forward") is forward:
                 del own["forward"]
@@ -167,6 +168,7 @@ class Stream:
                     piece.view(memory).copy_(value)
             store = HostStore(block.name, memory)
         block.rest(image, self.device)
+        block.tell(store, self.device)
         return store
 
     def _refuse_capture(self) -> None:

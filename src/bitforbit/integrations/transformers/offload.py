@@ -44,7 +44,7 @@ def stream(model: PreTrainedModel, ahead: int = AHEAD) -> list[Stream]:
             (device,) = devices
             blocks.setdefault(device, {})[name] = module
             stored.setdefault(device, {}).update(ranges)
-    streams = [_start(blocks[device], device, ahead, stored[device]) for device in blocks]
+    streams = [_start(model, blocks[device], device, ahead, stored[device]) for device in blocks]
     model.__dict__[_ATTRIBUTE] = streams
     return streams
 
@@ -92,7 +92,13 @@ class BlockHook(ModelHook):
         return module
 
 
-def _start(blocks: dict[str, nn.Module], device: torch.device, ahead: int, stored: Mapping[str, FileRange]) -> Stream:
+def _start(
+    model: PreTrainedModel,
+    blocks: dict[str, nn.Module],
+    device: torch.device,
+    ahead: int,
+    stored: Mapping[str, FileRange],
+) -> Stream:
     borders: dict[str, AlignDevicesHook] = {}
     for name, module in blocks.items():
         for each in module.modules():
@@ -106,6 +112,8 @@ def _start(blocks: dict[str, nn.Module], device: torch.device, ahead: int, store
     started = stream_blocks(blocks, device, ahead=ahead, stored=stored)
     for name, module in blocks.items():
         add_hook_to_module(module, BlockHook(started, name, borders[name]))
+        # Where it computes: whoever loads adapters by the map must not leave theirs elsewhere, nor move the model.
+        model.hf_device_map[name] = "cpu" if device.type == "cpu" else started.device.index
     return started
 
 
