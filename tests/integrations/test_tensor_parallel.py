@@ -1,0 +1,55 @@
+"""Models that are split over two processes compute what plain ones compute that are split the same way.
+
+The processes are started once and run all of tensor_parallel_cases.py; each test looks at what became of one case.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from integrations import tensor_parallel_cases
+
+_FILE = Path(tensor_parallel_cases.__file__)
+_SECONDS = 280
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """Of both processes: case -> traceback, empty for success."""
+    folder = tmp_path_factory.mktemp("parallel")
+    paths = [str(Path(__file__).parents[2] / "src"), str(Path(__file__).parents[1]), *sys.path]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(_FILE), str(rank), str(folder)],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        messages = [process.communicate(timeout=_SECONDS)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    found = []
+    for rank, message in enumerate(messages):
+        path = folder / f"{rank}.json"
+        assert path.is_file(), message
+        found.append(json.loads(path.read_text()))
+    return found
+
+
+@pytest.mark.parametrize("case", tensor_parallel_cases.NAMES)
+def test_case(outcomes: list[dict[str, str]], case: str) -> None:
+    for rank, outcome in enumerate(outcomes):
+        assert case in outcome, f"process {rank} did not get there"
+        assert not outcome[case], outcome[case]
