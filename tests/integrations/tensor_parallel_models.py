@@ -57,22 +57,18 @@ MODELS: dict[str, Callable[[], Any]] = {
     "gpt-oss": _gpt_oss,
     "phi3": lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**TEXT, rope_scaling=None)),
     "deepseek": _deepseek,
+    "large": lambda: _llama(hidden_size=1024, intermediate_size=4096, vocab_size=16384),
 }
 DENSE = ("llama", "llama-tied", "qwen3", "gemma3", "llama-bias", "phi3", *(() if OLD else ("llama-uneven",)))
 EXPERTS = ("mixtral", "qwen3-moe", "gpt-oss", "deepseek")
 
 
-def write_models(folder: Path) -> None:
-    """Plain and compressed directories."""
-    for name, make in MODELS.items():
-        zoo.MODELS[name] = make
+def write_models(folder: Path, rank: int) -> None:
+    """Plain and compressed directories of every second model."""
+    for name in list(MODELS)[rank::2]:
+        zoo.MODELS[name] = MODELS[name]
         zoo.write(name, folder / name / "plain")
-        bitforbit.compress(folder / name / "plain", folder / name / "native", threads=2)
-    large = {"hidden_size": 1024, "intermediate_size": 4096, "vocab_size": 16384, "num_hidden_layers": 3}
-    zoo.MODELS["large"] = lambda: _llama(**large)
-    zoo.write("large", folder / "large" / "plain")
-    bitforbit.compress(folder / "large" / "plain", folder / "large" / "native", threads=2)
-    write_damaged(folder)
+        bitforbit.compress(folder / name / "plain", folder / name / "native", threads=1)
 
 
 def write_damaged(folder: Path) -> None:
