@@ -90,7 +90,7 @@ class Sharding:
 
         None if it has none: experts that other processes hold.
         """
-        stored = _Stored(source, name, check)
+        stored = StoredPart(source, name, check)
         whole = self._whole(target)
         if isinstance(whole, DTensor):
             value = DtensorShardOperation(whole).shard_tensor(stored, tensor_idx=self._place(stored, whole, index))
@@ -103,7 +103,7 @@ class Sharding:
         known = self.placeholders.get(target)
         return self._model.get_parameter_or_buffer(target) if known is None else known
 
-    def _place(self, stored: _Stored, whole: DTensor, index: int) -> int | None:
+    def _place(self, stored: StoredPart, whole: DTensor, index: int) -> int | None:
         return index if len(stored.get_shape()) == whole.ndim - 1 else None
 
     def localize(self, names: Iterable[str]) -> None:
@@ -196,7 +196,7 @@ def like(whole: DTensor, local: torch.Tensor) -> DTensor:
     )
 
 
-class _Stored:
+class StoredPart:
     """A stored tensor as the loader's sharding wants it: slices of it are restored when they are asked for."""
 
     def __init__(self, source: NativeSource, name: str, check: bool) -> None:
