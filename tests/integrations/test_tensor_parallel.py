@@ -19,16 +19,20 @@ _FILE = Path(tensor_parallel_cases.__file__)
 _SECONDS = 280
 
 
+def environment() -> dict[str, str]:
+    """For processes that import what this one does."""
+    paths = [str(Path(__file__).parents[2] / "src"), str(Path(__file__).parents[1]), *sys.path]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
+
+
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     """Of both processes: case -> traceback, empty for success."""
     folder = tmp_path_factory.mktemp("parallel")
-    paths = [str(Path(__file__).parents[2] / "src"), str(Path(__file__).parents[1]), *sys.path]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
     processes = [
         subprocess.Popen(
             [sys.executable, str(_FILE), str(rank), str(folder)],
-            env=environment,
+            env=environment(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -53,3 +57,11 @@ def test_case(outcomes: list[dict[str, str]], case: str) -> None:
     for rank, outcome in enumerate(outcomes):
         assert case in outcome, f"process {rank} did not get there"
         assert not outcome[case], outcome[case]
+
+
+@pytest.mark.slow
+def test_example() -> None:
+    command = [sys.executable, str(Path(__file__).parents[2] / "examples" / "tensor_parallel.py")]
+    run = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=_SECONDS, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "2 processes: the same tokens" in run.stdout
