@@ -122,8 +122,8 @@ def peak_memory_is_that_of_the_parts(folder: Path) -> None:
     model = load(folder / "large" / "native")
     parts, grown = compressed_size(model).nbytes, resident("VmHWM") - before
     print(f"rank {dist.get_rank()}: whole {whole}, parts {parts}, peak growth {grown}", file=sys.stderr)
-    assert parts < (0.62 if OLD else 0.52) * whole  # older releases leave the embeddings whole
-    assert grown < (0.9 if OLD else 0.75) * whole
+    assert parts < (0.65 if OLD else 0.52) * whole  # older releases leave the embeddings whole
+    assert grown < (0.95 if OLD else 0.75) * whole
 
 
 @case
