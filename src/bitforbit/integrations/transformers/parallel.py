@@ -33,7 +33,7 @@ _LOCAL = "_hf_quantized_needs_local_tp"
 _ROWS = "_bitforbit_rows"
 """Rows [begin, end) of the whole table that an embedding holds."""
 _SUMMED = "_bitforbit_summed"
-"""Whether the outputs of a module are to be summed over the processes here."""
+"""The processes over which the outputs of a module are to be summed here."""
 
 
 def sharding_of(model: PreTrainedModel) -> Sharding | None:
@@ -90,7 +90,7 @@ class Sharding:
 
         None if it has none: experts that other processes hold.
         """
-        stored = _Stored(source, name, check)
+        stored = StoredPart(source, name, check)
         whole = self._whole(target)
         if isinstance(whole, DTensor):
             value = DtensorShardOperation(whole).shard_tensor(stored, tensor_idx=self._place(stored, whole, index))
@@ -103,7 +103,7 @@ class Sharding:
         known = self.placeholders.get(target)
         return self._model.get_parameter_or_buffer(target) if known is None else known
 
-    def _place(self, stored: _Stored, whole: DTensor, index: int) -> int | None:
+    def _place(self, stored: StoredPart, whole: DTensor, index: int) -> int | None:
         return index if len(stored.get_shape()) == whole.ndim - 1 else None
 
     def localize(self, names: Iterable[str]) -> None:
@@ -140,7 +140,8 @@ class Sharding:
             module.__dict__[_LOCAL] = True
             if isinstance(module, nn.Embedding):
                 shape, offset = compute_local_shape_and_global_offset(whole.shape, whole.device_mesh, whole.placements)
-                module.__dict__[_ROWS] = offset[0], offset[0] + shape[0]
+                if shape[0] != whole.shape[0]:
+                    module.__dict__[_ROWS] = offset[0], offset[0] + shape[0]
 
     # --- after it has run ----------------------------------------------------------------------------------------
 
@@ -154,7 +155,9 @@ class Sharding:
             if isinstance(forward, functools.partial) and forward.func is _forward:
                 del module.__dict__[_FORWARD]
         for name in parallel_plan.unsummed_experts(self._model):
-            self._model.get_submodule(name).__dict__[_SUMMED] = True
+            parts = [whole for own, whole in self.placeholders.items() if own.startswith(f"{name}.")]
+            if parts:
+                self._model.get_submodule(name).__dict__[_SUMMED] = parts[0].device_mesh.get_group()
         self.agree(None)
 
     def guarded(self, work: Callable[[], _Result]) -> _Result:
@@ -196,7 +199,7 @@ def like(whole: DTensor, local: torch.Tensor) -> DTensor:
     )
 
 
-class _Stored:
+class StoredPart:
     """A stored tensor as the loader's sharding wants it: slices of it are restored when they are asked for."""
 
     def __init__(self, source: NativeSource, name: str, check: bool) -> None:
@@ -237,8 +240,9 @@ def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if rows is not None:
         return _lookup(module, rows, *args, **kwargs)
     output = type(module).forward(module, *args, **kwargs)
-    if module.__dict__.get(_SUMMED):
-        dist.all_reduce(output)
+    processes = module.__dict__.get(_SUMMED)
+    if processes is not None:
+        dist.all_reduce(output, group=processes)
     return output
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-from transformers.distributed.tensor_parallel import TensorParallelLayer
+from transformers.distributed.tensor_parallel import MoeExpertsParallel, TensorParallelLayer
 
 from bitforbit.errors import UsageError
 
@@ -19,8 +20,10 @@ _SPLIT = ("colwise", "colwise_gather_output", "colwise_rep", "embedding_colwise"
           "packed_colwise", "packed_rowwise", "rowwise", "rowwise_rep", "rowwise_split_input")  # fmt: skip
 _WHOLE = ("all_reduce", "ep_dispatch_experts", "ep_router", "local_params", "mla_kv_a_proj", "moe_identity_expert",
           "moe_tp_experts", "replicate", "replicated_with_grad_allreduce")  # fmt: skip
-_OLD = not hasattr(TensorParallelLayer, "_from_local_last_dim_shard")
-"""Whether transformers is one of the releases from 5.17 on that do less; 5.23 is not."""
+_EVEN_ONLY = not hasattr(TensorParallelLayer, "_from_local_last_dim_shard")
+"""Whether transformers splits into parts of one size only: before 5.21."""
+_SUMS_DTENSORS = "source" in inspect.signature(MoeExpertsParallel.transform_output_post_forward).parameters
+"""Whether it sums the outputs of experts only if it finds DTensors in them: before 5.23."""
 _PACKED = 2
 """Matrices in one of the packed styles, such as gate and up."""
 _KEYS = ("k_proj", "qkv_proj", "query_key_value")
@@ -73,9 +76,10 @@ def check(model: PreTrainedModel, size: int) -> None:
 
 def unsummed_experts(model: PreTrainedModel) -> Iterator[str]:
     """Modules of experts whose outputs transformers does not sum, as it looks for DTensors in them and finds none."""
-    tensor, _ = _plans(model)
+    tensor, experts = _plans(model)
     for name, module in model.named_modules():
-        if _OLD and _style(name, tensor) == "moe_tp_experts":
+        style = experts.get(_generic(name), tensor.get(_generic(name)))
+        if _SUMS_DTENSORS and style == "moe_tp_experts":
             split = (p for p in module.parameters() if isinstance(p, DTensor))
             if all(placement.is_replicate() for p in split for placement in p.placements):
                 yield name
@@ -93,9 +97,14 @@ def _plans(model: PreTrainedModel) -> tuple[Mapping[str, str], Mapping[str, str]
 
 
 def _style(name: str, plan: Mapping[str, str]) -> str | None:
-    """The style of a parameter, given by its own name or its module's, with ``*`` for numbers of layers."""
-    generic = re.sub(r"\.\d+(?=\.|$)", ".*", name)
+    """The style of a parameter, given by its own name or its module's."""
+    generic = _generic(name)
     return plan.get(generic, plan.get(generic.rpartition(".")[0]))
+
+
+def _generic(name: str) -> str:
+    """A name as plans have it: with ``*`` for numbers of layers."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
 def _needs(model: PreTrainedModel, name: str, parameter: torch.Tensor, style: str) -> Iterator[tuple[str, int]]:
@@ -112,7 +121,7 @@ def _needs(model: PreTrainedModel, name: str, parameter: torch.Tensor, style: st
         yield f"the number of experts in {name}", parameter.shape[0]
     elif style.startswith("packed"):
         yield f"half of dimension {dim} of {name}", parameter.shape[dim] // _PACKED
-    elif _OLD:  # even parts only
+    elif _EVEN_ONLY:
         yield f"dimension {dim} of {name}", parameter.shape[dim]
 
 

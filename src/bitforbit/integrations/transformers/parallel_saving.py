@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from bitforbit.errors import WorkerError
+from bitforbit.integrations.names import is_compressed
 from bitforbit.integrations.transformers.originals import Originals, decoded
 from bitforbit.integrations.transformers.parallel import Sharding, like
 
@@ -87,8 +88,9 @@ def _split_names(model: PreTrainedModel, sharding: Sharding) -> list[str]:
 
 def _whole(model: PreTrainedModel, sharding: Sharding, name: str) -> DTensor | None:
     """A DTensor that says how a parameter is split; None if it is not."""
-    known = sharding.placeholders.get(name)
-    parameter = known if known is not None else model.get_parameter_or_buffer(name)
+    if is_compressed(model, name):
+        return sharding.placeholders.get(name)
+    parameter = model.get_parameter_or_buffer(name)
     return parameter if isinstance(parameter, DTensor) else None
 
 
