@@ -29,19 +29,27 @@ _SIZES = {
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with ``llama``, ``qwen3`` (tied, with biases) and ``mixtral``, and each of them with ``-packed``."""
+    """A directory with models, each of them with ``-packed`` too, and ``adapter``, a LoRA adapter of ``llama``.
+
+    ``llama`` (with biases), ``qwen3`` and ``gemma`` (tied), ``mixtral``; other weights for llama: ``other``, whose
+    config ties a head of its own, ``twice``, which holds a tied head twice, and ``headless``, which lacks one.
+    """
     import torch
     import transformers
+    from safetensors.torch import load_file, save_file
 
     import bitforbit
 
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
+    llama = transformers.LlamaConfig(**_SIZES, attention_bias=True)
     made = {
-        "llama": transformers.LlamaForCausalLM(transformers.LlamaConfig(**_SIZES, attention_bias=True)),
+        "llama": transformers.LlamaForCausalLM(llama),
+        "other": transformers.LlamaForCausalLM(llama),
         "qwen3": transformers.Qwen3ForCausalLM(
             transformers.Qwen3Config(**_SIZES, head_dim=32, tie_word_embeddings=True)
         ),
+        "gemma": transformers.GemmaForCausalLM(transformers.GemmaConfig(**_SIZES, head_dim=32)),
         "mixtral": transformers.MixtralForCausalLM(
             transformers.MixtralConfig(**_SIZES, num_local_experts=4, num_experts_per_tok=2)
         ),
@@ -51,8 +59,36 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if parameter.dim() == 1:
                 torch.nn.init.normal_(parameter, 0.5, 0.1)  # biases are zero otherwise
         model.to(torch.bfloat16).save_pretrained(root / name)
+    tensors = load_file(root / "other" / "model.safetensors")
+    head, embeddings = tensors.pop("lm_head.weight"), tensors["model.embed_tokens.weight"]
+    config = json.loads((root / "other" / "config.json").read_text())
+    for name, tied, added in (("headless", False, None), ("twice", True, embeddings.clone()), ("other", True, head)):
+        (root / name).mkdir(exist_ok=True)
+        (root / name / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": tied}))
+        whole = tensors if added is None else {**tensors, "lm_head.weight": added}
+        save_file(whole, root / name / "model.safetensors", metadata={"format": "pt"})
+    for name in (*made, "headless", "twice"):
         bitforbit.compress(root / name, root / f"{name}-packed")
+    _write_adapter(root / "adapter", made["llama"])
     return root
+
+
+def _write_adapter(path: Path, model: Any) -> None:
+    """A LoRA adapter of all linear layers, the head among them, as PEFT writes it."""
+    import torch
+    from safetensors.torch import save_file
+
+    rank, tensors = 8, {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            prefix = f"base_model.model.{name}"
+            tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, module.in_features, dtype=torch.bfloat16) * 0.2
+            tensors[f"{prefix}.lora_B.weight"] = torch.randn(module.out_features, rank, dtype=torch.bfloat16) * 0.2
+    layers = sorted({name.split(".")[-3] for name in tensors})
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none", "target_modules": layers}
+    path.mkdir()
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, path / "adapter_model.safetensors")
 
 
 @pytest.fixture(scope="session")
