@@ -74,18 +74,21 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _write_adapter(path: Path, model: Any) -> None:
-    """A LoRA adapter of all linear layers, the head among them, as PEFT writes it."""
+    """A LoRA adapter of all linear layers and the embeddings, as PEFT writes it."""
     import torch
     from safetensors.torch import save_file
 
-    rank, tensors = 8, {}
+    rank, tensors, layers = 8, {}, set()
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            prefix = f"base_model.model.{name}"
-            tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, module.in_features, dtype=torch.bfloat16) * 0.2
-            tensors[f"{prefix}.lora_B.weight"] = torch.randn(module.out_features, rank, dtype=torch.bfloat16) * 0.2
-    layers = sorted({name.split(".")[-3] for name in tensors})
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none", "target_modules": layers}
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+            outputs, inputs = module.weight.shape
+            keys = ("lora_A.weight", "lora_B.weight")
+            if isinstance(module, torch.nn.Embedding):
+                outputs, inputs, keys = inputs, outputs, ("lora_embedding_A", "lora_embedding_B")
+            for key, shape in zip(keys, ((rank, inputs), (outputs, rank)), strict=True):
+                tensors[f"base_model.model.{name}.{key}"] = torch.randn(shape, dtype=torch.bfloat16) * 0.2
+            layers.add(name.split(".")[-1])
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none", "target_modules": sorted(layers)}
     path.mkdir()
     (path / "adapter_config.json").write_text(json.dumps(config))
     save_file(tensors, path / "adapter_model.safetensors")
