@@ -29,19 +29,27 @@ _SIZES = {
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with ``llama``, ``qwen3`` (tied, with biases) and ``mixtral``, and each of them with ``-packed``."""
+    """A directory with models, each of them with ``-packed`` too, and ``adapter``, a LoRA adapter of ``llama``.
+
+    ``llama`` (with biases), ``qwen3`` and ``gemma`` (tied), ``mixtral``; other weights for llama: ``other``, whose
+    config ties a head of its own, ``twice``, which holds a tied head twice, and ``headless``, which lacks one.
+    """
     import torch
     import transformers
+    from safetensors.torch import load_file, save_file
 
     import bitforbit
 
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
+    llama = transformers.LlamaConfig(**_SIZES, attention_bias=True)
     made = {
-        "llama": transformers.LlamaForCausalLM(transformers.LlamaConfig(**_SIZES, attention_bias=True)),
+        "llama": transformers.LlamaForCausalLM(llama),
+        "other": transformers.LlamaForCausalLM(llama),
         "qwen3": transformers.Qwen3ForCausalLM(
             transformers.Qwen3Config(**_SIZES, head_dim=32, tie_word_embeddings=True)
         ),
+        "gemma": transformers.GemmaForCausalLM(transformers.GemmaConfig(**_SIZES, head_dim=32)),
         "mixtral": transformers.MixtralForCausalLM(
             transformers.MixtralConfig(**_SIZES, num_local_experts=4, num_experts_per_tok=2)
         ),
@@ -51,8 +59,39 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if parameter.dim() == 1:
                 torch.nn.init.normal_(parameter, 0.5, 0.1)  # biases are zero otherwise
         model.to(torch.bfloat16).save_pretrained(root / name)
+    tensors = load_file(root / "other" / "model.safetensors")
+    head, embeddings = tensors.pop("lm_head.weight"), tensors["model.embed_tokens.weight"]
+    config = json.loads((root / "other" / "config.json").read_text())
+    for name, tied, added in (("headless", False, None), ("twice", True, embeddings.clone()), ("other", True, head)):
+        (root / name).mkdir(exist_ok=True)
+        (root / name / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": tied}))
+        whole = tensors if added is None else {**tensors, "lm_head.weight": added}
+        save_file(whole, root / name / "model.safetensors", metadata={"format": "pt"})
+    for name in (*made, "headless", "twice"):
         bitforbit.compress(root / name, root / f"{name}-packed")
+    _write_adapter(root / "adapter", made["llama"])
     return root
+
+
+def _write_adapter(path: Path, model: Any) -> None:
+    """A LoRA adapter of all linear layers and the embeddings, as PEFT writes it."""
+    import torch
+    from safetensors.torch import save_file
+
+    rank, tensors, layers = 8, {}, set()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+            outputs, inputs = module.weight.shape
+            keys = ("lora_A.weight", "lora_B.weight")
+            if isinstance(module, torch.nn.Embedding):
+                outputs, inputs, keys = inputs, outputs, ("lora_embedding_A", "lora_embedding_B")
+            for key, shape in zip(keys, ((rank, inputs), (outputs, rank)), strict=True):
+                tensors[f"base_model.model.{name}.{key}"] = torch.randn(shape, dtype=torch.bfloat16) * 0.2
+            layers.add(name.split(".")[-1])
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none", "target_modules": sorted(layers)}
+    path.mkdir()
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, path / "adapter_model.safetensors")
 
 
 @pytest.fixture(scope="session")

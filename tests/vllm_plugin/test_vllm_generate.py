@@ -15,10 +15,17 @@ SMALL = 2000
 @pytest.fixture(scope="module")
 def single(models: Path, generate: Any) -> dict[str, Any]:
     """Results in one process, by name."""
-    runs = {name: {"model": str(models / name)} for name in ("llama", "qwen3", "mixtral")}
-    runs |= {f"{name}-packed": {"model": str(models / f"{name}-packed")} for name in list(runs)}
+    names = ("llama", "qwen3", "mixtral", "gemma", "other", "twice")
+    runs: dict[str, dict[str, Any]] = {name: {"model": str(models / name)} for name in names}
+    runs |= {f"{name}-packed": {"model": str(models / f"{name}-packed")} for name in names}
     runs["loading"] = {"model": str(models / "llama"), "quantization": "bitforbit"}
+    runs["loading twice"] = {"model": str(models / "twice"), "quantization": "bitforbit"}
     runs["fused"] = {**runs["llama-packed"], "environment": {"BITFORBIT_VLLM_MODE": "fused"}}
+    runs["headless"] = {"model": str(models / "headless-packed")}
+    adapter = {"enable_lora": True, "max_lora_rank": 8, "lora": str(models / "adapter")}
+    runs |= {f"adapted {name}": {**runs[name], **adapter} for name in ("llama", "llama-packed")}
+    for name, other in (("llama-packed", "other-packed"), ("loading", "other"), ("mixtral-packed", "mixtral-packed")):
+        runs[name] = {**runs[name], "reload": str(models / other)}
     results = generate(*({**EAGER, **run} for run in runs.values()))
     return dict(zip(runs, results, strict=True))
 
@@ -37,17 +44,47 @@ def assert_compressed(result: Any, but: str = "-") -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", ["llama", "qwen3", "mixtral"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mixtral", "gemma", "other", "twice"])
 def test_compressed_directory(single: dict[str, Any], name: str) -> None:
     assert_same(single[f"{name}-packed"], single[name])
-    # vLLM asks no quantization method about the embeddings of Mixtral.
-    assert_compressed(single[f"{name}-packed"], "embed_tokens" if name == "mixtral" else "-")
+    assert_compressed(single[f"{name}-packed"])
 
 
-def test_tied_head_is_held_once(single: dict[str, Any]) -> None:
-    (parameters,) = single["qwen3-packed"]["parameters"]
+@pytest.mark.parametrize("name", ["qwen3-packed", "gemma-packed", "twice-packed", "loading twice"])
+def test_tied_head_is_held_once(single: dict[str, Any], name: str) -> None:
+    (parameters,) = single[name]["parameters"]
     assert any("embed_tokens.sign_mantissa__weight" in name for name in parameters)
     assert not any("lm_head" in name for name in parameters)
+
+
+def test_head_that_the_config_ties_but_the_files_hold(single: dict[str, Any]) -> None:
+    (parameters,) = single["other-packed"]["parameters"]
+    assert any("lm_head.sign_mantissa__weight" in name for name in parameters)
+    assert_same(single["loading twice"], single["twice"])
+
+
+def test_head_that_nothing_holds(single: dict[str, Any]) -> None:
+    assert "MissingTensorError: lm_head: expected the checkpoint to hold its weights" in single["headless"]["error"]
+
+
+def test_adapter(single: dict[str, Any]) -> None:
+    plain, packed = single["adapted llama"], single["adapted llama-packed"]
+    assert_same(packed, plain)
+    assert packed["tokens"] != packed["base"]["tokens"]
+    assert_same(packed["base"], single["llama"])
+    assert_compressed(packed, "lora")
+
+
+@pytest.mark.parametrize("name", ["llama-packed", "loading"])
+def test_other_weights_into_a_running_engine(single: dict[str, Any], name: str) -> None:
+    assert_same(single[name]["reloaded"], single["other"])
+    assert single[name]["parameters after"] != single[name]["parameters"]
+    (refused,) = single[name]["refused"]
+    assert "load others with the engine's reload_weights" in refused
+
+
+def test_experts_into_a_running_engine(single: dict[str, Any]) -> None:
+    assert_same(single["mixtral-packed"]["reloaded"], single["mixtral"])
 
 
 def test_plain_checkpoint_is_compressed_while_it_loads(single: dict[str, Any]) -> None:
@@ -70,8 +107,8 @@ def test_fused_mode(single: dict[str, Any]) -> None:
 def test_tensor_parallel(models: Path, generate: Any) -> None:
     both = {**EAGER, "tensor_parallel_size": 2}
     threads = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    (expected,) = generate({**both, "model": str(models / "llama")}, **threads)
-    (got,) = generate({**both, "model": str(models / "llama-packed")}, **threads)
+    (expected,) = generate({**both, "model": str(models / "mixtral")}, **threads)
+    (got,) = generate({**both, "model": str(models / "mixtral-packed")}, **threads)
     assert_same(got, expected)
     assert_compressed(got)
 

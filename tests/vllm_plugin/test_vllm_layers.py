@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,10 +12,19 @@ pytest.importorskip("vllm")
 
 from torch.nn import functional  # noqa: E402
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod  # noqa: E402
+from vllm.model_executor.model_loader.reload import (  # noqa: E402
+    finalize_layerwise_processing,
+    initialize_layerwise_reload,
+    record_metadata_for_reloading,
+)
 
-from bitforbit.errors import MissingTensorError  # noqa: E402
+from bitforbit.errors import CompressedParameterError, MissingTensorError, UsageError  # noqa: E402
+from bitforbit.integrations.vllm import experts, parameter  # noqa: E402
 from bitforbit.integrations.vllm.embedding import BitforbitEmbeddingMethod  # noqa: E402
+from bitforbit.nn.spec import PARTS  # noqa: E402
 from torch_helpers import assert_same_bits, gaussian, random_bits  # noqa: E402
+
+STORED = [f"{part}__weight" for part in PARTS]
 
 
 def weight_loader(param: Any, loaded_weight: Any) -> None:
@@ -86,9 +96,63 @@ def test_tied_head() -> None:
     assert not list(head.parameters())
     alone = loaded(weight)
     assert_same_bits(head.quant_method.apply(head, x), alone.quant_method.apply(alone, x))
+    assert_same_bits(head.weight.clone(), weight)
+
+
+def test_weight_of_a_compressed_layer() -> None:
+    """Code that looks at it sees what it would see of a plain one, and cannot change it."""
+    weight = gaussian((64, 96))
+    layer = loaded(weight)
+    assert (layer.weight.shape, layer.weight.dtype, layer.weight.device) == (weight.shape, weight.dtype, weight.device)
+    assert_same_bits(layer.weight.clone(), weight)
+    assert_same_bits(layer.weight[3:40, 5:].clone(), weight[3:40, 5:].clone())
+    assert_same_bits(layer.weight.t() @ layer.weight, weight.t() @ weight)
+    with pytest.raises(CompressedParameterError, match="reload_weights"):
+        layer.weight.copy_(weight)
+    assert not any(name == "weight" for name, _ in layer.named_parameters())
+
+
+@pytest.mark.parametrize("other", [gaussian((64, 96), seed=5), random_bits((64, 96), torch.bfloat16)])
+def test_weights_loaded_anew(other: Any) -> None:
+    """Of another compressed size, or not compressible at all; and those before once more."""
+    weight = gaussian((64, 96))
+    layer = layer_of(64, 96)
+    record_metadata_for_reloading(layer)
+    for number, values in enumerate((weight, other, weight)):
+        if number:
+            initialize_layerwise_reload(layer)
+        layer.weight.weight_loader(layer.weight, values)
+        finalize_layerwise_processing(layer, None)
+        layer.quant_method.process_weights_after_loading(layer)
+        assert_same_bits(layer.weight.detach().clone(), values)
+        assert_same_bits(layer.quant_method.embedding(layer, torch.arange(64)), values)
+        stored = {"weight"} if values is other and parameter.spec_of(layer) is None else set(STORED)
+        assert {name for name, _ in layer.named_parameters()} == stored
+
+
+def test_the_same_weights_loaded_anew_stay_where_they_are() -> None:
+    """Captured graphs hold addresses."""
+    layer = layer_of(64, 96)
+    record_metadata_for_reloading(layer)
+    layer.weight.weight_loader(layer.weight, gaussian((64, 96)))
+    before = {name: p.data_ptr() for name, p in layer.named_parameters()}
+    initialize_layerwise_reload(layer)
+    layer.weight.weight_loader(layer.weight, gaussian((64, 96)))
+    assert {name: p.data_ptr() for name, p in layer.named_parameters()} == before
 
 
 def test_weights_that_no_file_has() -> None:
     layer = layer_of(64, 64)
     with pytest.raises(MissingTensorError, match=r"model\.embed_tokens"):
         layer.quant_method.process_weights_after_loading(layer)
+
+
+def test_experts_that_must_be_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    moving, still = (SimpleNamespace(moe_parallel_config=SimpleNamespace(enable_eplb=on)) for on in (True, False))
+    with pytest.raises(UsageError, match=r"mlp\.experts: expected enable_eplb to be off"):
+        experts.BitforbitExpertsMethod(moving, "mlp.experts")
+    for targets in (None, ["q_proj", "experts"]):
+        config = SimpleNamespace(lora_config=SimpleNamespace(target_modules=targets))
+        monkeypatch.setattr(experts, "get_current_vllm_config_or_none", lambda config=config: config)
+        with pytest.raises(UsageError, match=r"mlp\.experts: expected no adapters for compressed experts"):
+            experts.BitforbitExpertsMethod(still, "mlp.experts")

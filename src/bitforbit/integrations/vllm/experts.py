@@ -21,7 +21,6 @@ from bitforbit.integrations.vllm import parameter
 from bitforbit.nn.spec import CompressedSpec
 
 _NAMES = ("w13_weight", "w2_weight")
-_REMEDY = "keep the experts plain (modules_to_not_convert: experts in quantization_config)"
 
 
 class BitforbitExpertsMethod(UnquantizedFusedMoEMethod):
@@ -31,20 +30,9 @@ class BitforbitExpertsMethod(UnquantizedFusedMoEMethod):
 
     def __init__(self, moe: Any, prefix: str) -> None:
         """Raises UsageError if vLLM is to do with the experts what needs them plain."""
+        _check_plain_is_not_needed(moe, prefix)
         super().__init__(moe)
         self.prefix = prefix
-        if moe.moe_parallel_config.enable_eplb:
-            raise UsageError(
-                f"{prefix}: expected enable_eplb to be off, since experts that move between processes must be plain; "
-                f"leave it off, or {_REMEDY}"
-            )
-        config = get_current_vllm_config_or_none()
-        adapters = None if config is None else config.lora_config
-        if adapters is not None and is_in_target_modules(prefix, adapters.target_modules):
-            raise UsageError(
-                f"{prefix}: expected no adapters for compressed experts, whose weights their kernels read plain; name "
-                f"other layers with --lora-target-modules, or {_REMEDY}"
-            )
 
     def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
         """See vLLM."""
@@ -72,6 +60,22 @@ class BitforbitExpertsMethod(UnquantizedFusedMoEMethod):
         """See vLLM."""
         with _decoded(layer, None):
             return super().apply_monolithic(layer, *args, **kwargs)
+
+
+def _check_plain_is_not_needed(moe: Any, prefix: str) -> None:
+    remedy = "keep the experts plain (modules_to_not_convert: experts in quantization_config)"
+    if moe.moe_parallel_config.enable_eplb:
+        raise UsageError(
+            f"{prefix}: expected enable_eplb to be off, since experts that move between processes must be plain; "
+            f"leave it off, or {remedy}"
+        )
+    config = get_current_vllm_config_or_none()
+    adapters = None if config is None else config.lora_config
+    if adapters is not None and is_in_target_modules(prefix, adapters.target_modules):
+        raise UsageError(
+            f"{prefix}: expected no adapters for compressed experts, whose weights their kernels read plain; name "
+            f"other layers with --lora-target-modules, or {remedy}"
+        )
 
 
 @contextmanager
