@@ -153,7 +153,8 @@ def _below() -> list[Any]:
     """The processes below this one."""
     import psutil
 
-    return psutil.Process().children(recursive=True)
+    processes: list[Any] = psutil.Process().children(recursive=True)
+    return processes
 
 
 def _end(processes: list[Any]) -> None:
