@@ -24,8 +24,13 @@ def plain(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def compressed(plain: Path) -> Path:
-    (plain / "bitforbit.json").write_text("{}")
+    make_compressed(plain)
     return plain
+
+
+def make_compressed(directory: Path) -> None:
+    (directory / "bitforbit.json").write_text("{}")
+    (directory / "config.json").write_text('{"quantization_config": {"quant_method": "bitforbit"}}')
 
 
 def choose(
@@ -40,7 +45,7 @@ def test_vllm_takes_both_kinds(plain: Path) -> None:
     assert text.startswith(f"-m vllm.entrypoints.cli.main serve {plain} --served-model-name m")
     assert text.endswith("--host 127.0.0.1 --port 8001 --quantization bitforbit --tensor-parallel-size 2")
     assert server.environment == {"BITFORBIT_VLLM_MODE": "fused"}
-    (plain / "bitforbit.json").write_text("{}")
+    make_compressed(plain)
     assert "--quantization" not in choose(plain, {"vllm"}).arguments
 
 
