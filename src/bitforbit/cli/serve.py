@@ -17,7 +17,14 @@ from bitforbit.cli import inference, serve_gpus
 from bitforbit.cli.serve_gpus import option
 from bitforbit.cli.source import resolve
 from bitforbit.cli.supervise import supervise
-from bitforbit.errors import MissingDependencyError, NotCompressedError, SourceNotFoundError, UsageError
+from bitforbit.errors import (
+    MissingDependencyError,
+    MixedFilesError,
+    NotCompressedError,
+    ServerError,
+    SourceNotFoundError,
+    UsageError,
+)
 
 _SERVING = ("pydantic", "fastapi", "uvicorn", "openai", "psutil")
 """What ``transformers serve`` needs besides transformers and torch, and what watches it."""
@@ -63,7 +70,11 @@ def command(
         check_port(host, port)
     _say(f"starting: {' '.join(['python', *server.arguments])}")
     _say(f"will answer at http://{f'[{host}]' if ':' in host else host}:{port}/v1, model name: {server.name}")
-    return supervise(server.arguments, server.environment, server.watched)
+    try:
+        return supervise(server.arguments, server.environment, server.watched)
+    except ServerError:
+        _say("")  # servers that die do not always end their line
+        raise
 
 
 def _say(text: str) -> None:
@@ -93,6 +104,15 @@ def check_port(host: str, port: int) -> None:
         raise UsageError(f"expected an address of this machine to listen on, got {host}, port {port}: {e}") from None
 
 
+def quantization_method(config: Path) -> str | None:
+    """``quant_method`` of a config.json, None if it names none."""
+    from bitforbit.archive.rewrite import load_object
+
+    quantization = (load_object(config) or {}).get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    return method if isinstance(method, str) else None
+
+
 def choose(
     directory: Path,
     name: str,
@@ -108,14 +128,21 @@ def choose(
 
     ``gpus``: bytes of each; ``tell`` is told what was decided about them. Raises SourceNotFoundError,
     MissingDependencyError, UsageError for what the servers cannot load, and NotCompressedError for a plain directory
-    where only transformers is there.
+    where only transformers is there. Raises MixedFilesError for a compressed directory with the config of another one.
     """
     from bitforbit.archive.source import df11_config
-    from bitforbit.format.spec import MANIFEST_NAME
+    from bitforbit.format.spec import MANIFEST_NAME, QUANT_METHOD
 
     if not (directory / "config.json").is_file():
         raise SourceNotFoundError(f"{directory}: expected a model directory with config.json, got none")
     compressed = (directory / MANIFEST_NAME).is_file()
+    if compressed and quantization_method(directory / "config.json") != QUANT_METHOD:
+        # Libraries would not ask for our plug-in: transformers would serve random weights.
+        raise MixedFilesError(
+            f"{directory / 'config.json'}: expected quant_method {QUANT_METHOD!r} in quantization_config, as "
+            f"{MANIFEST_NAME} beside it says that the weights are compressed; the file is the original's or another "
+            "model's: fetch the compressed one again"
+        )
     address = ["--host", host, "--port", str(port)]
     if is_installed("vllm"):
         if df11_config(directory):

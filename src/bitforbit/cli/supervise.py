@@ -90,10 +90,9 @@ class _Watch:
             if code == 0:
                 return 0
             self._dead = f"the server (process {self._server.pid}) {_how(code)}"
-        hint = "; the kernel sends SIGKILL when memory runs out (dmesg tells)" if "SIGKILL" in self._dead else ""
         raise ServerError(
-            f"{self._dead}{hint}; nothing of the server is left running. What it said is above; start it again when "
-            "the cause is gone"
+            f"{self._dead}; nothing of the server is left running. What it said is above; start it again when the "
+            "cause is gone"
         )
 
     def _end_server(self) -> int:
@@ -145,7 +144,7 @@ class _Watch:
         if self._asked is not None or self._dead is not None:
             return
         code = _exit_code(pid)
-        self._dead = f"{name} (process {pid}) {'ended' if code is None else _how(code)}"
+        self._dead = f"{name} (process {pid}) {_how(code)}"
         self._deadline = time.monotonic() + _FAREWELL_SECONDS
 
 
@@ -153,7 +152,8 @@ def _below() -> list[Any]:
     """The processes below this one."""
     import psutil
 
-    return psutil.Process().children(recursive=True)
+    processes: list[Any] = psutil.Process().children(recursive=True)
+    return processes
 
 
 def _end(processes: list[Any]) -> None:
@@ -195,7 +195,11 @@ def _exit_code(pid: int) -> int | None:
     return os.waitstatus_to_exitcode(int(fields[-1])) if state == "Z" else None
 
 
-def _how(code: int) -> str:
+def _how(code: int | None) -> str:
+    if code is None:
+        return "ended (if by SIGKILL, memory may have run out: dmesg tells)"
+    if code == -signal.SIGKILL:
+        return "was killed by SIGKILL (the kernel sends it when memory runs out: dmesg tells)"
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
 
 
