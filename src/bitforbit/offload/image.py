@@ -1,10 +1,11 @@
 """The tensors of a block side by side in one piece of memory, so that one copy moves them all.
 
-    | part 0 | pad | part 1 | pad | ...      each on a boundary of 256 bytes
+| part 0 | pad | part 1 | pad | ...      each on a boundary of 256 bytes
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ class Piece:
     @property
     def nbytes(self) -> int:
         """Its length in bytes."""
-        return torch.Size(self.shape).numel() * int(self.dtype.itemsize)
+        return math.prod(self.shape) * int(self.dtype.itemsize)
 
     def view(self, image: torch.Tensor) -> torch.Tensor:
         """It, as a view into an image, uint8 ``[nbytes]``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from bitforbit.nn import compressed_parameters, layout, part_name
 from bitforbit.nn.spec import CompressedSpec
 from bitforbit.offload.image import FileRange, Image, Key
 
-Stored = torch.Tensor | FileRange
+Stored: TypeAlias = torch.Tensor | FileRange
 """A tensor in host memory, or where its bytes lie."""
 
 
@@ -182,7 +182,9 @@ class Block:
                     found[f"{path}.{name}" if path else name] = member, number, name
         return found
 
-    def tensor(self, member: Member, number: int, name: str, memory: torch.Tensor, device: torch.device) -> torch.Tensor:
+    def tensor(
+        self, member: Member, number: int, name: str, memory: torch.Tensor, device: torch.device
+    ) -> torch.Tensor:
         """A streamed parameter as it is at rest (planes, not tiles), from an image in host memory."""
         if name not in member.replaced:
             return self.image.pieces[Key(number, name)].view(memory)

@@ -192,7 +192,8 @@ class _Last:
 
 
 def _send(
-    store: Store, chunk: Chunk, slot: torch.Tensor, side: Any, stages: queue.SimpleQueue[tuple[torch.Tensor, Any]], last: _Last,
+    store: Store, chunk: Chunk, slot: torch.Tensor, side: Any,
+    stages: queue.SimpleQueue[tuple[torch.Tensor, Any]], last: _Last,
 ) -> None:  # fmt: skip
     """Read a chunk and enqueue its copy. Knows nothing of the mover, which may be deleted meanwhile."""
     stage, copied = stages.get()

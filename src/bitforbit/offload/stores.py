@@ -27,11 +27,20 @@ _IOV_MAX = 1024
 class Store(Protocol):
     """One block's image."""
 
-    nbytes: int
-    in_memory: torch.Tensor | None
-    """The whole image, if it is in host memory: then :attr:`chunks` is empty."""
-    chunks: Sequence[Chunk]
-    """What it is read in, in order."""
+    @property
+    def nbytes(self) -> int:
+        """Of the image."""
+        ...
+
+    @property
+    def in_memory(self) -> torch.Tensor | None:
+        """The whole image, if it is in host memory: then there are no chunks."""
+        ...
+
+    @property
+    def chunks(self) -> Sequence[Chunk]:
+        """What it is read in, in order."""
+        ...
 
     def read(self, chunk: Chunk, out: Bytes) -> None:
         """The image's bytes [chunk.begin, chunk.end) into ``out``. Raises BlockReadError."""
@@ -156,7 +165,7 @@ def _add(runs: list[Run], path: Path, span: _Span) -> None:
 def _target(span: _Span, chunk_begin: int, out: Bytes) -> memoryview:
     if span.to is None:
         return memoryview(bytearray(span.nbytes))
-    return memoryview(out[span.to - chunk_begin : span.to - chunk_begin + span.nbytes])
+    return memoryview(out.data)[span.to - chunk_begin : span.to - chunk_begin + span.nbytes]
 
 
 def _read(fd: int, views: list[memoryview], offset: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -19,6 +20,8 @@ from bitforbit.offload.movers import Mover, mover_for
 from bitforbit.offload.ring import Ring
 from bitforbit.offload.stores import FileStore, HostStore, Store, to_host
 from bitforbit.ops.gpu import volatile
+
+_CHECKPOINT = "_gradient_checkpointing_func"
 
 AHEAD = 2
 """Blocks that are on their way while one runs, unless said otherwise."""
@@ -100,10 +103,10 @@ class Stream:
         number = self.names.index(name)
         return _Tensors(self._blocks[number], self._stores[number], self.device)
 
-    def remove(self, name: str) -> None:
+    def remove(self, name: str, *, load: bool = False) -> None:
         """Undo the streaming of one block: what is in host memory becomes its parameters, there.
 
-        Parameters in files stay on the meta device.
+        Parameters in files stay on the meta device, unless they are to be loaded. Raises BlockReadError.
         """
         with self._lock:
             number = self.names.index(name)
@@ -117,10 +120,11 @@ class Stream:
                 del own["forward"]
                 if forward.was_own:
                     own["forward"] = forward.inner
-            if store.in_memory is not None:
-                tensors = self.tensors(name)
-                for path, (member, _, own) in block.names().items():
-                    member.module._parameters[own] = nn.Parameter(tensors[path].clone(), requires_grad=False)
+            if load or store.in_memory is not None:
+                memory = to_host(store)
+                for member, module, own in block.names().values():
+                    tensor = block.tensor(member, module, own, memory, self.device)
+                    member.module._parameters[own] = nn.Parameter(tensor.clone(), requires_grad=False)
 
     def run(self, number: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The forward of a block. Those of other threads wait for it."""
@@ -135,11 +139,15 @@ class Stream:
                     image = image.clone()  # which lives as long as the graph
                 block.install(image)
                 try:
-                    return _kept(forward(*args, **kwargs))
+                    with _checkpointing(block.module, functools.partial(self._again, number)):
+                        return _kept(forward(*args, **kwargs))
                 finally:
                     block.remove()
             finally:
                 self._ring.leave(number)
+
+    def _again(self, number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.run(number, forward, args, kwargs)
 
     def _take(self, block: Block, stored: Mapping[str, Stored]) -> Store:
         found = block.collect(stored, self.device, layout.is_gpu(self.device))
@@ -230,6 +238,24 @@ class _Tensors(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+@contextmanager
+def _checkpointing(module: nn.Module, run: Callable[..., Any]) -> Iterator[None]:
+    """Have a forward that checkpoints itself, as layers of transformers do, run through ``run`` in the backward pass.
+
+    There it is computed again, when its parameters have left.
+    """
+    own = module.__dict__
+    checkpoint = own.get(_CHECKPOINT)
+    if checkpoint is None:
+        yield
+        return
+    own[_CHECKPOINT] = lambda forward, *args, **kwargs: checkpoint(functools.partial(run, forward), *args, **kwargs)
+    try:
+        yield
+    finally:
+        own[_CHECKPOINT] = checkpoint
 
 
 def _image(order: list[Key], found: Mapping[Key, Found]) -> Image:

@@ -7,7 +7,8 @@ Embeddings, tied weights, and what else is offloaded stay with accelerate.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from accelerate.utils import send_to_device
 from torch import nn
 from transformers import PreTrainedModel
 
+from bitforbit.errors import UsageError
 from bitforbit.format.header import Header, read_header
 from bitforbit.integrations.source import TORCH_DTYPES
-from bitforbit.offload import AHEAD, FileRange, Stream, stream_blocks
+from bitforbit.nn import compressed_parameters
+from bitforbit.offload import AHEAD, FileRange, Stream, slot_sizes, stream_blocks
 
 _ATTRIBUTE = "_bitforbit_streams"
 
@@ -51,6 +54,24 @@ def streams_of(model: nn.Module) -> list[Stream]:
     return list(model.__dict__.get(_ATTRIBUTE, ()))
 
 
+def bring_back(model: nn.Module) -> None:
+    """Stop the streaming of all blocks: their parameters are in the memory of the device that computes from now on.
+
+    Raises UsageError where accelerate has more of a model that is compressed than that; BlockReadError.
+    """
+    for name, module in model.named_modules():
+        if _offloading_hook(module) is not None and compressed_parameters(module):
+            raise UsageError(
+                f"expected a model in memory, got {name} offloaded by accelerate; load it without a device_map"
+            )
+    for each in model.__dict__.pop(_ATTRIBUTE, ()):
+        for name in each.names:
+            each.remove(name, load=True)
+            module = model.get_submodule(name)
+            remove_hook_from_module(module)
+            module.to(each.device)
+
+
 class BlockHook(ModelHook):
     """At a streamed block's border: brings its inputs to the device; knows where its parameters are, for saving."""
 
@@ -71,9 +92,7 @@ class BlockHook(ModelHook):
         return module
 
 
-def _start(
-    blocks: dict[str, nn.Module], device: torch.device, ahead: int, stored: Mapping[str, FileRange]
-) -> Stream:
+def _start(blocks: dict[str, nn.Module], device: torch.device, ahead: int, stored: Mapping[str, FileRange]) -> Stream:
     borders: dict[str, AlignDevicesHook] = {}
     for name, module in blocks.items():
         for each in module.modules():
@@ -91,28 +110,59 @@ def _start(
 
 
 def _candidates(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that can be blocks, all of whose parameters are offloaded, in the order of the model."""
+    """Blocks all of whose parameters are offloaded, in the order of the model."""
+
+    def is_candidate(module: nn.Module) -> bool:
+        holders = [each for each in module.modules() if any(own is not None for own in each._parameters.values())]
+        away = all(parameter.is_meta for parameter in module.parameters())
+        return away and all(_offloading_hook(each) is not None for each in holders)
+
+    return _blocks(model, is_candidate)
+
+
+def _blocks(model: PreTrainedModel, is_candidate: Callable[[nn.Module], bool]) -> Iterator[tuple[str, nn.Module]]:
+    """Candidates that can be blocks: layers, and leaves with matrices that are no embeddings."""
     classes = set(getattr(model, "_no_split_modules", None) or ())
 
     def visit(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        parameters = list(module.parameters())
-        if not parameters or isinstance(module, nn.Embedding):
+        if isinstance(module, nn.Embedding):
             return
-        is_block = type(module).__name__ in classes or not any(True for _ in module.children())
-        if name and is_block and all(p.is_meta for p in parameters) and _all_hooked(module):
-            if any(p.dim() > 1 or p.dtype == torch.uint8 for p in parameters):
+        is_layer, is_leaf = type(module).__name__ in classes, not any(True for _ in module.children())
+        if name and (is_layer or is_leaf) and is_candidate(module):
+            if any(p.dim() > 1 or p.dtype == torch.uint8 for p in module.parameters()):
                 yield name, module
             return
         for own, child in module.named_children():
             yield from visit(f"{name}.{own}" if name else own, child)
 
-    yield from visit("", model)
+    return visit("", model)
 
 
-def _all_hooked(module: nn.Module) -> bool:
-    return all(
-        _offloading_hook(each) is not None for each in module.modules() if any(p is not None for p in each._parameters.values())
-    )
+def leave_room(
+    model: PreTrainedModel, max_memory: Mapping[int | str, float], sizes: Mapping[str, float], ahead: int
+) -> tuple[dict[int | str, float], int]:
+    """Limits that leave memory for the slots of streamed blocks, and how many blocks ahead that memory is for.
+
+    ``sizes`` are the bytes of the model's parameters and buffers by name. transformers itself leaves room for one
+    layer on the device that computes what is offloaded: the first GPU, or the CPU where there is none. With slots that
+    would take more than half of that device, fewer blocks are fetched ahead.
+    """
+    gpus = [place for place in max_memory if isinstance(place, int)]
+    computing: list[int | str] = [*gpus] if gpus else ["cpu"]
+    main = next((place for place in computing if max_memory.get(place, 0) > 0), None)
+    blocks = [
+        math.ceil(sum(sizes[f"{name}.{own}"] for own, _ in module.named_parameters()))
+        for name, module in _blocks(model, lambda _: True)
+    ]
+    if main is None or not blocks:
+        return dict(max_memory), ahead
+    one = max(blocks)
+    if sum(sizes.values()) + one <= sum(max_memory[place] for place in computing):
+        return dict(max_memory), ahead
+    while ahead and sum(slot_sizes(blocks, ahead)) > max_memory[main] / 2:
+        ahead -= 1
+    more = sum(slot_sizes(blocks, ahead)) - (one if main == computing[0] else 0)
+    return {**max_memory, main: max(0, int(max_memory[main] - more))}, ahead
 
 
 def _offloading_hook(module: nn.Module) -> AlignDevicesHook | None:

@@ -37,6 +37,7 @@ class BitforbitQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._load: Load | None = None
         self._planned = False
+        self._ahead = quantization_config.ahead
         self.ties: Ties | None = None
 
     # --- before the weights are loaded ---------------------------------------------------------------------------
@@ -68,13 +69,25 @@ class BitforbitQuantizer(HfQuantizer):
         return size
 
     def adjust_max_memory(self, max_memory: dict[str, int | str]) -> dict[str, int | str]:
-        """Leaves room on GPUs for weights that are decoded before they are multiplied."""
+        """Leaves room on GPUs for weights that are decoded before they are multiplied, and for streamed blocks."""
+        if self._load is None:
+            return max_memory
         # Limits that were balanced between GPUs may be fractions: sizes of parameters are.
         on_gpu = {place: limit for place, limit in max_memory.items() if isinstance(place, int)}
-        if self._load is None or not on_gpu:
-            return max_memory
-        scratch = self._load.scratch_bytes()
-        return {**max_memory, **{place: max(0, int(limit) - scratch) for place, limit in on_gpu.items()}}
+        scratch = self._load.scratch_bytes() if on_gpu else 0
+        limits: dict[Any, Any] = {
+            **max_memory, **{place: max(0, int(limit) - scratch) for place, limit in on_gpu.items()}
+        }  # fmt: skip
+        if self._ahead is None:
+            return limits
+        from bitforbit.integrations.transformers import offload
+
+        model = self._load.model
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        sizes = {name: t.numel() * self.param_element_size(model, name, t) for name, t in tensors}
+        roomy: Any
+        roomy, self._ahead = offload.leave_room(model, limits, sizes, self._ahead)
+        return dict(roomy)
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The model's dtype as it is: what does not fit is refused when the files are open."""
@@ -130,11 +143,10 @@ class BitforbitQuantizer(HfQuantizer):
         self.pre_quantized = True
         attach(model)
         siblings.find(model)
-        ahead = self.quantization_config.ahead
-        if ahead is not None and {"cpu", "disk"} & set(getattr(model, "hf_device_map", {}).values()):
+        if self._ahead is not None and {"cpu", "disk"} & set(getattr(model, "hf_device_map", {}).values()):
             from bitforbit.integrations.transformers import offload
 
-            offload.stream(model, ahead)
+            offload.stream(model, self._ahead)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -162,6 +174,10 @@ class BitforbitQuantizer(HfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         from bitforbit.nn.model import decompress_model
 
+        if getattr(model, "hf_device_map", None) is not None:
+            from bitforbit.integrations.transformers import offload
+
+            offload.bring_back(model)
         decompress_model(model)
         self.forget(model)
         return model if dtype is None or dtype == model.dtype else model.to(dtype)

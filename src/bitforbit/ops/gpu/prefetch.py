@@ -176,7 +176,7 @@ class Prefetcher:
         return out
 
     def multiply_apart(self, weight: Weight, product: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """As :meth:`multiply`, on the main stream alone. Nothing is remembered of the weight, nor decoded ahead for it."""
+        """As :meth:`multiply`, all on the main stream: nothing is remembered of the weight, nor decoded ahead."""
         self.pass_by()
         self._last = None
         weight = weight.checked()
