@@ -33,7 +33,9 @@ KILL_SECONDS = 5
 NO_GPU = 2
 
 MODELS = "tests/gpu/test_models_gpu.py"
-BENCHMARKS = ("decode", "linear", "model", "load", "kv", "attention")
+BENCHMARKS = ("decode", "linear", "model", "load", "kv", "attention", "offload")
+LIMITS = {"offload": 90}
+"""Seconds of benchmarks that have others than usual."""
 ASKED_FOR = ("tune",)
 """Benchmarks for those who change kernels: part of a dry run, and of a run with ``--only``."""
 TESTS = {
@@ -86,7 +88,7 @@ def steps(dry_run: bool, work: Path, only: Sequence[str] = ()) -> list[Step]:
     for name in (*BENCHMARKS, *ASKED_FOR):
         file = work / f"{name}.json"
         command = (python, "-m", f"benchmarks.gpu_{name}", "--json", str(file), *small)
-        limit = BUDGET_SECONDS if name in ASKED_FOR else 130
+        limit = BUDGET_SECONDS if name in ASKED_FOR else LIMITS.get(name, 130)
         benchmarks[name] = Step(f"benchmark {name}", command, limit, result=file)
     if dry_run:
         tests = {"all": Step("tests", (*pytest, "--collect-only", "tests/gpu"), 100)}
@@ -105,6 +107,7 @@ def steps(dry_run: bool, work: Path, only: Sequence[str] = ()) -> list[Step]:
             *(step for name, step in sanitizers.items() if "fused" in name),
             benchmarks["load"],
             benchmarks["attention"],
+            benchmarks["offload"],
             *(step for name, step in sanitizers.items() if "fused" not in name),
             *(benchmarks[name] for name in ASKED_FOR if f"benchmark {name}" in only),
         ]

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks import attention_report, kv_report, plots
+from benchmarks import attention_report, kv_report, offload_report, plots
 from benchmarks.common import RESULTS, ROOT, table
 
 Result = dict[str, Any]
@@ -208,6 +208,8 @@ def gpu(result: Result) -> str:
             "",
             table(["decoding", "shape", "GB/s read and written", "of a copy's"], lines),
             "",
+            *offload_report.gpu(result.get("offload", {})),
+            "",
             _where_gpu(result),
         ]
     )
@@ -280,7 +282,7 @@ def newest_gpu() -> Result:
     return max(found, key=lambda content: str(content["date"]), default={})
 
 
-PAGES = ("README.md", "docs/guide/attention.md", "docs/guide/io.md", "docs/guide/kv-cache.md")
+PAGES = ("README.md", "docs/guide/attention.md", "docs/guide/io.md", "docs/guide/kv-cache.md", "docs/guide/offload.md")
 
 SECTIONS: dict[str, Callable[[Result], str]] = {
     "kv_quality": lambda result: kv_report.quality(result, where),
@@ -294,6 +296,7 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
     "archive": archive,
     "cpu_linear": cpu_linear,
     "model": model,
+    "offload": lambda result: offload_report.cpu(result, where),
 }
 
 
@@ -328,7 +331,7 @@ def main(arguments: list[str]) -> int:
         for name in (*SECTIONS, "kv"):
             print(f"== {name}\n\n{render(name)}\n")
     else:
-        for page in (ROOT / name for name in PAGES):
+        for page in (ROOT / name for name in PAGES if (ROOT / name).exists()):
             page.write_text(fill(page.read_text()))
         kv_report.picture(_stored("kv_memory"), ROOT / kv_report.PICTURE)
         plots.save(newest_gpu().get("linear", {}), ROOT / GPU_PICTURE)

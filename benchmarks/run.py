@@ -11,6 +11,7 @@ NAMES = (
     "archive",
     "cpu_linear",
     "model",
+    "offload",
     "kv_attention",
     "kv_memory",
     "kv_quality",

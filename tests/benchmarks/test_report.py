@@ -111,6 +111,49 @@ def test_fused_products(results: Path) -> None:
     assert f"]({report.GPU_PICTURE})" in text
 
 
+def test_models_that_do_not_fit_on_the_gpu(results: Path) -> None:
+    line = {
+        "share": 0.5, "way": "accelerate BF16", "budget_bytes": 4.5e9, "resident_layers": 4, "layers": 16,
+        "link_bytes": 5.2e9, "step_ms": 500.0, "gb_per_s": 10.4, "of_copy": 0.2,
+    }  # fmt: skip
+    faster = {**line, "way": "streamed exact", "resident_layers": 7, "step_ms": 100.0, "of_copy": None}
+    offload = {"layers": 16, "bf16_bytes": 9e9, "copy_gb_per_s": 52.0, "ways": [line, faster]}
+    (results / "gpu-A.json").write_text(json.dumps({**result("2026-01-01", "A", 6.0), "offload": offload}))
+    found = [line for line in report.render("gpu").splitlines() if line.startswith("| 4.5 GB")]
+    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in found] == [
+        ["4.5 GB", "accelerate BF16", "4 of 16", "5.20 GB", "2.00", "1.00x", "10 GB/s, 20 %"],
+        ["4.5 GB", "streamed exact", "7 of 16", "5.20 GB", "10.00", "5.00x", "not measured"],
+    ]
+    (results / "gpu-A.json").write_text(json.dumps(result("2026-01-01", "A", 6.0)))
+    assert "Models that do not fit on the GPU: not measured." in report.render("gpu")
+
+
+def test_models_that_do_not_fit_in_memory(results: Path) -> None:
+    ways = {
+        "accelerate BF16": {"tokens_per_second": 0.2, "bytes_per_token": 2.4e9, "blocks": {"disk": 12}},
+        "streamed BF16": {"tokens_per_second": 0.4, "bytes_per_token": 2.4e9, "blocks": {"disk": 12}},
+        "accelerate exact": {"error": "ended by the kernel"},
+        "streamed exact": {"tokens_per_second": 0.8, "bytes_per_token": 1.2e9, "blocks": {"disk": 9}},
+    }
+    content = {
+        "benchmark": "offload", "model": {"layers": 16}, "plain_bytes": 3.4e9, "compressed_bytes": 2.3e9,
+        "limited": True, "disk_bytes_per_second": 1.04e9, "in_memory": {"tokens_per_second": 1.5},
+        "budgets": [{"share": 0.25, "bytes": 0.85e9, "ways": ways}],
+        "machine": {
+            "cpu": "x", "cpus": 2, "instruction_sets": ["avx2"], "python": "3", "versions": {}, "commit": "c",
+            "date": "d",
+        },
+    }  # fmt: skip
+    assert report.render("offload") == "not measured"
+    (results / "offload.json").write_text(json.dumps(content))
+    text = report.render("offload")
+    row = next(line for line in text.splitlines() if line.startswith("| 0.85 GB"))
+    assert [cell.strip() for cell in row.strip("|").split("|")] == [
+        "0.85 GB", "0.20", "0.40 (2.0x)", "out of memory", "0.80 (4.0x)", "2.40 / 1.20"
+    ]  # fmt: skip
+    assert "enforced by a cgroup" in text
+
+
 def test_a_picture_of_what_was_measured(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     paths = [tmp_path / "new" / name for name in ("a.svg", "b.svg")]

@@ -131,6 +131,27 @@ def test_what_does_not_fit(config: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert lines[-1] == "does not fit; 3 such GPUs fit (pipeline 3)"
 
 
+def test_offload(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [config, "--gpu", "10GB", "--kv", "16", "--context", "2k"]
+    plan = facts(capsys, *arguments, "--host", "2GB", "--link", "20", "--disk", "5")
+    assert (plan["host_bytes"], plan["link_bytes_per_second"], plan["disk_bytes_per_second"]) == (2 * 10**9, 2e10, 5e9)
+    assert not plan["fits"]
+    found = {row["mode"]: row for row in plan["offload"]}
+    assert list(found) == ["bf16", "exact", "fused"]
+    exact = found["exact"]
+    assert exact["blocks"] == 33 == sum(exact["resident_blocks"]) + exact["streamed_blocks"]
+    assert exact["host_bytes"] <= 2 * 10**9 < exact["host_bytes"] + exact["disk_bytes"]
+    assert exact["total_bytes"] <= plan["usable_bytes"]
+    assert exact["over_bf16"] == exact["tokens_per_second_prediction"] / found["bf16"]["tokens_per_second_prediction"]
+    assert main(["plan", *map(str, arguments), "--host", "2GB"]) == 0
+    text = capsys.readouterr().out
+    assert "a link of unknown speed (--link), disk 3.5 GB/s (assumed)" in text
+    assert f"{sum(exact['resident_blocks'])} of 33" in text
+    sheet = facts(capsys, config, "--gpu", "4090")
+    assert sheet["link_bytes_per_second"] == 3.2e10
+    assert sheet["offload"] == []
+
+
 def test_context_max(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = facts(capsys, config, "--gpu", "4090", "--context", "max", "--kv", "16")["settings"]
     assert [s["context"] for s in settings] == [s["longest_context"] for s in settings]
@@ -227,10 +248,14 @@ def test_without_network(hub: Hub, run: Run) -> None:
         (["--context", "many"], "--context: expected a number"),
         (["--mode", "int4"], "--mode: expected some of bf16"),
         (["--tp", "3"], "possible: 1, 2, 4, 8, 16, 32"),
+        (["--tp", "5", "--gpus", "10"], "32 heads and the MLPs' width of 14336"),
         (["--pp", "40"], "at most one GPU per layer"),
         (["--gpus", "8", "--tp", "3"], "--gpus 8: expected --tp times --pp"),
         (["--gpus", "8", "--tp", "2", "--pp", "2"], "--gpus 8: expected --tp times --pp"),
         (["--bits-per-weight", "0"], "bits per weight above 0"),
+        (["--host", "64"], "--host: expected a size such as 64GB"),
+        (["--link", "0"], "--link: expected GB/s above 0"),
+        (["--disk", "-1"], "--disk: expected GB/s above 0"),
         (["--reserve", "1000"], "--reserve: expected less than"),
         (["--kv-group", "48"], "group: expected 32"),
         (["--plot", "picture.svg"], "expected the name of a .png file"),

@@ -190,6 +190,18 @@ def test_splits_that_do_not_go(split: Split, message: str) -> None:
         make_plan(Request(LLAMA, find_gpu("H100"), split, context=10))
 
 
+def test_experts_are_cut_too() -> None:
+    """32 heads, experts 24 wide: 16 and 32 would cut them unevenly."""
+    config = {
+        **CONFIGS["llama-3.1-8b"], "model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2,
+        "intermediate_size": 24,
+    }  # fmt: skip
+    shape = from_config(config)
+    with pytest.raises(PlanError, match=r"32 heads and the MLPs' width of 24, .*possible: 1, 2, 4, 8$"):
+        make_plan(Request(shape, find_gpu("H100"), Split(16), context=10))
+    assert make_plan(Request(shape, find_gpu("H100"), Split(8), context=10)).rows
+
+
 def test_refused() -> None:
     with pytest.raises(PlanError, match="a batch and a chunk of at least 1"):
         Load(0)

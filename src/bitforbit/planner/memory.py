@@ -13,7 +13,7 @@ from functools import cached_property
 
 from bitforbit.errors import PlanError
 from bitforbit.planner.cache import KvSetting, LayerCache
-from bitforbit.planner.shapes import ITEM_BYTES, Layer, Matrix, Shape
+from bitforbit.planner.shapes import ITEM_BYTES, Dimensions, Layer, Matrix, Shape
 from bitforbit.planner.weights import Storage
 
 
@@ -49,11 +49,13 @@ class Split:
         d = shape.dimensions
         if self.tensor < 1 or self.pipeline < 1:
             raise PlanError(f"--tp, --pp: expected at least 1, got {self.tensor} and {self.pipeline}")
-        if not _fits_heads(shape, self.tensor):
-            fitting = [str(n) for n in range(1, d.heads + 1) if _fits_heads(shape, n)]
+        inner = sorted({m.cols for layer in shape.layers for m in layer.matrices if _is_down(m)})
+        if not _divides(d, inner, self.tensor):
+            fitting = [str(n) for n in range(1, d.heads + 1) if _divides(d, inner, n)]
+            widths = f" and the MLPs' width of {' and '.join(map(str, inner))}" if inner else ""
             raise PlanError(
-                f"--tp {self.tensor}: expected a number that divides {d.heads} heads, and that divides {d.kv_heads} "
-                f"key-value heads or is a multiple of them; possible: {', '.join(fitting)}"
+                f"--tp {self.tensor}: expected a number that divides {d.heads} heads{widths}, and that divides "
+                f"{d.kv_heads} key-value heads or is a multiple of them; possible: {', '.join(fitting)}"
             )
         if self.pipeline > d.layers:
             raise PlanError(f"--pp {self.pipeline}: expected at most one GPU per layer, of which there are {d.layers}")
@@ -69,9 +71,14 @@ class Split:
         return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
 
 
-def _fits_heads(shape: Shape, tensor: int) -> bool:
-    d = shape.dimensions
-    return d.heads % tensor == 0 and (d.kv_heads % tensor == 0 or tensor % d.kv_heads == 0)
+def _is_down(matrix: Matrix) -> bool:
+    """Whether its columns are the inner width of an MLP, or of an expert, each of which is cut as well."""
+    return matrix.name.startswith("mlp.") and "down" in matrix.name
+
+
+def _divides(d: Dimensions, inner: Sequence[int], tensor: int) -> bool:
+    heads = d.heads % tensor == 0 and (d.kv_heads % tensor == 0 or tensor % d.kv_heads == 0)
+    return heads and all(width % tensor == 0 for width in inner)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 As :mod:`bitforbit.offload` runs them. Blocks are the layers, and the head if it is not the embedding. GPUs are filled
 in the order of use; what is left at the end runs on the first GPU, streamed through slots there, for as many of the
 largest of these blocks as there are at a time: while one runs, the next ones are on their way. They come from host
-memory as long as there is room, in the layout that they run from, the others from the files.
+memory as long as there is room, in the layout that they run from, the others from the files. Where slots would take
+more than half of what a GPU has for weights, fewer blocks are fetched ahead.
 
 The uncompressed model is planned as accelerate runs it: a block's weights are fetched when it is its turn, into room
 for the largest one.
@@ -123,18 +124,21 @@ class Streaming:
             return 0.0
         return predict_seconds(step_traffic(stage, self.load), self.gpu.machine)
 
-    @property
-    def slots(self) -> int:
-        """Room for blocks that do not stay."""
-        return AHEAD + 1 if self.storage.compressed else 1
+    def slots(self, capacity: int) -> int:
+        """Room for blocks that do not stay: for the one that runs, and those on their way."""
+        ahead = AHEAD if self.storage.compressed else 0
+        while ahead and 2 * _largest(self.blocks, ahead + 1) > capacity - self._passing:
+            ahead -= 1
+        return ahead + 1
 
     def plan(self, capacity: int, elsewhere: Elsewhere) -> Offload | None:
         """With as many resident blocks as ``capacity`` bytes of each GPU allow; None if there is no room for any."""
+        slots = self.slots(capacity)
         for first in range(len(self.blocks), -1, -1):
             resident = self._fill(first, capacity)
-            memory = self._memories(resident)
+            memory = self._memories(resident, slots)
             if max(each.total for each in memory) <= capacity:
-                return self._offload(resident, max(memory, key=lambda each: each.total), elsewhere)
+                return self._offload(resident, slots, max(memory, key=lambda each: each.total), elsewhere)
         return None
 
     def _fill(self, first: int, capacity: int) -> list[int]:
@@ -155,7 +159,7 @@ class Streaming:
         """Bytes beside weights and cache, taken to be the same on every GPU."""
         return self.whole.scratch(self.load) + self.whole.activations(self.load)
 
-    def _memories(self, resident: Sequence[int]) -> list[Memory]:
+    def _memories(self, resident: Sequence[int], slots: int) -> list[Memory]:
         scratch, activations = self.whole.scratch(self.load), self.whole.activations(self.load)
         streamed = self.blocks[sum(resident) :]
         found, begin = [], 0
@@ -164,15 +168,12 @@ class Streaming:
             begin += count
             weights, kv = sum(block.nbytes for block in own), sum(block.kv for block in own)
             if i == 0:
-                weights += self._begin + self._ring(streamed)
+                weights += self._begin + _largest(streamed, slots)
                 kv += sum(block.kv for block in streamed)
             found.append(Memory(weights, scratch, kv, activations))
         return found
 
-    def _ring(self, streamed: Sequence[_Block]) -> int:
-        return sum(sorted((block.nbytes for block in streamed), reverse=True)[: self.slots])
-
-    def _offload(self, resident: Sequence[int], memory: Memory, elsewhere: Elsewhere) -> Offload:
+    def _offload(self, resident: Sequence[int], slots: int, memory: Memory, elsewhere: Elsewhere) -> Offload:
         streamed = self.blocks[sum(resident) :]
         on_cpu = not self.gpu.tiles
         room = 0 if on_cpu else elsewhere.host
@@ -183,15 +184,16 @@ class Streaming:
             host_bytes += block.nbytes
             in_host += 1
         on_disk = streamed[in_host:]
-        seconds = self._step_seconds(streamed, in_host, elsewhere)
+        slots = min(slots, len(streamed))
+        seconds = self._step_seconds(streamed, in_host, slots, elsewhere)
         return Offload(
             method=self.storage.method,
             kv=self.kv_name,
             context=self.load.context,
             resident=tuple(resident),
             streamed=len(streamed),
-            slots=min(self.slots, len(streamed)),
-            slot_bytes=self._ring(streamed),
+            slots=slots,
+            slot_bytes=_largest(streamed, slots),
             memory=memory,
             host_bytes=host_bytes,
             disk_bytes=sum(block.stored for block in on_disk),
@@ -199,7 +201,7 @@ class Streaming:
             speed=self.load.batch / seconds if seconds else None,
         )
 
-    def _step_seconds(self, streamed: Sequence[_Block], in_host: int, elsewhere: Elsewhere) -> float | None:
+    def _step_seconds(self, streamed: Sequence[_Block], in_host: int, slots: int, elsewhere: Elsewhere) -> float | None:
         """Of a step, once each takes as long as the one before."""
         fetches = []
         for i, block in enumerate(streamed):
@@ -215,7 +217,12 @@ class Streaming:
         computing = [block.seconds for block in streamed]
         if not self.storage.compressed:
             return stay + sum(fetches) + sum(computing)
-        return steady_seconds(stay, fetches, computing, min(self.slots, len(streamed)))
+        return steady_seconds(stay, fetches, computing, slots)
+
+
+def _largest(blocks: Sequence[_Block], count: int) -> int:
+    """Bytes of so many of them, the largest ones."""
+    return sum(sorted((block.nbytes for block in blocks), reverse=True)[:count])
 
 
 def steady_seconds(stay: float, fetches: Sequence[float], computing: Sequence[float], slots: int) -> float:
