@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
 from bitforbit.archive.buffers import aligned_buffer, read_exactly
 from bitforbit.archive.pipeline import CHUNK_BYTES, Pipeline, chunks
+from bitforbit.archive.ranges import Region, read_chunks, read_coded, read_plain
 from bitforbit.codecs import registry
 from bitforbit.codecs.base import PART_ALIGNMENT, Bytes, EncodedTensor
 from bitforbit.errors import BitforbitError, ChecksumError
@@ -81,6 +83,36 @@ class ShardReader:
             except BitforbitError as e:
                 raise type(e)(f"{where}: {e}") from e
         _check(where, "decoded bytes", record.xxh3_decoded, checksum.xxh3_64([out]))
+
+    def part(self, fd: int, entry: TensorEntry, region: Region, out: Bytes, *, check: bool) -> None:
+        """Restore a region of a tensor into ``out``, its size exactly, reading only what it needs.
+
+        The checksum covers the tensor as a whole: with ``check`` all of its stored bytes are read and compared with
+        it first; without, damage is noticed only where digits contradict each other. Raises what ``tensor`` raises.
+        """
+        record = self.shard.record.tensors[entry.name]
+        where = f"{self.shard.path}, tensor {entry.name!r}"
+        at = self.shard.header.data_start + self.shard.begin[entry.name]
+        if check:
+            stored = read_chunks(fd, at, self.shard.stored_bytes(entry), where)
+            _check(where, "stored bytes", record.xxh3_stored, checksum.xxh3_64(stored))
+        if not region.nbytes:
+            return
+        if record.is_raw:
+            read_plain(fd, at, region, out, where)
+            return
+        begins = dict(zip(record.parts, accumulate(record.parts.values(), initial=at), strict=False))
+
+        def fetch(part: str, offset: int, data: Bytes) -> None:
+            read_exactly(fd, data, begins[part] + offset, where)
+
+        codec = registry.get(record.codec, record.codec_version)
+        try:
+            end = region.end * region.width
+            reader = codec.row_reader(record.dtype, record.shape, record.config, record.parts, fetch, end)
+            read_coded(reader, region, out, self._pipe.codec_threads(region.nbytes))
+        except BitforbitError as e:
+            raise type(e)(str(e) if str(e).startswith(where) else f"{where}: {e}") from e
 
     def _decode(self, coded: EncodedTensor, out: Bytes) -> None:
         codec = registry.get(coded.codec, coded.codec_version)

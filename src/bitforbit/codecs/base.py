@@ -6,7 +6,7 @@ likes, and back. Codecs know nothing of files; containers know nothing of codecs
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -41,6 +41,22 @@ class EncodedTensor:
         return sum(part.nbytes for part in self.parts.values())
 
 
+Fetch = Callable[[str, int, Bytes], None]
+"""Fills an array with the bytes of the named part from that offset on; the codec asks for no others."""
+
+
+class RowReader(Protocol):
+    """Decodes ranges of rows of one tensor's matrix view, fetching only the bytes that they need."""
+
+    cols: int
+    step: int
+    """Rows that are coded together: ranges that begin and end at multiples of it fetch nothing twice."""
+
+    def read(self, begin: int, end: int, out: Bytes, threads: int) -> None:
+        """Decode the rows [begin, end) into ``out``. Raises CorruptTensorError, and what fetching raises."""
+        ...
+
+
 class Codec(Protocol):
     """A lossless tensor codec. Every method may be called from several threads at once."""
 
@@ -69,5 +85,21 @@ class Codec(Protocol):
 
         Raises CorruptTensorError if the parts contradict each other or the config; never reads or writes outside
         the given buffers, whatever the parts hold.
+        """
+        ...
+
+    def row_reader(
+        self,
+        dtype: str,
+        shape: tuple[int, ...],
+        config: Mapping[str, int | str],
+        sizes: Mapping[str, int],
+        fetch: Fetch,
+        end: int,
+    ) -> RowReader:
+        """A reader of rows of the matrix view, for parts of these sizes in bytes.
+
+        It reads up to the row that holds the element before ``end``, an index into the flat tensor. Raises UsageError
+        if there are fewer elements, CorruptTensorError as ``check`` does, and what fetching raises.
         """
         ...

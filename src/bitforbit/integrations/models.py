@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from bitforbit.errors import UsageError
 from bitforbit.nn import model as plain
 
 if TYPE_CHECKING:
@@ -21,8 +22,9 @@ def compress_model(
     """Compress the parameters of a model in place: see :func:`bitforbit.nn.compress_model`.
 
     A model of transformers or diffusers then saves itself as a compressed one, as if it had been loaded with
-    ``BitforbitConfig``.
+    ``BitforbitConfig``. Raises UsageError for models that are split over processes.
     """
+    _refuse_split(module)
     models = list(_transformers_models(module))
     ties = []
     if models:
@@ -51,6 +53,16 @@ def decompress_model(module: nn.Module) -> nn.Module:
 
         release_diffusers(model)
     return module
+
+
+def _refuse_split(module: nn.Module) -> None:
+    library = sys.modules.get("torch.distributed.tensor")
+    for name, parameter in module.named_parameters() if library is not None else ():
+        if isinstance(parameter, library.DTensor):  # type: ignore[union-attr]
+            raise UsageError(
+                f"{name}: expected a parameter that this process has alone, got a DTensor; a model that is split over "
+                "processes is compressed while it loads: from_pretrained(..., quantization_config=BitforbitConfig())"
+            )
 
 
 def _transformers_models(module: nn.Module) -> Iterator[PreTrainedModel]:

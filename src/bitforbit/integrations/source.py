@@ -19,9 +19,10 @@ from bitforbit import dtypes, tensors
 from bitforbit.archive.buffers import aligned_buffer, read_exactly
 from bitforbit.archive.dfloat11.read import Df11Directory, RestoredTensor, TensorInfo
 from bitforbit.archive.pipeline import Pipeline
+from bitforbit.archive.ranges import Region, read_plain
 from bitforbit.archive.shard_reader import ShardReader
 from bitforbit.codecs.base import Bytes
-from bitforbit.errors import ChecksumError, MissingPartError, NotCompressedError, UsageError
+from bitforbit.errors import ChecksumError, MissingPartError, NotCompressedError, UnsupportedDtypeError, UsageError
 from bitforbit.format import checksum
 from bitforbit.format.header import Header, TensorEntry, read_header
 from bitforbit.format.layout import Shard, is_shard, open_shard
@@ -90,14 +91,16 @@ class NativeSource:
         self._shards: dict[str, Shard] = {}
         self._entries: dict[str, TensorEntry] = {}
         self._readers: dict[Path, ShardReader] = {}
+        self._plain: dict[str, tuple[Path, int]] = {}
         largest = max((e.nbytes for header in headers.values() for e in header.tensors), default=0)
         pipe = Pipeline(threads, largest, None)
         for path, header in headers.items():
             if is_shard(header):
                 self._add_shard(path, pipe)
             else:
-                plain = (StoredTensor(e.name, e.dtype, e.shape, None) for e in header.tensors)
-                self.tensors.update((tensor.name, tensor) for tensor in plain)
+                for e in header.tensors:
+                    self.tensors[e.name] = StoredTensor(e.name, e.dtype, e.shape, None)
+                    self._plain[e.name] = path, header.data_start + e.begin
 
     def _add_shard(self, path: Path, pipe: Pipeline) -> None:
         shard = open_shard(path)
@@ -107,11 +110,11 @@ class NativeSource:
             parts = [part_name(entry.name, part) for part in record.parts]
             anchor = None if record.is_raw else parts[0]
             self.tensors[entry.name] = StoredTensor(entry.name, entry.dtype, entry.shape, anchor)
+            self._shards[entry.name] = shard
+            self._entries[entry.name] = entry
             if anchor is not None:
                 self.anchors[anchor] = (entry.name,)
                 self.consumed[anchor] = parts
-                self._shards[entry.name] = shard
-                self._entries[entry.name] = entry
 
     def record(self, name: str) -> TensorRecord:
         """How a compressed tensor is stored."""
@@ -126,6 +129,38 @@ class NativeSource:
         with reader.opened() as fd:
             reader.tensor(fd, self._entries[name], tensors.writable_bytes(out, record.dtype, record.shape))
         return {name: out}
+
+    def restore_slice(
+        self,
+        name: str,
+        rows: tuple[int, int] | None = None,
+        columns: tuple[int, int] | None = None,
+        *,
+        check: bool = False,
+    ) -> torch.Tensor:
+        """Part of a tensor, contiguous: rows [begin, end) of its first dimension, columns [begin, end) of its last.
+
+        Reads only the bytes of the rows asked for, unless ``check``, which reads all of them and compares the
+        checksum of the stored bytes; files without a record have none. Works for plain tensors too. Raises UsageError
+        for a range outside and for names that no file has, and what ``restore`` raises.
+        """
+        stored = self.tensors.get(name)
+        if stored is None:
+            raise UsageError(f"expected the name of a tensor of the checkpoint, got {name!r}")
+        if stored.dtype not in TORCH_DTYPES:
+            raise UnsupportedDtypeError(f"tensor {name!r}: torch has no dtype for {stored.dtype}")
+        region = Region.of(stored.dtype, stored.shape, rows, columns)
+        out = tensors.empty("torch", stored.dtype, region.shape)
+        data = tensors.writable_bytes(out, stored.dtype, region.shape)
+        if name in self._plain:
+            path, at = self._plain[name]
+            with path.open("rb", buffering=0) as file:
+                read_plain(file.fileno(), at, region, data, f"{path}, tensor {name!r}")
+            return out
+        reader = self._readers[self._shards[name].path]
+        with reader.opened() as fd:
+            reader.part(fd, self._entries[name], region, data, check=check)
+        return out
 
     def check(self, name: str, parts: Sequence[torch.Tensor]) -> None:
         """Compare the parts of a tensor, as they are in memory, with the record. Raises ChecksumError.

@@ -26,7 +26,9 @@ def prove_orders(
     dims, tokens, found = tuple(dims), tuple(tokens), {}
     for device, linears in _by_device(model).items():
         products = [
-            gpu.Product(module.out_features, module.in_features, count, dim, gpu.ALIGNMENT, _bias_alignment(module))
+            gpu.Product(
+                *module._bitforbit_specs["weight"].matrix_shape(), count, dim, gpu.ALIGNMENT, _bias_alignment(module)
+            )
             for count in tokens
             for module in linears
             for dim in dims
@@ -42,6 +44,10 @@ def _by_device(model: nn.Module) -> dict[torch.device, list[Linear]]:
         if isinstance(module, Linear) and isinstance(spec, TilesSpec) and spec.kind == "BF16":
             found.setdefault(module._bitforbit_parts("weight")[0].device, []).append(module)
     return found
+
+
+def _matrix_shape(module: Linear) -> tuple[int, int]:
+    return module._bitforbit_specs["weight"].matrix_shape()
 
 
 def _bias_alignment(module: Linear) -> int:

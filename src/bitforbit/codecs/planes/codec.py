@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from bitforbit import dtypes
-from bitforbit.codecs.base import Bytes, EncodedTensor
+from bitforbit.codecs.base import Bytes, EncodedTensor, Fetch
 from bitforbit.codecs.planes.layout import BLOCK_ROWS, GROUP, PLANE_WIDTHS, Layout, matrix_view
+from bitforbit.codecs.planes.rows import PlanesRowReader
 from bitforbit.cpu import planes as kernels
 from bitforbit.errors import CorruptTensorError, UsageError
 
@@ -76,3 +77,16 @@ class PlanesCodec:
         kernels.decode(
             dict(tensor.parts), layout.kind, layout.kind != tensor.dtype, geometry, (begin, end), out, threads
         )
+
+    def row_reader(
+        self,
+        dtype: str,
+        shape: tuple[int, ...],
+        config: Mapping[str, int | str],
+        sizes: Mapping[str, int],
+        fetch: Fetch,
+        end: int,
+    ) -> PlanesRowReader:
+        """See :class:`bitforbit.codecs.base.Codec`."""
+        layout = self._layout(dtype, shape, config, sizes)
+        return PlanesRowReader(layout, dtype, sizes["tails"], fetch, -(-end // layout.cols))

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
@@ -34,6 +34,9 @@ from bitforbit.integrations.transformers.install import Installer
 from bitforbit.integrations.transformers.plan import Destination
 from bitforbit.nn import Compressed, Df11Spec, PlanesSpec, compressed_parameters, layout
 
+if TYPE_CHECKING:
+    from bitforbit.integrations.transformers.parallel import Sharding
+
 
 class Load:
     """What is known during one load. Made when the model exists on the meta device, before anything is read."""
@@ -45,9 +48,8 @@ class Load:
 
         Raises what the sources raise, and UsageError for what a compressed model cannot do.
         """
-        if getattr(model.config, "distributed_config", None) is not None:
-            raise UsageError("a compressed model cannot be sharded over processes; leave tp_plan and its like out")
         self.model = model
+        self.sharding = _sharding_of(model)
         self.installer = Installer(model, config)
         self.where = str(Path(files[0]).parent) if files else "state_dict"
         self._config = config
@@ -55,11 +57,18 @@ class Load:
         self._files = files if files is not None else []
         self._dtypes = plan.Dtypes(model, dtype)
         self._is_df11 = bool(files) and getattr(model.config, DF11_CONFIG, None) is not None
+        if self._is_df11 and self.sharding is not None:
+            raise UsageError(
+                f"{self.where}: a DFloat11 model cannot be split over processes; decompress it (bitforbit decompress), "
+                "compress the result, and load that"
+            )
         self._source = None if self._is_df11 else self._open_native()
         self._found: dict[str, Destination] = {}
         self._kept: list[tuple[str, str]] = []
         self._plain_dtypes: dict[str, torch.dtype] = {}
         self._restored: set[str] = set()
+        self._positions: dict[str, int] = {}
+        """Number of every tensor of the checkpoint, in the order of their names."""
         if config.runtime == "df11" and not self._is_df11:
             raise UsageError(
                 f"{self.where}: expected a DFloat11 checkpoint for runtime='df11', got another one; leave runtime out"
@@ -104,12 +113,15 @@ class Load:
 
         Raises ShapeMismatchError, MissingTensorError or UsageError, and what a DFloat11 directory raises when opened.
         """
+        if self.sharding is not None:
+            self.sharding.prepare()
         if self._is_df11:
             self._source = self._open_df11(stock)
         source = self._source
         if source is None:
             return list(stock)
         self._found = plan.destinations(self.model, source.tensors, stock)
+        self._positions = {name: i for i, name in enumerate(sorted(source.tensors))}
         plan.check_shapes(self.model, source.tensors, self._found, self.where)
         twins = {name: self.installer.ties.twins(name) for name in self.installer.ties.names}
         plan.check_complete(self.model, self._found, stock, twins, self.where)
@@ -142,6 +154,8 @@ class Load:
     def _stays(self, source: NativeSource, name: str) -> bool:
         """Whether a tensor is wanted just as it is stored."""
         destination, stored = self._found[name], source.tensors[name]
+        if self.sharding is not None:
+            return False
         same = TORCH_DTYPES.get(stored.dtype) == self._dtypes.of(destination.target)
         return not destination.converted and same and self.installer.may_compress(destination.target)
 
@@ -167,6 +181,25 @@ class Load:
 
     # --- while the loader runs: see transforms.Work --------------------------------------------------------------
 
+    @property
+    def device(self) -> torch.device | None:
+        """See :class:`transforms.Work`."""
+        return None if self.sharding is None else self.sharding.device
+
+    def part(self, anchor: str, target: str, index: int) -> torch.Tensor | None:
+        """See :class:`transforms.Work`."""
+        sharding, source = self.sharding, self._source
+        assert sharding is not None
+        assert isinstance(source, NativeSource)
+        (name,) = source.anchors[anchor]
+        # The checksums of files are checked once by all processes together.
+        check = self._config.verify and self._positions[name] % sharding.size == sharding.rank
+        return sharding.guarded(lambda: sharding.part(source, name, target, index, check))
+
+    def is_anchor(self, key: str) -> bool:
+        """See :class:`transforms.Work`."""
+        return self._source is not None and key in self._source.anchors
+
     def decoded(self, anchor: str) -> torch.Tensor | None:
         """See :class:`transforms.Work`."""
         if self._source is None or anchor not in self._source.anchors:
@@ -177,6 +210,10 @@ class Load:
     def restored(self, anchor: str) -> dict[str, torch.Tensor]:
         """See :class:`transforms.Work`."""
         assert self._source is not None
+        if self.sharding is not None:
+            target = self._found[self._source.anchors[anchor][0]].target
+            value = self.part(anchor, target, 0)
+            return {} if value is None else {target: value}
         values = self._source.restore(anchor)
         return {self._found[name].target: value for name, value in values.items() if name in self._found}
 
@@ -190,7 +227,17 @@ class Load:
             value = value.to(self._dtypes.of(name))
         if not self.installer.may_compress(name):
             return {name: value}
-        return self.installer.compress(name, value, missing_keys)
+        if self.sharding is None:
+            return self.installer.compress(name, value, missing_keys)
+        return self.sharding.guarded(lambda: self._finish_part(name, value, missing_keys))
+
+    def _finish_part(self, name: str, value: torch.Tensor, missing_keys: set[str] | None) -> dict[str, torch.Tensor]:
+        assert self.sharding is not None
+        tied = [name, *self.installer.ties.twins(name)]
+        self.sharding.localize(tied)
+        loaded = self.installer.compress(name, value, missing_keys)
+        self.sharding.settle(tied)
+        return loaded
 
     def kept(self, anchor: str, device: torch.device, missing_keys: set[str] | None) -> dict[str, torch.Tensor] | None:
         """See :class:`transforms.Work`: a DFloat11 unit, if the model is to run from its layout."""
@@ -247,7 +294,9 @@ class Load:
     # --- after the loader has run --------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Check what was loaded. Raises ChecksumError."""
+        """Check what was loaded. Raises ChecksumError; ModelLoadError if another process failed."""
+        if self.sharding is not None:
+            self.sharding.finish()
         if isinstance(self._source, NativeSource) and self._config.verify:
             names, parts = [name for name, _ in self._kept], [self._parts(target) for _, target in self._kept]
             with ThreadPoolExecutor(self._config.threads or default_threads()) as pool:
@@ -282,6 +331,14 @@ class Load:
         module_name, parameter_name = split(target)
         parts: tuple[torch.Tensor, ...] = self.model.get_submodule(module_name)._bitforbit_parts(parameter_name)
         return list(parts)
+
+
+def _sharding_of(model: PreTrainedModel) -> Sharding | None:
+    if getattr(model.config, "distributed_config", None) is None:
+        return None
+    from bitforbit.integrations.transformers.parallel import sharding_of  # needs a torch with torch.distributed
+
+    return sharding_of(model)
 
 
 def _check_dtype(source: NativeSource, asked: torch.dtype, directory: Path) -> None:

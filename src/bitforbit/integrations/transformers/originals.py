@@ -91,15 +91,20 @@ class Originals:
         return torch.empty_like(value, device="meta")
 
     def _parameter(self, name: str) -> torch.Tensor:
-        spec = spec_of(self._model, name)
-        if spec is None:
-            return self._loaded(name).cpu()
-        # Parts on a GPU are decoded there.
-        return decode(spec, [self._loaded(stored_name(name, part)) for part in spec.part_names]).cpu()
+        return decoded(self._model, name).cpu()
 
-    def _loaded(self, name: str) -> torch.Tensor:
-        value: torch.Tensor = self._model.get_parameter_or_buffer(name)
-        return (load_offloaded_parameter(self._model, name) if value.is_meta else value).detach()
+
+def decoded(model: PreTrainedModel, name: str) -> torch.Tensor:
+    """The plain values of a parameter or buffer by full name, where it is; from the disk if it is offloaded."""
+    spec = spec_of(model, name)
+    if spec is None:
+        return _loaded(model, name)
+    return decode(spec, [_loaded(model, stored_name(name, part)) for part in spec.part_names])
+
+
+def _loaded(model: PreTrainedModel, name: str) -> torch.Tensor:
+    value: torch.Tensor = model.get_parameter_or_buffer(name)
+    return (load_offloaded_parameter(model, name) if value.is_meta else value).detach()
 
 
 def distinct_names(model: PreTrainedModel) -> list[str]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers.core_model_loading import ConversionOps, WeightTransform
 
     from bitforbit.integrations.transformers.loading import Load
+    from bitforbit.integrations.transformers.parallel import Sharding
     from bitforbit.integrations.transformers.ties import Ties
 
 # Modules of ours that need transformers.core_model_loading are imported in functions: this one is imported while
@@ -38,6 +39,7 @@ class BitforbitQuantizer(HfQuantizer):
         self._load: Load | None = None
         self._planned = False
         self.ties: Ties | None = None
+        self.sharding: Sharding | None = None
 
     # --- before the weights are loaded ---------------------------------------------------------------------------
 
@@ -88,7 +90,7 @@ class BitforbitQuantizer(HfQuantizer):
 
         self._load = Load(model, self.quantization_config, dtype or model.dtype, checkpoint_files)
         self._planned = False
-        self.ties = self._load.installer.ties
+        self.ties, self.sharding = self._load.installer.ties, self._load.sharding
         if self.pre_quantized and not self._load.from_compressed:
             raise UsageError(
                 f"{self._load.where}: expected weights compressed by bitforbit, as config.json says, got others; files "
@@ -167,4 +169,6 @@ class BitforbitQuantizer(HfQuantizer):
 
         if self.ties is not None:
             self.ties.restore(model)
+        if self.sharding is not None:
+            self.sharding.release()
         detach(model)

@@ -66,10 +66,13 @@ def save_pretrained(
 ) -> None:
     """Write the compressed model with its config, as transformers' method of that name does for plain ones.
 
+    Of a model that is split over processes all of them must call this; the first one writes the whole model.
+
     Shards are cut so that the plain files have at most ``max_shard_size``. ``state_dict`` is ignored: the model's own
     is written. Files appear under their names when they are whole and on disk; other files of the directory stay.
 
-    Raises UsageError where there is a file in the place of the directory, OSError for a full disk.
+    Raises UsageError where there is a file in the place of the directory, OSError for a full disk, and in the other
+    processes WorkerError if the first one failed.
     """
     if getattr(model, "_hf_peft_config_loaded", False):
         with raw_state_dicts(model):  # of which the adapter alone is written
@@ -79,17 +82,23 @@ def save_pretrained(
             )  # fmt: skip
         return
     if kwargs.pop("distributed_checkpoint", False):
-        raise UsageError("a compressed model is on one machine; leave distributed_checkpoint out")
-    directory = native.directory_for(save_directory)
-    if not is_main_process:
-        return
-    directory.mkdir(parents=True, exist_ok=True)
-    if push_to_hub:
-        repo = _Repository(model, directory, token, kwargs)
+        raise UsageError("a compressed model is written as one checkpoint; leave distributed_checkpoint out")
+
+    def write() -> None:
+        directory = native.directory_for(save_directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        repo = _Repository(model, directory, token, kwargs) if push_to_hub else None
         _save(model, directory, max_shard_size, variant, save_original_format)
-        repo.upload()
-    else:
-        _save(model, directory, max_shard_size, variant, save_original_format)
+        if repo is not None:
+            repo.upload()
+
+    sharding = model.hf_quantizer.sharding
+    if sharding is not None:
+        from bitforbit.integrations.transformers.parallel_saving import save_together
+
+        save_together(sharding, model, write)
+    elif is_main_process:
+        write()
 
 
 def _save(
@@ -104,10 +113,19 @@ def _save(
         _save_config(model, staging)
         others = native.write_others(staging)
         return others + native.write_weights(
-            Originals(model, as_in_checkpoint), staging, names, max_shard_size, config.threads
+            _originals(model, as_in_checkpoint), staging, names, max_shard_size, config.threads
         )
 
     native.save(directory, names, write)
+
+
+def _originals(model: PreTrainedModel, as_in_checkpoint: bool) -> Originals:
+    sharding = model.hf_quantizer.sharding
+    if sharding is None:
+        return Originals(model, as_in_checkpoint)
+    from bitforbit.integrations.transformers.parallel_saving import GatheredOriginals
+
+    return GatheredOriginals(model, as_in_checkpoint, sharding)
 
 
 def _save_config(model: PreTrainedModel, staging: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +32,22 @@ class Work(Protocol):
     @property
     def arrivals(self) -> Collection[str]:
         """Parameters under whose names the anchors of units arrive that need no conversion."""
+        ...
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where this process's parts of parameters go, if the model is split over processes."""
+        ...
+
+    def is_anchor(self, key: str) -> bool:
+        """Whether a stored tensor is a unit's anchor."""
+        ...
+
+    def part(self, anchor: str, target: str, index: int) -> torch.Tensor | None:
+        """This process's part of a unit's one tensor, on its device; None if it has none.
+
+        The tensor is the ``index``-th of those that a conversion makes a parameter of.
+        """
         ...
 
     def decoded(self, anchor: str) -> torch.Tensor | None:
@@ -124,8 +141,12 @@ class Restore(WeightConverter):
         self, layer_name: str, model: Any = None, config: Any = None, hf_quantizer: Any = None, loading_info: Any = None
     ) -> dict[str, torch.Tensor]:
         """The unit's tensors, compressed."""
-        (collected,) = super().materialize_tensors().values()
-        device = collected[0].device  # where the loader has put the anchor
+        device = self._work.device
+        if device is None:
+            (collected,) = super().materialize_tensors().values()
+            device = collected[0].device  # where the loader has put the anchor
+        else:
+            self.collected_tensors.clear()  # parts of an anchor are of no use
         missing_keys = loading_info.missing_keys if loading_info else None
         kept = self._work.kept(self._anchor, device, missing_keys)
         if kept is not None:
@@ -148,6 +169,7 @@ class Converting(WeightConverter):
         self._stock = stock
         self._work = work
         self._keys: dict[str, list[str]] = {}
+        self._target = ""
         self._dtype: torch.dtype | None = None
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
@@ -168,10 +190,12 @@ class Converting(WeightConverter):
         """As the base class; remembers which stored tensors they are, in order."""
         super().add_tensor(target_key, source_key, source_pattern, future)
         self._keys.setdefault(source_pattern, []).append(source_key)
-        self._dtype = self._work.dtype(target_key)
+        self._dtype, self._target = self._work.dtype(target_key), target_key
 
     def materialize_tensors(self) -> dict[str, list[torch.Tensor]]:
         """As the base class, with decoded tensors for anchors, all of one dtype."""
+        if self._work.device is not None:
+            return self._parts()
         collected: dict[str, list[torch.Tensor]] = super().materialize_tensors()
         for pattern, keys in self._keys.items():
             for i, key in enumerate(keys):
@@ -179,6 +203,21 @@ class Converting(WeightConverter):
                 stored = collected[pattern][i]
                 collected[pattern][i] = (stored if value is None else value).to(stored.device, self._dtype)
         return collected
+
+    def _parts(self) -> dict[str, list[torch.Tensor]]:
+        """This process's parts of the stored tensors; those that it has none of are left out."""
+        parts: dict[str, list[torch.Tensor]] = {}
+        for pattern, keys in self._keys.items():
+            waiting = self.collected_tensors.pop(pattern)
+            parts[pattern] = []
+            for index, (key, loaded) in enumerate(zip(keys, waiting, strict=True)):
+                if self._work.is_anchor(key):
+                    part = self._work.part(key, self._target, index)
+                else:
+                    part = loaded.result() if isinstance(loaded, Future) else loaded()
+                if part is not None:
+                    parts[pattern].append(part.to(dtype=self._dtype))
+        return parts
 
     def convert(
         self, layer_name: str, model: Any = None, config: Any = None, hf_quantizer: Any = None, loading_info: Any = None
