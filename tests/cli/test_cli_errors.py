@@ -24,6 +24,8 @@ def test_usage_errors(run: Run) -> None:
         ["compress", "a", "b", "--format", "zip"],
         ["nonsense"],
         ["verify", "a", "--threads", "0"],
+        ["run", "a", "--prompt", "x", "--threads", "100000"],
+        ["run", "a", "--prompt", "x", "--seed", str(2**63)],
     ):
         done = run(*arguments)
         assert done.returncode == 2, arguments

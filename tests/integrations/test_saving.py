@@ -71,6 +71,27 @@ def test_over_another_save(directories: Directories, tmp_path: Path) -> None:
     assert bitforbit.verify(tmp_path).ok
 
 
+def test_a_save_that_dies_leaves_no_weights_of_the_one_before(
+    directories: Directories, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A single file wins over an index: left beside new shards, it would be loaded in their place."""
+    _, native = directories("llama")
+    model = tf.AutoModelForCausalLM.from_pretrained(native)
+    model.save_pretrained(tmp_path)
+    replace = Path.replace
+
+    def dying(path: Path, target: Path) -> Path:
+        if path.name == "bitforbit.json":
+            raise OSError("the power went out")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", dying)
+    with pytest.raises(OSError, match="power"):
+        model.save_pretrained(tmp_path, max_shard_size="200KB")
+    assert not (tmp_path / "model.safetensors").exists()
+    assert not bitforbit.verify(tmp_path).ok  # the manifest is the earlier one
+
+
 def test_into_the_directory_it_came_from(directories: Directories, tmp_path: Path) -> None:
     plain, native = directories("llama")
     tf.AutoModelForCausalLM.from_pretrained(native).save_pretrained(tmp_path)

@@ -46,10 +46,12 @@ NewTokens = Annotated[
 Temperature = Annotated[
     float, typer.Option("--temperature", min=0.0, metavar="T", help="0: the most probable token; above: sampled.")
 ]
-Seed = Annotated[int, typer.Option("--seed", min=0, metavar="S", help="Seed of the sampling.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, metavar="S", help="Seed of the sampling.")]
 Threads = Annotated[
     int | None,
-    typer.Option("--threads", min=1, help="Number of threads; default: BITFORBIT_THREADS, else torch's choice."),
+    typer.Option(
+        "--threads", min=1, max=1024, help="Number of threads; default: BITFORBIT_THREADS, else torch's choice."
+    ),
 ]
 
 

@@ -15,7 +15,8 @@ Source = Annotated[
 ]
 Destination = Annotated[Path, typer.Argument(metavar="DST", help="What to write; must not exist yet.")]
 Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, help="Number of threads; default: BITFORBIT_THREADS, else all CPUs.")
+    int | None,
+    typer.Option("--threads", min=1, max=1024, help="Number of threads; default: BITFORBIT_THREADS, else all CPUs."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]

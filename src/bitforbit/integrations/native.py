@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import bisect
 import json
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,7 @@ from bitforbit.archive.rewrite import rewrite_config, rewrite_index
 from bitforbit.archive.shard_writer import Read, ShardWriter, hash_stored
 from bitforbit.codecs import registry
 from bitforbit.codecs.base import Bytes
+from bitforbit.errors import UsageError
 from bitforbit.format.checksum import digests_of
 from bitforbit.format.header import Header, parse_header
 from bitforbit.format.layout import Shard, open_shard
@@ -178,12 +181,31 @@ def _write(staging: Path, name: str, data: bytes, original: bytes) -> FileEntry:
     )
 
 
-def publish(staging: Path, directory: Path, entries: Sequence[FileEntry]) -> None:
-    """Move finished files into the directory, one rename each, the manifest last."""
-    manifest = Manifest(f"bitforbit {__version__}", (), entries)
-    (staging / MANIFEST_NAME).write_bytes(manifest.to_bytes())
-    sync_files(staging)
-    for name in [*(entry.path for entry in entries), MANIFEST_NAME]:
-        (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        (staging / name).replace(directory / name)
-    sync_directory(directory)
+def directory_for(save_directory: str | os.PathLike[str]) -> Path:
+    """Where a model is saved to. Raises UsageError where there is a file in the place of the directory."""
+    directory = Path(save_directory)
+    if directory.exists() and not directory.is_dir():
+        raise UsageError(f"{directory}: expected a directory to save to, got a file")
+    return directory
+
+
+def save(directory: Path, names: WeightNames, write: Callable[[Path], Sequence[FileEntry]]) -> None:
+    """Have ``write`` make a model's files in a temporary directory, then move them to their places in ``directory``.
+
+    One rename each, the manifest last. Weight files that an earlier save has left and this one has not are removed
+    before that: a loader would take them for the model's.
+    """
+    with tempfile.TemporaryDirectory(prefix=".bitforbit-", suffix="-tmp", dir=directory) as temporary:
+        staging = Path(temporary)
+        entries = write(staging)
+        manifest = Manifest(f"bitforbit {__version__}", (), entries)
+        (staging / MANIFEST_NAME).write_bytes(manifest.to_bytes())
+        sync_files(staging)
+        for entry in entries:
+            (directory / entry.path).parent.mkdir(parents=True, exist_ok=True)
+            (staging / entry.path).replace(directory / entry.path)
+        new = {entry.path for entry in entries}
+        for path in [path for path in directory.iterdir() if names.match(path.name) and path.name not in new]:
+            path.unlink()
+        (staging / MANIFEST_NAME).replace(directory / MANIFEST_NAME)
+        sync_directory(directory)

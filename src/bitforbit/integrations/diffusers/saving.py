@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_
 from huggingface_hub import HfApi
 
 from bitforbit.errors import UsageError
+from bitforbit.format.manifest import FileEntry
 from bitforbit.integrations import first, native
 from bitforbit.integrations.diffusers import lookup
 from bitforbit.integrations.diffusers.originals import Originals
@@ -97,24 +97,20 @@ def save_pretrained(
             "a compressed model is saved to .safetensors files only; leave safe_serialization, use_flashpack and "
             "save_function out, or decompress it first (model.dequantize())"
         )
-    directory = Path(save_directory)
-    if directory.exists() and not directory.is_dir():
-        raise UsageError(f"{directory}: expected a directory to save to, got a file")
+    directory = native.directory_for(save_directory)
     if not is_main_process:
         return
     directory.mkdir(parents=True, exist_ok=True)
     names = native.WeightNames(variant, _KIND)
-    stale = {path.name for path in directory.iterdir() if names.match(path.name)}
-    with tempfile.TemporaryDirectory(prefix=".bitforbit-", suffix="-tmp", dir=directory) as temporary:
-        staging = Path(temporary)
+    threads = model.hf_quantizer.quantization_config.threads
+
+    def write(staging: Path) -> list[FileEntry]:
         model.save_config(staging)
         _make_plain(staging / _CONFIG)
-        entries = native.write_others(staging)
-        threads = model.hf_quantizer.quantization_config.threads
-        entries += native.write_weights(Originals(model), staging, names, max_shard_size, threads, counted=False)
-        native.publish(staging, directory, entries)
-    for name in stale - {entry.path for entry in entries}:
-        (directory / name).unlink()
+        others = native.write_others(staging)
+        return others + native.write_weights(Originals(model), staging, names, max_shard_size, threads, counted=False)
+
+    native.save(directory, names, write)
     if push_to_hub:
         _push(model, directory, kwargs)
 

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
@@ -28,11 +28,14 @@ from bitforbit.integrations.source import (
     df11_source,
     native_source,
 )
-from bitforbit.integrations.transformers import parallel, plan, transforms
+from bitforbit.integrations.transformers import plan, transforms
 from bitforbit.integrations.transformers.config import BitforbitConfig
 from bitforbit.integrations.transformers.install import Installer
 from bitforbit.integrations.transformers.plan import Destination
 from bitforbit.nn import Compressed, Df11Spec, PlanesSpec, compressed_parameters, layout
+
+if TYPE_CHECKING:
+    from bitforbit.integrations.transformers.parallel import Sharding
 
 
 class Load:
@@ -46,7 +49,7 @@ class Load:
         Raises what the sources raise, and UsageError for what a compressed model cannot do.
         """
         self.model = model
-        self.sharding = parallel.sharding_of(model)
+        self.sharding = _sharding_of(model)
         self.installer = Installer(model, config)
         self.where = str(Path(files[0]).parent) if files else "state_dict"
         self._config = config
@@ -328,6 +331,14 @@ class Load:
         module_name, parameter_name = split(target)
         parts: tuple[torch.Tensor, ...] = self.model.get_submodule(module_name)._bitforbit_parts(parameter_name)
         return list(parts)
+
+
+def _sharding_of(model: PreTrainedModel) -> Sharding | None:
+    if getattr(model.config, "distributed_config", None) is None:
+        return None
+    from bitforbit.integrations.transformers.parallel import sharding_of  # needs a torch with torch.distributed
+
+    return sharding_of(model)
 
 
 def _check_dtype(source: NativeSource, asked: torch.dtype, directory: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import functools
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils.hub import create_and_tag_model_card
 
 from bitforbit.errors import UsageError
+from bitforbit.format.manifest import FileEntry
 from bitforbit.integrations import first, native
 from bitforbit.integrations.source import DF11_CONFIG
 from bitforbit.integrations.transformers.config import BitforbitConfig
@@ -83,11 +83,9 @@ def save_pretrained(
         return
     if kwargs.pop("distributed_checkpoint", False):
         raise UsageError("a compressed model is written as one checkpoint; leave distributed_checkpoint out")
-    directory = Path(save_directory)
 
     def write() -> None:
-        if directory.exists() and not directory.is_dir():
-            raise UsageError(f"{directory}: expected a directory to save to, got a file")
+        directory = native.directory_for(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
         repo = _Repository(model, directory, token, kwargs) if push_to_hub else None
         _save(model, directory, max_shard_size, variant, save_original_format)
@@ -108,19 +106,17 @@ def _save(
 ) -> None:
     model.hf_quantizer.ties.rewrite(model)
     names = native.WeightNames(variant)
-    stale = {path.name for path in directory.iterdir() if names.match(path.name)}
     config = model.config.quantization_config
     assert isinstance(config, BitforbitConfig)
-    with tempfile.TemporaryDirectory(prefix=".bitforbit-", suffix="-tmp", dir=directory) as temporary:
-        staging = Path(temporary)
+
+    def write(staging: Path) -> list[FileEntry]:
         _save_config(model, staging)
-        entries = native.write_others(staging)
-        entries += native.write_weights(
+        others = native.write_others(staging)
+        return others + native.write_weights(
             _originals(model, as_in_checkpoint), staging, names, max_shard_size, config.threads
         )
-        native.publish(staging, directory, entries)
-    for name in stale - {entry.path for entry in entries}:
-        (directory / name).unlink()
+
+    native.save(directory, names, write)
 
 
 def _originals(model: PreTrainedModel, as_in_checkpoint: bool) -> Originals:
