@@ -72,7 +72,8 @@ def brought_back(model: nn.Module) -> Iterator[None]:
         for name in each.names:
             each.remove(name, load=True)
             module = model.get_submodule(name)
-            _unhook(module)
+            remove_hook_from_module(module)
+            each.remove(name)
             module.to(each.device)
     hooks = [(module, module._hf_hook) for module in hooked if hasattr(module, "_hf_hook")]
     for module, _ in hooks:
