@@ -65,6 +65,8 @@ class Stream:
         self._lock = threading.RLock()
         self._blocks = [Block(name, module) for name, module in blocks.items()]
         self._stores = [self._take(block, stored) for block in self._blocks]
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what conversion took: slots are of other sizes
         self._ring = Ring(self._stores, self._mover, ahead)
         self._forwards = [_Forward(self, number, block.module) for number, block in enumerate(self._blocks)]
         for block, forward in zip(self._blocks, self._forwards, strict=True):
