@@ -45,14 +45,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     llama = transformers.LlamaConfig(**_SIZES, attention_bias=True)
     made = {
         "llama": transformers.LlamaForCausalLM(llama),
-        "other": transformers.LlamaForCausalLM(llama),
         "qwen3": transformers.Qwen3ForCausalLM(
             transformers.Qwen3Config(**_SIZES, head_dim=32, tie_word_embeddings=True)
         ),
-        "gemma": transformers.GemmaForCausalLM(transformers.GemmaConfig(**_SIZES, head_dim=32)),
         "mixtral": transformers.MixtralForCausalLM(
             transformers.MixtralConfig(**_SIZES, num_local_experts=4, num_experts_per_tok=2)
         ),
+        "gemma": transformers.GemmaForCausalLM(transformers.GemmaConfig(**_SIZES, head_dim=32)),
+        "other": transformers.LlamaForCausalLM(llama),
     }
     for name, model in made.items():
         for parameter in model.parameters():
