@@ -31,8 +31,8 @@ _SIZES = {
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with models, each of them with ``-packed`` too, and ``adapter``, a LoRA adapter of ``llama``.
 
-    ``llama`` (with biases), ``qwen3`` and ``gemma`` (tied), ``mixtral``; other weights for llama: ``other``, whose
-    config ties a head of its own, ``twice``, which holds a tied head twice, and ``headless``, which lacks one.
+    ``llama`` (with biases), ``qwen3`` and ``gemma`` (tied), ``mixtral``; ``other``, a llama of other weights whose
+    config ties a head that is not tied; ``headless``, which lacks one; ``twice``, a qwen3 with a copy of its tied head.
     """
     import torch
     import transformers
@@ -45,28 +45,35 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     llama = transformers.LlamaConfig(**_SIZES, attention_bias=True)
     made = {
         "llama": transformers.LlamaForCausalLM(llama),
-        "other": transformers.LlamaForCausalLM(llama),
         "qwen3": transformers.Qwen3ForCausalLM(
             transformers.Qwen3Config(**_SIZES, head_dim=32, tie_word_embeddings=True)
         ),
-        "gemma": transformers.GemmaForCausalLM(transformers.GemmaConfig(**_SIZES, head_dim=32)),
         "mixtral": transformers.MixtralForCausalLM(
             transformers.MixtralConfig(**_SIZES, num_local_experts=4, num_experts_per_tok=2)
         ),
+        "gemma": transformers.GemmaForCausalLM(transformers.GemmaConfig(**_SIZES, head_dim=32)),
+        "other": transformers.LlamaForCausalLM(llama),
     }
     for name, model in made.items():
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 torch.nn.init.normal_(parameter, 0.5, 0.1)  # biases are zero otherwise
         model.to(torch.bfloat16).save_pretrained(root / name)
-    tensors = load_file(root / "other" / "model.safetensors")
-    head, embeddings = tensors.pop("lm_head.weight"), tensors["model.embed_tokens.weight"]
-    config = json.loads((root / "other" / "config.json").read_text())
-    for name, tied, added in (("headless", False, None), ("twice", True, embeddings.clone()), ("other", True, head)):
+
+    def edited(name: str, source: str, tied: bool, head: str | None) -> None:
+        """A model from the files of another, whose config says so and whose head is the tensor of that name."""
+        config = json.loads((root / source / "config.json").read_text())
+        tensors = load_file(root / source / "model.safetensors")
+        found = None if head is None else tensors[head].clone()
+        tensors.pop("lm_head.weight", None)
         (root / name).mkdir(exist_ok=True)
         (root / name / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": tied}))
-        whole = tensors if added is None else {**tensors, "lm_head.weight": added}
+        whole = tensors if found is None else {**tensors, "lm_head.weight": found}
         save_file(whole, root / name / "model.safetensors", metadata={"format": "pt"})
+
+    edited("headless", "other", tied=False, head=None)
+    edited("other", "other", tied=True, head="lm_head.weight")
+    edited("twice", "qwen3", tied=True, head="model.embed_tokens.weight")
     for name in (*made, "headless", "twice"):
         bitforbit.compress(root / name, root / f"{name}-packed")
     _write_adapter(root / "adapter", made["llama"])

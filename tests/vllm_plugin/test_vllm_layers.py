@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +22,7 @@ from vllm.model_executor.model_loader.reload import (  # noqa: E402
 
 from bitforbit.errors import CompressedParameterError, MissingTensorError, UsageError  # noqa: E402
 from bitforbit.integrations.vllm import experts, parameter  # noqa: E402
-from bitforbit.integrations.vllm.embedding import BitforbitEmbeddingMethod  # noqa: E402
+from bitforbit.integrations.vllm.embedding import BitforbitEmbeddingMethod, TiedHeadMethod  # noqa: E402
 from bitforbit.nn.spec import PARTS  # noqa: E402
 from torch_helpers import assert_same_bits, gaussian, random_bits  # noqa: E402
 
@@ -99,6 +101,43 @@ def test_tied_head() -> None:
     assert_same_bits(head.weight.clone(), weight)
 
 
+def test_head_of_its_own_into_a_tied_one() -> None:
+    """And none again: the head follows the embeddings, or what was loaded into it, never what was there before."""
+    embeddings, head = layer_of(64, 64), layer_of(64, 64)
+    model = torch.nn.ModuleList([embeddings, head.quant_method.tie_weights(head, embeddings)])
+    record_metadata_for_reloading(model)
+    x = gaussian((2, 64), seed=1)
+    for first, second in ((0, None), (1, None), (2, 3), (4, 5)):
+        rows = [gaussian((64, 64), seed=10 + seed) for seed in (first, first if second is None else second)]
+        if first:
+            initialize_layerwise_reload(model)
+        embeddings.weight.weight_loader(embeddings.weight, rows[0])
+        if second is not None:
+            head.weight.weight_loader(head.weight, rows[1])
+        finalize_layerwise_processing(model, None)
+        for layer in model if not first else ():
+            layer.quant_method.process_weights_after_loading(layer)
+        for layer, weight in zip(model, rows, strict=True):
+            alone = loaded(weight)
+            expected = alone.quant_method.apply(alone, x)
+            assert_same_bits(layer.quant_method.apply(layer, x), expected)
+        assert_same_bits(embeddings.quant_method.embedding(embeddings, torch.arange(64)), rows[0])
+
+
+def test_head_with_the_bits_of_the_embeddings() -> None:
+    weight = gaussian((64, 64))
+    embeddings = loaded(weight)
+    for seed, tied in ((0, True), (7, False)):
+        method = BitforbitEmbeddingMethod("exact", "lm_head")
+        method.twin = weakref.ref(embeddings)
+        head = loaded(gaussian((64, 64), seed=seed), method)
+        assert isinstance(head.quant_method, TiedHeadMethod) == tied
+        assert bool(list(head.parameters())) != tied
+        x = gaussian((2, 64), seed=1)
+        alone = loaded(gaussian((64, 64), seed=seed))
+        assert_same_bits(head.quant_method.apply(head, x), alone.quant_method.apply(alone, x))
+
+
 def test_weight_of_a_compressed_layer() -> None:
     """Code that looks at it sees what it would see of a plain one, and cannot change it."""
     weight = gaussian((64, 96))
@@ -156,3 +195,14 @@ def test_experts_that_must_be_plain(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(experts, "get_current_vllm_config_or_none", lambda config=config: config)
         with pytest.raises(UsageError, match=r"mlp\.experts: expected no adapters for compressed experts"):
             experts.BitforbitExpertsMethod(still, "mlp.experts")
+
+
+def test_layers_are_freed() -> None:
+    layer = layer_of(64, 64)
+    record_metadata_for_reloading(layer)
+    layer.weight.weight_loader(layer.weight, gaussian((64, 64)))
+    layer.quant_method.process_weights_after_loading(layer)
+    alive = weakref.ref(layer)
+    del layer
+    gc.collect()
+    assert alive() is None

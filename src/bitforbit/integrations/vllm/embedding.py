@@ -42,8 +42,10 @@ class BitforbitEmbeddingMethod(QuantizeMethodBase):
         if not parameter.compress(layer, "weight"):
             self.stock.process_weights_after_loading(layer)
         twin = None if self.twin is None else self.twin()
-        if twin is not None:
-            parameter.share_if_same(layer, twin)
+        first = get_layerwise_info(layer).kernel_tensors is None  # later, vLLM puts the parts back where they were
+        if first and twin is not None and parameter.is_same(layer, twin):
+            layer.quant_method = TiedHeadMethod(twin, self)
+            layer.quant_method.process_weights_after_loading(layer)
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Logits of a head: x ``[tokens, cols]`` -> ``[tokens, rows]``."""
@@ -71,22 +73,29 @@ class BitforbitEmbeddingMethod(QuantizeMethodBase):
         # Until the weights are loaded the two share a parameter: by this vLLM's loader knows that they are tied.
         layer.weight = embed_tokens.weight
         get_layerwise_info(layer).reset()
-        layer.quant_method = TiedHeadMethod(embed_tokens)
+        layer.quant_method = TiedHeadMethod(embed_tokens, self)
         return layer
 
 
 class TiedHeadMethod(QuantizeMethodBase):
-    """An output head that has no weight of its own."""
+    """An output head that has no weight of its own, until one is loaded into it in place of the shared one."""
 
-    def __init__(self, embeddings: torch.nn.Module) -> None:
+    def __init__(self, embeddings: torch.nn.Module, own: BitforbitEmbeddingMethod) -> None:
         self.embeddings = embeddings
+        self.own = own
 
     def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
         """Nothing to create."""
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Forget the parameter that stood for the shared weight."""
-        layer._parameters.pop("weight", None)
+        """Forget the parameter that stood for the shared weight, unless a running engine was given one for it."""
+        info = get_layerwise_info(layer)
+        if info.kernel_tensors is not None and info.load_numel > 0:
+            layer.quant_method = self.own
+            self.own.process_weights_after_loading(layer)
+            return
+        parameter.prepare_reload(layer)
+        parameter.drop(layer)
         # Not as a parameter, which it is of the embeddings: for code that asks for dtype and device.
         layer.__dict__["weight"] = self.embeddings.weight
 
@@ -109,7 +118,7 @@ def adopt(model: torch.nn.Module, quantization: Any, untied: bool) -> None:
             continue
         shared = owners.setdefault(id(layer.weight), layer)
         if shared is not layer:
-            layer.quant_method = TiedHeadMethod(shared)
+            layer.quant_method = TiedHeadMethod(shared, BitforbitEmbeddingMethod(quantization.mode, name))
             get_layerwise_info(layer).reset()
             continue
         layer.quant_method = BitforbitEmbeddingMethod(quantization.mode, name)

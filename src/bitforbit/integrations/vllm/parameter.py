@@ -8,12 +8,14 @@ code that looks at a layer's weight, as that of LoRA does, a matrix ``w`` stays 
 from __future__ import annotations
 
 import weakref
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.config import CUDAGraphMode, get_current_vllm_config_or_none
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info, initialize_online_processing
+from vllm.model_executor.model_loader.reload.sanitize import layer_ref_sentinel
 
 from bitforbit.errors import CompressedParameterError, MissingTensorError
 from bitforbit.integrations.vllm.lazy import LazyTensor, Range, Whole
@@ -64,7 +66,24 @@ def is_new(layer: nn.Module, prefix: str) -> bool:
     if get_layerwise_info(layer).load_numel == 0 and not dummy:
         raise MissingTensorError(f"{prefix}: expected the checkpoint to hold its weights, got none; fetch it again")
     setattr(layer, _DONE, True)
+    prepare_reload(layer)
     return True
+
+
+def prepare_reload(layer: nn.Module) -> None:
+    """Let what vLLM remembers of a layer's parameters name the loader of the layer itself.
+
+    It remembers the one that was wrapped for loading: this holds the layer, which would never be freed, and is that of
+    the embeddings for a head that shares their parameter.
+    """
+    for tensor in get_layerwise_info(layer).restore_metadata[0].values():
+        loader: Any = getattr(tensor, "weight_loader", None)
+        while getattr(loader, "__name__", "") == "online_process_loader":
+            loader = loader.__wrapped__
+        if isinstance(loader, MethodType) and loader.__self__ is not layer_ref_sentinel:
+            loader = MethodType(loader.__func__, layer_ref_sentinel)
+        if loader is not None:
+            tensor.weight_loader = loader
 
 
 def compress(layer: nn.Module, name: str) -> bool:
@@ -87,15 +106,19 @@ def compress(layer: nn.Module, name: str) -> bool:
     return made is not None
 
 
-def share_if_same(layer: nn.Module, other: nn.Module, name: str = "weight") -> None:
-    """Let two layers hold the parts of their weight once, if they are the same bytes."""
+def is_same(layer: nn.Module, other: nn.Module, name: str = "weight") -> bool:
+    """Whether two layers hold the same bytes for a compressed weight."""
     spec = spec_of(layer, name)
     if spec is None or spec != spec_of(other, name):
-        return
-    pairs = list(zip(parts_of(layer, spec, name), parts_of(other, spec, name), strict=True))
-    if all(torch.equal(own, same) for own, same in pairs):
-        for key in _names(spec, name):
-            layer._parameters[key] = other._parameters[key]
+        return False
+    pairs = zip(parts_of(layer, spec, name), parts_of(other, spec, name), strict=True)
+    return all(torch.equal(own, same) for own, same in pairs)
+
+
+def drop(layer: nn.Module, name: str = "weight") -> None:
+    """Forget a weight, compressed or not."""
+    for key in _names(layer.__dict__.get(_SPECS, {}).pop(name, None), name):
+        layer._parameters.pop(key, None)
 
 
 def _replace_old(layer: nn.Module, name: str, before: CompressedSpec | None) -> None:

@@ -71,8 +71,8 @@ def restored(files: Sequence[str], experts: set[int] | None = None, share: tuple
 
     Matrices are lazy: what is read of them is what vLLM's loaders cut out. ``experts``: numbers of the experts that
     this process has; those of others are left out. ``share``: number of this process and how many read these files
-    together, each a part of every tensor; each of them checks its share of the checksums, and those of all tensors that
-    it reads as a whole. Raises FormatError and its kinds for damaged or incomplete files.
+    together, each a part of every tensor; each of them checks its share of the checksums, and those of all tensors of
+    which it reads all bytes. Raises FormatError and its kinds for damaged or incomplete files.
     """
     source = native_source(files, default_threads())
     if source is None:
@@ -107,7 +107,7 @@ class StoredWeight(Whole):
         all_rows, all_columns = rows == (0, self.shape[0]), columns == (0, self.shape[-1])
         if all_rows and all_columns and unit is not None:
             return self._source.restore(unit)[name]
-        check, self._check = self._check, False
+        check, self._check = self._check or all_rows, False
         return self._source.restore_slice(
             name, None if all_rows else rows, None if all_columns else columns, check=check
         )
