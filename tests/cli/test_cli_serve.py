@@ -44,7 +44,8 @@ def test_vllm_takes_both_kinds(plain: Path) -> None:
     text = " ".join(server.arguments)
     assert text.startswith(f"-m vllm.entrypoints.cli.main serve {plain} --served-model-name m")
     assert text.endswith("--host 127.0.0.1 --port 8001 --quantization bitforbit --tensor-parallel-size 2")
-    assert server.environment == {"BITFORBIT_VLLM_MODE": "fused"}
+    assert server.environment["BITFORBIT_VLLM_MODE"] == "fused"
+    assert server.environment["VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"].split(",")[-1] == "BITFORBIT_VLLM_MODE"
     make_compressed(plain)
     assert "--quantization" not in choose(plain, {"vllm"}).arguments
 

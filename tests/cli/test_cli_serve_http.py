@@ -135,7 +135,7 @@ def test_a_damaged_model_is_one_line(models: Path, tmp_path: Path) -> None:
     run = _serve(str(tmp_path / "damaged"), "--port", str(free_port()))
     assert run.returncode == 3
     assert "Traceback" not in run.stderr
-    told, ended = run.stderr.splitlines()[-2:]
+    told, ended = [line for line in run.stderr.splitlines() if line][-2:]
     assert told.startswith("error: ")
     assert "checksum" in told
     assert "ended with status 2; nothing of the server is left" in ended

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Iterator
 from importlib import metadata
@@ -16,7 +18,7 @@ import psutil
 import pytest
 
 from bitforbit import decompress, demo
-from helpers.server import Served, assert_gone, serving
+from helpers.server import Served, assert_gone, free_port, serving
 
 OPTIONS = ["--max-model-len", "256", "--max-num-seqs", "4", "--enforce-eager", "--dtype", "bfloat16"]
 PROMPT = "def add(a, b):"
@@ -128,3 +130,24 @@ def test_a_process_that_dies_ends_all(named: dict[str, str], directories: Path, 
     last = server.text.splitlines()[-1]
     assert last.startswith(f"error: {title} (process {dying.pid}) "), last
     assert "nothing of the server is left running" in last
+
+
+@pytest.mark.timeout(600)
+def test_two_nodes_on_one_machine(named: dict[str, str], directories: Path, tmp_path: Path) -> None:
+    """vLLM's own way without Ray; each node is a `bitforbit serve` with a worker of its own."""
+    directory, cut = str(directories / "compressed"), ["--tensor-parallel-size", "2", "--nnodes", "2"]
+    options = [*OPTIONS, *cut, "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    network = {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    variables = {**named, **network, "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    command = [sys.executable, "-m", "bitforbit.cli", "serve", directory, *options, "--node-rank", "1", "--headless"]
+    second = subprocess.Popen(command, env=variables, start_new_session=True)
+    try:
+        name = ["--served-model-name", "demo", "--node-rank", "0"]
+        with serving(directory, variables, tmp_path / "log", [*options, *name]) as first:
+            assert _text(first, "completions", False).strip()
+            assert _process(first, "VLLM::Worker_TP0")
+            below = psutil.Process(second.pid).children(recursive=True)
+            assert any(process.cmdline()[0].startswith("VLLM::Worker_TP1") for process in below)
+    finally:
+        second.terminate()
+        second.wait(60)

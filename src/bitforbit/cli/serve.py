@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,9 @@ from bitforbit.errors import (
 
 _SERVING = ("pydantic", "fastapi", "uvicorn", "openai", "psutil")
 """What ``transformers serve`` needs besides transformers and torch, and what watches it."""
+
+_COPIED = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
+"""Environment variables that vLLM hands to workers on other nodes, besides its own: names with commas between."""
 
 _KV = ("--kv", "--kv-group", "--kv-residual", "--kv-sink")
 
@@ -66,10 +70,11 @@ def command(
     """
     refuse(context.args)
     server = choose(resolve(source, silent=False), source, host, port, mode.value, context.args, tell=_say)
-    if option(context.args, "--uds") is None:
-        check_port(host, port)
     _say(f"starting: {' '.join(['python', *server.arguments])}")
-    _say(f"will answer at http://{f'[{host}]' if ':' in host else host}:{port}/v1, model name: {server.name}")
+    # Under vLLM a node that only works for another one has --headless, and --uds is another place to listen at.
+    if option(context.args, "--headless") is None and option(context.args, "--uds") is None:
+        check_port(host, port)
+        _say(f"will answer at http://{f'[{host}]' if ':' in host else host}:{port}/v1, model name: {server.name}")
     try:
         return supervise(server.arguments, server.environment, server.watched)
     except ServerError:
@@ -158,7 +163,9 @@ def choose(
         if why is not None:
             tell(why)
         arguments = ["-m", "vllm.entrypoints.cli.main", "serve", str(directory), *names, *address, *flags, *added]
-        return Server([*arguments, *more], served or name, {MODE_VARIABLE: mode}, watched="VLLM::")
+        copied = [*filter(None, [os.environ.get(_COPIED)]), MODE_VARIABLE]
+        environment = {MODE_VARIABLE: mode, _COPIED: ",".join(dict.fromkeys(copied))}
+        return Server([*arguments, *more], served or name, environment, watched="VLLM::")
     if not all(map(is_installed, ("torch", "transformers", *_SERVING))):
         raise MissingDependencyError(
             "bitforbit serve needs vLLM, or transformers with its server: pip install vllm, or "
