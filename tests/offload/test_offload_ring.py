@@ -145,6 +145,8 @@ def test_changes_are_counted() -> None:
 
 def test_a_large_block_gets_one_large_slot() -> None:
     assert slot_sizes([3, 9, 3, 3], 2) == [9, 3, 3]
+    assert slot_sizes([1000, 999, 1100, 500], 2) == [1100, 1100, 1100]
+    assert slot_sizes([5], 2) == [5]
     made, mover, images = ring([3, 3, 3, 9, 3, 3])
     for _ in range(4):
         for block in range(6):

@@ -109,8 +109,7 @@ def test_a_disk_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def open_files(directory: Path) -> int:
     """How many descriptors of this process are of files there."""
-    descriptors = [Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd")]
-    return sum(os.path.realpath(each).startswith(str(directory)) for each in descriptors)
+    return sum(os.path.realpath(each).startswith(str(directory)) for each in Path("/proc/self/fd").iterdir())
 
 
 def test_files_are_closed(tmp_path: Path) -> None:

@@ -98,12 +98,13 @@ def test_resident_blocks_between_streamed_ones(mode: str, monkeypatch: pytest.Mo
     for seed in range(2):
         x = cases.inputs(70, seed=seed)
         assert_same_bits(made(x), resident(x) if mode == "fused" else plain(x))
-    assert in_slots and not any(in_slots)
+    assert in_slots
+    assert not any(in_slots)
 
 
 @torch.no_grad()
 def test_a_weight_used_twice_within_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its successor is not decoded ahead, though it is alive: nobody would wait for that before the slot is refilled."""
+    """Its successor is alive, yet not decoded ahead: nobody would wait for that before the slot is filled again."""
 
     class Twice(nn.Module):
         def __init__(self) -> None:

@@ -42,6 +42,8 @@ class Compressed(nn.Module):
     _bitforbit_mode: str
     _bitforbit_raw_state = False
     """Whether state dicts hold parts as they are: for those who only look for other parameters."""
+    _bitforbit_away: Callable[[str], Values] | None = None
+    """Where the values of a parameter are whose parts are on the meta device as long as the module does not run."""
 
     def _bitforbit_parts(self, name: str) -> tuple[torch.Tensor, ...]:
         parameters, names = self._parameters, self._bitforbit_specs[name].part_names
@@ -53,7 +55,8 @@ class Compressed(nn.Module):
     def _bitforbit_read(self, name: str) -> torch.Tensor:
         spec, parts = self._bitforbit_specs[name], self._bitforbit_parts(name)
         if torch.compiler.is_compiling() or parts[0].is_meta:
-            return decode(spec, parts)
+            away = None if torch.compiler.is_compiling() else self._bitforbit_away
+            return decode(spec, parts) if away is None else CompressedWeight(away(name))
         known = getattr(_reading, "by_module", {}).get(id(self))
         if known is None:
             return CompressedWeight(Values(spec, parts))

@@ -31,6 +31,11 @@ class Values:
         self._missing: set[int] | None = None
 
     @property
+    def device(self) -> torch.device:
+        """Where it is computed with."""
+        return self.parts[0].device
+
+    @property
     def is_decoded(self) -> bool:
         """Whether anything was decoded."""
         return self._tensor is not None
@@ -57,7 +62,7 @@ class Values:
         return self._tensor
 
     def _empty(self) -> torch.Tensor:
-        device = self.parts[0].device
+        device = self.device
         if device.type == "cpu":
             return ops.empty(self.spec.shape, self.spec.dtype)
         return torch.empty(self.spec.shape, dtype=self.spec.dtype, device=device)

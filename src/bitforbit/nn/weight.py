@@ -47,7 +47,7 @@ class CompressedWeight(torch.Tensor):
         if transposed:
             like = like.mT
         weight: CompressedWeight = torch.Tensor._make_wrapper_subclass(
-            cls, like.shape, strides=like.stride(), dtype=spec.dtype, device=values.parts[0].device
+            cls, like.shape, strides=like.stride(), dtype=spec.dtype, device=values.device
         )
         weight.values = values
         weight.transposed = transposed

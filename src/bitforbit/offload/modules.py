@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -12,10 +13,39 @@ from torch import nn
 from bitforbit.errors import StreamedModelError, UsageError
 from bitforbit.nn import compressed_parameters, layout, part_name
 from bitforbit.nn.spec import CompressedSpec
+from bitforbit.nn.values import Values
 from bitforbit.offload.image import FileRange, Image, Key
+from bitforbit.offload.stores import Store, to_host
 
 Stored: TypeAlias = torch.Tensor | FileRange
 """A tensor in host memory, or where its bytes lie."""
+
+
+class AwayValues(Values):
+    """Values of a streamed parameter that is asked for while its block does not run: read then."""
+
+    def __init__(self, spec: CompressedSpec, device: torch.device, read: Callable[[], Sequence[torch.Tensor]]) -> None:
+        """``read`` gives the parts at rest, in CPU memory."""
+        self._parts: tuple[torch.Tensor, ...] = ()
+        self._device = device
+        self._read = read
+        super().__init__(spec, ())
+
+    @property
+    def device(self) -> torch.device:
+        """The one that computes."""
+        return self._device
+
+    @property
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        """On that device."""
+        if not self._parts:
+            self._parts = tuple(part.to(self._device) for part in self._read())
+        return self._parts
+
+    @parts.setter
+    def parts(self, value: tuple[torch.Tensor, ...]) -> None:
+        self._parts = value
 
 
 class Found(NamedTuple):
@@ -127,6 +157,29 @@ class Block:
             for name, buffer in member.module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
                     member.module._buffers[name] = buffer.to(device)
+
+    def tell(self, store: Store, device: torch.device) -> None:
+        """Let compressed parameters be read while the block does not run: adapters ask for a weight's device, too."""
+        for number, member in enumerate(self.members):
+            if compressed_parameters(member.module):
+                away = functools.partial(self.values, member, number, store, device)
+                member.module.__dict__["_bitforbit_away"] = away
+
+    def values(self, member: Member, number: int, store: Store, device: torch.device, own: str) -> Values:
+        """A compressed parameter of a module, to be read when its values are asked for."""
+        spec = compressed_parameters(member.module)[own]
+        names = [part_name(part, own) for part in spec.part_names]
+
+        def read() -> list[torch.Tensor]:
+            memory = to_host(store)
+            return [self.tensor(member, number, name, memory, device) for name in names]
+
+        return AwayValues(spec, device, read)
+
+    def forget(self) -> None:
+        """Undo :meth:`tell`."""
+        for member in self.members:
+            member.module.__dict__.pop("_bitforbit_away", None)
 
     # --- whenever it runs -----------------------------------------------------------------------------------------
 

@@ -19,6 +19,9 @@ import torch
 from bitforbit.offload.movers import Filling, Mover, declared_empty
 from bitforbit.offload.stores import Store
 
+_ALIKE = 1.125
+"""Ratio of the sizes of blocks that are taken for equal: compressed layers differ a little."""
+
 
 @dataclass(eq=False)
 class _Slot:
@@ -37,8 +40,12 @@ class _Slot:
 
 
 def slot_sizes(sizes: Sequence[int], ahead: int) -> list[int]:
-    """Bytes of the slots for blocks of these sizes: any ``ahead + 1`` of them fit at a time."""
-    return sorted(sizes, reverse=True)[: ahead + 1]
+    """Bytes of the slots for blocks of these sizes: any ``ahead + 1`` of them fit at a time.
+
+    Only blocks of about the same size fit all slots: a head that is much larger than the layers has one slot.
+    """
+    largest = sorted(sizes, reverse=True)[: ahead + 1]
+    return [max(size for size in sizes if size <= _ALIKE * slot) for slot in largest]
 
 
 class Ring:

@@ -65,6 +65,8 @@ class Stream:
         self._lock = threading.RLock()
         self._blocks = [Block(name, module) for name, module in blocks.items()]
         self._stores = [self._take(block, stored) for block in self._blocks]
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what conversion took: slots are of other sizes
         self._ring = Ring(self._stores, self._mover, ahead)
         self._forwards = [_Forward(self, number, block.module) for number, block in enumerate(self._blocks)]
         for block, forward in zip(self._blocks, self._forwards, strict=True):
@@ -106,20 +108,21 @@ class Stream:
     def remove(self, name: str, *, load: bool = False) -> None:
         """Undo the streaming of one block: what is in host memory becomes its parameters, there.
 
-        Parameters in files stay on the meta device, unless they are to be loaded. Raises BlockReadError.
+        Parameters in files stay on the meta device, unless they are to be loaded. Called again, it takes away what
+        others had put their own ``forward`` over meanwhile. Raises BlockReadError.
         """
         with self._lock:
             number = self.names.index(name)
             block, store = self._blocks[number], self._stores[number]
-            forward = self._forwards[number]
+            forward, attributes = self._forwards[number], block.module.__dict__
+            if attributes.get("forward") is forward:
+                del attributes["forward"]
+                if forward.was_own:
+                    attributes["forward"] = forward.inner
             if forward.over:
                 return
             forward.over = True
-            own = block.module.__dict__
-            if own.get("forward") is forward:
-                del own["forward"]
-                if forward.was_own:
-                    own["forward"] = forward.inner
+            block.forget()
             if load or store.in_memory is not None:
                 memory = to_host(store)
                 for member, module, own in block.names().values():
@@ -167,6 +170,7 @@ class Stream:
                     piece.view(memory).copy_(value)
             store = HostStore(block.name, memory)
         block.rest(image, self.device)
+        block.tell(store, self.device)
         return store
 
     def _refuse_capture(self) -> None:

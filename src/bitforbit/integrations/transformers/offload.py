@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def stream(model: PreTrainedModel, ahead: int = AHEAD) -> list[Stream]:
             (device,) = devices
             blocks.setdefault(device, {})[name] = module
             stored.setdefault(device, {}).update(ranges)
-    streams = [_start(blocks[device], device, ahead, stored[device]) for device in blocks]
+    streams = [_start(model, blocks[device], device, ahead, stored[device]) for device in blocks]
     model.__dict__[_ATTRIBUTE] = streams
     return streams
 
@@ -54,13 +55,16 @@ def streams_of(model: nn.Module) -> list[Stream]:
     return list(model.__dict__.get(_ATTRIBUTE, ()))
 
 
-def bring_back(model: nn.Module) -> None:
-    """Stop the streaming of all blocks: their parameters are in the memory of the device that computes from now on.
+@contextmanager
+def brought_back(model: nn.Module) -> Iterator[None]:
+    """Stop the streaming of all blocks, for good: their parameters are in the memory of the device that computes.
 
-    Raises UsageError where accelerate has more of a model that is compressed than that; BlockReadError.
+    Within the context, compressed modules have none of accelerate's hooks, which hold on to the ``forward`` of a class.
+    Raises UsageError where accelerate has more of a model that is compressed than blocks; BlockReadError.
     """
+    hooked = [each for each in model.modules() if compressed_parameters(each) and hasattr(each, "_hf_hook")]
     for name, module in model.named_modules():
-        if _offloading_hook(module) is not None and compressed_parameters(module):
+        if module in hooked and _offloading_hook(module) is not None:
             raise UsageError(
                 f"expected a model in memory, got {name} offloaded by accelerate; load it without a device_map"
             )
@@ -69,7 +73,14 @@ def bring_back(model: nn.Module) -> None:
             each.remove(name, load=True)
             module = model.get_submodule(name)
             remove_hook_from_module(module)
+            each.remove(name)
             module.to(each.device)
+    hooks = [(module, module._hf_hook) for module in hooked if hasattr(module, "_hf_hook")]
+    for module, _ in hooks:
+        _unhook(module)
+    yield
+    for module, hook in hooks:
+        add_hook_to_module(module, hook)
 
 
 class BlockHook(ModelHook):
@@ -92,12 +103,18 @@ class BlockHook(ModelHook):
         return module
 
 
-def _start(blocks: dict[str, nn.Module], device: torch.device, ahead: int, stored: Mapping[str, FileRange]) -> Stream:
+def _start(
+    model: PreTrainedModel,
+    blocks: dict[str, nn.Module],
+    device: torch.device,
+    ahead: int,
+    stored: Mapping[str, FileRange],
+) -> Stream:
     borders: dict[str, AlignDevicesHook] = {}
     for name, module in blocks.items():
         for each in module.modules():
             hook = _offloading_hook(each)
-            remove_hook_from_module(each)  # which brings back what is in host memory
+            _unhook(each)  # which brings back what is in host memory
             if hook is not None:
                 borders.setdefault(name, hook)
                 for own in each._parameters:
@@ -106,6 +123,8 @@ def _start(blocks: dict[str, nn.Module], device: torch.device, ahead: int, store
     started = stream_blocks(blocks, device, ahead=ahead, stored=stored)
     for name, module in blocks.items():
         add_hook_to_module(module, BlockHook(started, name, borders[name]))
+        # Where it computes: whoever loads adapters by the map must not leave theirs elsewhere, nor move the model.
+        model.hf_device_map[name] = "cpu" if device.type == "cpu" else started.device.index
     return started
 
 
@@ -172,6 +191,14 @@ def _offloading_hook(module: nn.Module) -> AlignDevicesHook | None:
         if isinstance(each, AlignDevicesHook) and each.offload and hasattr(each.weights_map, "dataset"):
             return each
     return None
+
+
+def _unhook(module: nn.Module) -> None:
+    """Take accelerate's hook away, and what it leaves behind: a ``forward`` of the class that the module has now."""
+    remove_hook_from_module(module)
+    left = module.__dict__.get("forward")
+    if getattr(left, "__func__", None) is type(module).forward:
+        del module.__dict__["forward"]
 
 
 def _device(place: Any) -> Any:

@@ -174,11 +174,13 @@ class BitforbitQuantizer(HfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         from bitforbit.nn.model import decompress_model
 
-        if getattr(model, "hf_device_map", None) is not None:
+        if getattr(model, "hf_device_map", None) is None:
+            decompress_model(model)
+        else:
             from bitforbit.integrations.transformers import offload
 
-            offload.bring_back(model)
-        decompress_model(model)
+            with offload.brought_back(model):
+                decompress_model(model)
         self.forget(model)
         return model if dtype is None or dtype == model.dtype else model.to(dtype)
 
