@@ -17,6 +17,7 @@ BF16 model in memory. Without the right to make cgroups there is no limit ("limi
 whoever reads through it.
 
     python -m benchmarks.offload            minutes, and 6 GB in the cache directory (BITFORBIT_BENCH_CACHE)
+    python -m benchmarks.offload --make     makes these 6 GB only, for another run to find
     python -m benchmarks.offload --smoke    a tiny model, seconds; result in the cache directory
 """
 
@@ -60,7 +61,7 @@ LAYERS, HIDDEN, INTERMEDIATE, VOCABULARY = 16, 3072, 8192, 32768
 """As Llama-3.2-3B but for fewer layers and tokens: the layers are then 94 % of the weights, as in larger models."""
 FULL = Sizes(
     model.Size(
-        "llama-3b-16", LAYERS, HIDDEN, INTERMEDIATE, 24, 8, VOCABULARY, Workload(prompt_tokens=16, new_tokens=6), 1
+        "llama-3b-16", LAYERS, HIDDEN, INTERMEDIATE, 24, 8, VOCABULARY, Workload(prompt_tokens=16, new_tokens=5), 1
     ),
     (0.25, 0.5, 0.75),
     1 << 30,
@@ -209,7 +210,14 @@ def main(arguments: list[str]) -> int:
     """Run at the size that was asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--smoke", action="store_true", help="a tiny model; the result goes to the cache directory")
-    run(SMOKE if parser.parse_args(arguments).smoke else FULL)
+    parser.add_argument("--make", action="store_true", help="make the models, and measure nothing")
+    chosen = parser.parse_args(arguments)
+    sizes = SMOKE if chosen.smoke else FULL
+    if chosen.make:
+        for size in (sizes.model, SMOKE.model):
+            model.build(size)
+    else:
+        run(sizes)
     return 0
 
 

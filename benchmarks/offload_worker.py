@@ -143,12 +143,18 @@ def bytes_read() -> int:
 
 def blocks(model: Any) -> dict[str, int]:
     """Decoder layers by place."""
+    from bitforbit.integrations.transformers.offload import streams_of
+
     placed: dict[str, Any] = getattr(model, "hf_device_map", {})
+    streamed = {name for stream in streams_of(model) for name in stream.names}
     layers = model.get_decoder().layers
     prefix = next(name for name, module in model.named_modules() if module is layers)
     found: Counter[str] = Counter()
     for i in range(len(layers)):
         name = f"{prefix}.{i}"
+        if name in streamed:  # the map then says where it runs
+            found["disk"] += 1
+            continue
         inside = {str(place) for key, place in placed.items() if key == name or key.startswith(f"{name}.")}
         # A layer may be cut; what holds all of it is named by one of its parents.
         above = (str(place) for key, place in placed.items() if not key or name.startswith(f"{key}."))

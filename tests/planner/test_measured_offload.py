@@ -126,8 +126,8 @@ def test_the_default_of_the_engine() -> None:
     from bitforbit.offload import slot_sizes
 
     assert planned.AHEAD == engine.AHEAD
-    sizes = [3, 9, 4, 9, 1]
+    sizes = [300, 900, 400, 899, 310, 290, 1, 330]
     blocks = [planned._Block(n, n, 0, 0.0) for n in sizes]
-    for ahead in range(4):
+    for ahead in range(9):
         assert planned._largest(blocks, ahead + 1) == sum(slot_sizes(sizes, ahead))
     assert math.isclose(planned.steady_seconds(0, [1, 1], [0, 0], 2), 2)

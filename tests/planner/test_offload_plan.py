@@ -49,7 +49,8 @@ def test_nothing_is_lost_and_nothing_overflows(
     assert plan.slots == min(len(streamed), slots)
     assert 1 <= slots <= (3 if method != "bf16" else 1)
     assert slots == 1 or plan.slot_bytes <= request.capacity / 2
-    assert plan.slot_bytes == sum(sorted(block.nbytes for block in streamed)[-plan.slots :] if streamed else [])
+    largest = sum(sorted(block.nbytes for block in streamed)[-plan.slots :] if streamed else [])
+    assert largest <= plan.slot_bytes <= 1.125 * largest
     in_host = len(streamed) - plan.disk_blocks
     assert plan.host_bytes == sum(block.nbytes for block in streamed[:in_host])
     assert plan.disk_bytes == sum(block.stored for block in streamed[in_host:])

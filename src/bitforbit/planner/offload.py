@@ -28,6 +28,8 @@ from bitforbit.planner.weights import Storage
 
 AHEAD = 2
 """Blocks on their way while one runs: the default of :mod:`bitforbit.offload`."""
+_ALIKE = 1.125
+"""Ratio of the sizes of blocks that share slots there."""
 _INNER = Split(pipeline=3)
 """Of which the group in the middle has neither embedding nor head."""
 _STEPS = 3
@@ -221,8 +223,9 @@ class Streaming:
 
 
 def _largest(blocks: Sequence[_Block], count: int) -> int:
-    """Bytes of so many of them, the largest ones."""
-    return sum(sorted((block.nbytes for block in blocks), reverse=True)[:count])
+    """Bytes of slots for so many of them, the largest ones, each for all blocks of about its size."""
+    sizes = sorted((block.nbytes for block in blocks), reverse=True)
+    return int(sum(max(size for size in sizes if size <= _ALIKE * slot) for slot in sizes[:count]))
 
 
 def steady_seconds(stay: float, fetches: Sequence[float], computing: Sequence[float], slots: int) -> float:
