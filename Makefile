@@ -91,7 +91,7 @@ $(VENV)/stamp-ray: $(VENV)/stamp-test constraints.txt
 
 $(FLOOR)/stamp: constraints.txt constraints-floor.txt pyproject.toml
 	$(PYTHON) -m venv $(FLOOR)
-	grep -vE '^(huggingface_hub|httpx2|httpcore2|transformers|truststore)==' constraints.txt > $(FLOOR)/constraints.txt
+	grep -vE '^(huggingface_hub|transformers)==' constraints.txt > $(FLOOR)/constraints.txt
 	cat constraints-floor.txt >> $(FLOOR)/constraints.txt
 	$(FLOOR)/bin/python -m pip install torch==2.13.0
 	$(FLOOR)/bin/python -m pip install -c $(FLOOR)/constraints.txt '.[test]'

@@ -103,6 +103,10 @@ class ModelLoadError(BitforbitError):
     """transformers could not make a model, or a complete one, of the directory."""
 
 
+class ServerError(BitforbitError):
+    """A server that was started here, or one of its processes, ended without being asked to."""
+
+
 class WorkerError(BitforbitError):
     """A process that measured part of a benchmark ended without a result."""
 
@@ -154,12 +158,16 @@ class MissingPartError(FormatError):
     """A compressed tensor one of whose parts is not in the file, or a file that the manifest names and is absent."""
 
 
+class MixedFilesError(FormatError):
+    """Files of two models, or of a model and its original, in one directory."""
+
+
 class ManifestError(FormatError):
     """A bitforbit manifest or record that does not follow docs/format.md."""
 
 
 class UnsupportedVersionError(FormatError):
-    """A file of a newer format version, or with a codec that this version does not know."""
+    """A file of a newer format version, or with a codec or a version of one that this release does not know."""
 
 
 class ChecksumError(FormatError):

@@ -177,7 +177,23 @@ def test_shards_that_were_swapped(sharded: Path) -> None:
     a_bytes, b_bytes = a.read_bytes(), b.read_bytes()
     a.write_bytes(b_bytes)
     b.write_bytes(a_bytes)
+    with pytest.raises(errors.MixedFilesError, match="two models are mixed"):
+        load(sharded)
+    (sharded / "bitforbit.json").unlink()
     with pytest.raises(errors.MissingPartError, match="names"):
+        load(sharded)
+
+
+def test_a_shard_of_another_training_run(sharded: Path, tmp_path: Path) -> None:
+    """The same names and shapes, other weights."""
+    name = "model-00002-of-00004.safetensors"
+    bitforbit.decompress(sharded, tmp_path / "restored")
+    data = bytearray((tmp_path / "restored" / name).read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "restored" / name).write_bytes(data)
+    bitforbit.compress(tmp_path / "restored", tmp_path / "other")
+    shutil.copy(tmp_path / "other" / name, sharded / name)
+    with pytest.raises(errors.MixedFilesError, match=rf"{name}.*bitforbit\.json.*two models are mixed"):
         load(sharded)
 
 

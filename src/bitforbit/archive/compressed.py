@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bitforbit.archive.source import SourceFile, refuse_kind, source_file
-from bitforbit.errors import ChecksumError, MissingPartError, NotCompressedError, SourceNotFoundError
+from bitforbit.errors import ManifestError, MissingPartError, MixedFilesError, NotCompressedError, SourceNotFoundError
 from bitforbit.format.header import read_header
 from bitforbit.format.layout import Shard, is_shard, open_shard
 from bitforbit.format.manifest import FileEntry, read_manifest
@@ -32,20 +32,36 @@ class CompressedModel:
             raise MissingPartError(f"{location}: the manifest names this file, but: {e}; fetch it again") from None
 
     def open_shard(self, entry: FileEntry) -> Shard:
-        """The shard of an entry. Raises FormatError, also if the manifest and the shard's record disagree."""
+        """The shard of an entry. Raises FormatError, among them MixedFilesError."""
         location = self.locate(entry).location
-        shard = open_shard(location)
-        original = shard.record.file
-        if (original.size, original.sha256) != (entry.size, entry.sha256):
-            raise ChecksumError(
-                f"{location}: expected a shard of an original of {entry.size} bytes, SHA-256 {entry.sha256}, as "
-                f"{MANIFEST_NAME} says, got {original.size} bytes, {original.sha256}; files of two models are mixed"
-            )
+        if self.single:
+            return open_shard(location)
+        try:
+            shard = open_shard(location)
+        except ManifestError:
+            if not is_shard(read_header(location)):
+                check_same(entry, location, None, self.root / MANIFEST_NAME)
+            raise
+        check_same(entry, location, shard, self.root / MANIFEST_NAME)
         return shard
 
     def open_shards(self) -> Mapping[str, Shard]:
         """All shards by path."""
         return {entry.path: self.open_shard(entry) for entry in self.files if entry.kind == "shard"}
+
+
+def check_same(entry: FileEntry, location: Path, shard: Shard | None, manifest: Path) -> None:
+    """Raise MixedFilesError unless a file is what the manifest says of it: a shard, of the original named there.
+
+    ``shard`` None: the file is a plain one.
+    """
+    expected = f"expected a shard of an original of {entry.size} bytes, SHA-256 {entry.sha256}, as {manifest} says"
+    advice = "files of two models are mixed: fetch this one again, or all"
+    if shard is None:
+        raise MixedFilesError(f"{location}: {expected}, got a file that is not compressed; {advice}")
+    original = shard.record.file
+    if (original.size, original.sha256) != (entry.size, entry.sha256):
+        raise MixedFilesError(f"{location}: {expected}, got one of {original.size} bytes, {original.sha256}; {advice}")
 
 
 def _found(location: Path) -> tuple[Path, int, int]:

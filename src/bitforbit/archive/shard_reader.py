@@ -41,8 +41,8 @@ class ShardReader:
         self._pipe = pipe
         for name, record in shard.record.tensors.items():
             if not record.is_raw:
-                codec = registry.get(record.codec, record.codec_version)
                 try:
+                    codec = registry.get(record.codec, record.codec_version)
                     codec.check(record.dtype, record.shape, record.config, record.parts)
                 except BitforbitError as e:
                     raise type(e)(f"{shard.path}, tensor {name!r}: {e}") from e

@@ -1,6 +1,7 @@
 """The command line: ``bitforbit --help``.
 
-Exit codes: 0 done, 1 verification failed, 2 bad usage or input, 130 interrupted (141 if nobody reads the output).
+Exit codes: 0 done, 1 verification failed, 2 bad usage or input, 3 a server ended by itself, 130 interrupted (141 if
+nobody reads the output).
 Results go to standard output (with ``--json`` exactly one object), errors and progress to standard error.
 """
 
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 EXIT_DONE = 0
 EXIT_VERIFICATION_FAILED = 1
 EXIT_BAD_INPUT = 2
+EXIT_SERVER_DIED = 3
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 
@@ -27,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import typer
 
     from bitforbit.cli.app import app
-    from bitforbit.errors import BitforbitError
+    from bitforbit.errors import BitforbitError, ServerError
 
     usage_error: type[Exception] = typer.BadParameter.__bases__[0]
     try:
@@ -40,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Keep the interpreter from failing once more when it flushes standard output at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
+    except ServerError as e:
+        return _fail(type(e).__name__, str(e), as_json, EXIT_SERVER_DIED)
     except (BitforbitError, OSError) as e:
         return _fail(type(e).__name__, str(e) or type(e).__name__, as_json)
     except (KeyboardInterrupt, typer.Abort):

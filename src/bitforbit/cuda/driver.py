@@ -58,6 +58,10 @@ class Driver:
         name: bytes = self._call("cuDeviceGetName", _NAME_BYTES, self._call("cuDeviceGet", ordinal))
         return name.split(b"\0")[0].decode(errors="replace").strip()
 
+    def memory(self, ordinal: int) -> int:
+        """Bytes of a device's memory."""
+        return int(self._call("cuDeviceTotalMem", self._call("cuDeviceGet", ordinal)))
+
     def attribute(self, ordinal: int, name: str) -> int:
         """An attribute of a device: ``name`` as in ``CU_DEVICE_ATTRIBUTE_<name>``."""
         attribute = getattr(self._cuda.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")

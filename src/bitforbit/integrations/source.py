@@ -17,6 +17,7 @@ import torch
 
 from bitforbit import dtypes, tensors
 from bitforbit.archive.buffers import aligned_buffer, read_exactly
+from bitforbit.archive.compressed import check_same
 from bitforbit.archive.dfloat11.read import Df11Directory, RestoredTensor, TensorInfo
 from bitforbit.archive.pipeline import Pipeline
 from bitforbit.archive.ranges import Region, file_reader, read_plain
@@ -115,6 +116,11 @@ class NativeSource:
             if anchor is not None:
                 self.anchors[anchor] = (entry.name,)
                 self.consumed[anchor] = parts
+
+    @property
+    def shards(self) -> Mapping[Path, Shard]:
+        """The compressed files."""
+        return {path: reader.shard for path, reader in self._readers.items()}
 
     def record(self, name: str) -> TensorRecord:
         """How a compressed tensor is stored."""
@@ -257,19 +263,36 @@ def _bytes(part: torch.Tensor) -> Bytes:
 def native_source(files: Iterable[str], threads: int | None) -> NativeSource | None:
     """The source of these checkpoint files; None if none of them was compressed by bitforbit.
 
-    Raises what NativeSource raises, and MissingPartError if the manifest or the index beside them names files or
-    tensors that are not among them.
+    Raises what NativeSource raises, MixedFilesError if a file is not the one that the manifest beside it means, and
+    MissingPartError if the manifest or the index names files or tensors that are not among them.
     """
     paths = [Path(file) for file in files if file.endswith(SHARD_SUFFIX)]
     headers = {path: read_header(path) for path in paths}
     if not any(map(is_shard, headers.values())):
         return None
-    for directory in {path.parent for path in paths}:
-        _check_complete(directory, {path.name: header for path, header in headers.items() if path.parent == directory})
-    return NativeSource(headers, threads)
+    source = NativeSource(headers, threads)
+    for directory in sorted({path.parent for path in paths}):
+        beside = {path.name: header for path, header in headers.items() if path.parent == directory}
+        _check_manifest(directory, beside, source.shards)
+        _check_index(directory, beside)
+    return source
 
 
-def _check_complete(directory: Path, headers: Mapping[str, Header]) -> None:
+def _check_manifest(directory: Path, headers: Mapping[str, Header], shards: Mapping[Path, Shard]) -> None:
+    """From the Hub transformers fetches no manifest: then there is nothing to compare with."""
+    manifest = directory / MANIFEST_NAME
+    if not manifest.is_file():
+        return
+    for entry in read_manifest(directory).files:
+        if entry.kind == "shard" and "/" not in entry.path:
+            path = directory / entry.path
+            if entry.path in headers:
+                check_same(entry, path, shards.get(path), manifest)
+            elif not path.is_file():
+                raise MissingPartError(f"{path}: {MANIFEST_NAME} names this file; fetch it again")
+
+
+def _check_index(directory: Path, headers: Mapping[str, Header]) -> None:
     for path in directory.glob(f"*{INDEX_SUFFIX}"):
         weight_map = json.loads(path.read_bytes()).get("weight_map", {})
         if not set(weight_map.values()) & headers.keys():
@@ -277,12 +300,10 @@ def _check_complete(directory: Path, headers: Mapping[str, Header]) -> None:
         names = {name: {entry.name for entry in header.tensors} for name, header in headers.items()}
         for tensor, file in weight_map.items():
             if tensor not in names.get(file, ()):
-                raise MissingPartError(f"{path}: names {tensor!r} in {file}, which has no such tensor; fetch it again")
-    if (directory / MANIFEST_NAME).is_file():
-        for entry in read_manifest(directory).files:
-            shard = entry.kind == "shard" and "/" not in entry.path
-            if shard and entry.path not in headers and not (directory / entry.path).is_file():
-                raise MissingPartError(f"{directory / entry.path}: {MANIFEST_NAME} names this file; fetch it again")
+                raise MissingPartError(
+                    f"{path}: names {tensor!r} in {file}, which has no such tensor; they are not of one compression: "
+                    "fetch both again"
+                )
 
 
 def df11_source(
