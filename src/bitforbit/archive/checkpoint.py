@@ -192,18 +192,16 @@ class _File:
         self.shard = open_shard(path) if is_shard(header) else None
         self.original = self.shard.original if self.shard else header
         self._reader = ShardReader(self.shard, pipe) if self.shard else None
-        self._fd: int | None = os.open(path, os.O_RDONLY)
+        self._file = path.open("rb", buffering=0)
 
     def close(self) -> None:
-        """Close the descriptor."""
-        if self._fd is not None:
-            os.close(self._fd)
-        self._fd = None
+        """Close the file."""
+        self._file.close()
 
     def _open(self) -> int:
-        if self._fd is None:
+        if self._file.closed:
             raise UsageError(f"{self.path}: expected an open checkpoint, got one after the end of its `with` block")
-        return self._fd
+        return self._file.fileno()
 
     def tensor(self, entry: TensorEntry, out: Any) -> None:
         """Read a whole tensor; of compressed files with its checksums."""
