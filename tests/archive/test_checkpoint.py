@@ -192,3 +192,12 @@ def test_missing_and_damaged_files(files: Path, tmp_path: Path) -> None:
         for read in (lambda: f.get_tensor(name), lambda: f.get_slice(name, check=True)[:5]):
             with pytest.raises(errors.ChecksumError, match="00002-of-00002"):
                 read()
+
+
+def test_files_of_two_models(files: Path, tmp_path: Path) -> None:
+    shutil.copytree(files / "packed", tmp_path / "packed")
+    name = "model-00002-of-00002.safetensors"
+    for other in (files / "model" / name, files / "packed" / "model-00001-of-00002.safetensors"):
+        shutil.copy(other, tmp_path / "packed" / name)
+        with pytest.raises(errors.MixedFilesError, match="00002-of-00002"):
+            bitforbit.safe_open(tmp_path / "packed")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -150,3 +151,11 @@ def test_as_many_gpus_as_the_model_needs(
 
 def test_no_estimate_no_advice(plain: Path) -> None:
     assert parallel(plain, "exact", [], [80 * GIB]) == ([], None)
+
+
+def test_the_example_for_two_nodes_says_how_it_is_used() -> None:
+    script = Path(__file__).parents[2] / "examples" / "serve_405b.sh"
+    for arguments in ([], ["one"], ["all", "DIR"]):
+        run = subprocess.run(["bash", str(script), *arguments], capture_output=True, text=True, timeout=60)
+        assert (run.returncode, run.stdout) == (2, "")
+        assert "serve_405b.sh worker HEAD" in run.stderr

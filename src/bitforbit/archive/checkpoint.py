@@ -13,6 +13,7 @@ from typing import Any
 
 from bitforbit import dtypes, tensors
 from bitforbit.archive import indexing
+from bitforbit.archive.compressed import check_same
 from bitforbit.archive.indexing import Index
 from bitforbit.archive.pipeline import Pipeline
 from bitforbit.archive.ranges import Range, Region, file_reader, read_plain
@@ -28,7 +29,7 @@ from bitforbit.errors import (
 )
 from bitforbit.format.header import Header, TensorEntry, read_header
 from bitforbit.format.layout import is_shard, open_shard
-from bitforbit.format.manifest import read_manifest
+from bitforbit.format.manifest import FileEntry, read_manifest
 from bitforbit.format.spec import INDEX_SUFFIX, MANIFEST_NAME, SHARD_SUFFIX
 
 _LIBRARIES = {"numpy": "numpy", "np": "numpy", "pt": "torch", "pytorch": "torch", "torch": "torch"}
@@ -42,15 +43,15 @@ def safe_open(path: str | os.PathLike[str], framework: str = "numpy", *, threads
     are taken, or those that its index names. threads defaults to ``BITFORBIT_THREADS``, else all CPUs.
 
     Raises SourceNotFoundError, UsageError (also for DFloat11 directories, and if two files hold a tensor of the same
-    name), MissingDependencyError, MissingPartError, FormatError for damaged files.
+    name), MissingDependencyError, and FormatError for damaged files; for files that are not those that the directory's
+    index and manifest name, MissingPartError and MixedFilesError.
     """
     library = _LIBRARIES.get(framework)
     if library is None:
         raise UsageError(f"expected framework to be 'numpy' or 'pt', got {framework!r}")
     if library == "torch" and "torch" not in sys.modules:
         raise MissingDependencyError("framework 'pt' makes torch tensors: import torch first, or use 'numpy'")
-    headers = {file: read_header(file) for file in _files(Path(path))}
-    return Checkpoint(headers, library, threads)
+    return Checkpoint(_files(Path(path)), library, threads)
 
 
 class Checkpoint:
@@ -60,23 +61,27 @@ class Checkpoint:
     the end of the ``with`` block, UnsupportedDtypeError for elements of less than a byte.
     """
 
-    def __init__(self, headers: Mapping[Path, Header], library: str, threads: int | None) -> None:
+    def __init__(self, expected: Mapping[Path, FileEntry | None], library: str, threads: int | None) -> None:
+        """``expected`` has the files, and what the manifest says of them."""
         self._library = library
         self._files: dict[str, _File] = {}
         self._entries: dict[str, TensorEntry] = {}
         self._metadata: dict[str, str] = {}
+        headers = {path: read_header(path) for path in expected}
         largest = max((e.nbytes for header in headers.values() for e in header.tensors), default=0)
         pipe = Pipeline(threads, largest, None)
         with ExitStack() as stack:
             for path, header in headers.items():
                 file = _File(path, header, pipe)
                 stack.callback(file.close)
+                if (entry := expected[path]) is not None:
+                    check_same(entry, path, file.shard, path.with_name(MANIFEST_NAME))
                 self._metadata.update(file.original.metadata)
-                for entry in file.original.tensors:
-                    if entry.name in self._entries:
-                        other = self._files[entry.name].path
-                        raise UsageError(f"{path}: tensor {entry.name!r} is also in {other}; open one of the two")
-                    self._files[entry.name], self._entries[entry.name] = file, entry
+                for tensor in file.original.tensors:
+                    if tensor.name in self._entries:
+                        other = self._files[tensor.name].path
+                        raise UsageError(f"{path}: tensor {tensor.name!r} is also in {other}; open one of the two")
+                    self._files[tensor.name], self._entries[tensor.name] = file, tensor
             self._stack = stack.pop_all()
 
     def __enter__(self) -> Checkpoint:
@@ -180,24 +185,23 @@ class TensorSlice:
 
 
 class _File:
-    """One safetensors file, compressed or not. ``original`` is the header of the file before it was compressed."""
+    """One safetensors file. ``original`` is its header before it was compressed, ``shard`` None if it never was."""
 
     def __init__(self, path: Path, header: Header, pipe: Pipeline) -> None:
         self.path = path
-        self._reader = ShardReader(open_shard(path), pipe) if is_shard(header) else None
-        self.original = self._reader.shard.original if self._reader else header
-        self._fd: int | None = os.open(path, os.O_RDONLY)
+        self.shard = open_shard(path) if is_shard(header) else None
+        self.original = self.shard.original if self.shard else header
+        self._reader = ShardReader(self.shard, pipe) if self.shard else None
+        self._file = path.open("rb", buffering=0)
 
     def close(self) -> None:
-        """Close the descriptor."""
-        if self._fd is not None:
-            os.close(self._fd)
-        self._fd = None
+        """Close the file."""
+        self._file.close()
 
     def _open(self) -> int:
-        if self._fd is None:
+        if self._file.closed:
             raise UsageError(f"{self.path}: expected an open checkpoint, got one after the end of its `with` block")
-        return self._fd
+        return self._file.fileno()
 
     def tensor(self, entry: TensorEntry, out: Any) -> None:
         """Read a whole tensor; of compressed files with its checksums."""
@@ -215,13 +219,13 @@ class _File:
             read_plain(file_reader(self._open(), at, f"{self.path}, tensor {entry.name!r}"), region, out)
 
 
-def _files(path: Path) -> list[Path]:
-    """The safetensors files to open."""
+def _files(path: Path) -> dict[Path, FileEntry | None]:
+    """The safetensors files to open, and what a manifest says of them."""
     if not path.is_dir():
         if not path.exists():
             raise SourceNotFoundError(f"{path}: expected a model directory or a .safetensors file, got nothing")
         refuse_kind(path, [path.name])
-        return [path]
+        return {path: None}
     if df11_config(path):
         raise UsageError(f"{path}: a DFloat11 model, whose tensors cannot be read one by one; decompress it first")
     files = sorted(path.glob(f"*{SHARD_SUFFIX}"))
@@ -229,11 +233,9 @@ def _files(path: Path) -> list[Path]:
         refuse_kind(path, sorted(file.name for file in path.iterdir()))
         raise SourceNotFoundError(f"{path}: expected a directory with {SHARD_SUFFIX} files, got none at its top")
     maps = [(load_object(file) or {}).get("weight_map") for file in sorted(path.glob(f"*{INDEX_SUFFIX}"))]
-    named = {path / str(file) for weight_map in maps if isinstance(weight_map, dict) for file in weight_map.values()}
-    expected = set(named)
-    if (path / MANIFEST_NAME).is_file():
-        stored = read_manifest(path).files
-        expected |= {path / file.path for file in stored if file.kind == "shard" and "/" not in file.path}
-    if missing := sorted(expected - set(files)):
+    indexed = {path / str(file) for weight_map in maps if isinstance(weight_map, dict) for file in weight_map.values()}
+    manifest = read_manifest(path).files if (path / MANIFEST_NAME).is_file() else ()
+    shards = {path / entry.path: entry for entry in manifest if entry.kind == "shard" and "/" not in entry.path}
+    if missing := sorted((indexed | shards.keys()) - set(files)):
         raise MissingPartError(f"{missing[0]}: the index or {MANIFEST_NAME} names this file; fetch it again")
-    return sorted(named) or files
+    return {file: shards.get(file) for file in sorted(indexed) or files}

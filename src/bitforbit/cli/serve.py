@@ -58,15 +58,13 @@ def command(
 ) -> int:
     """Answer requests in the style of OpenAI over HTTP, with vLLM or else transformers; weights stay compressed.
 
-    Other options are handed on to the server. With vLLM, as many GPUs share the model as it needs, unless
-    --tensor-parallel-size says how many.
+    Other options are handed on to the server. vLLM gets as many GPUs as the model needs, or --tensor-parallel-size.
 
     \b
     bitforbit serve DIR
-    bitforbit serve DIR --port 9000 --max-model-len 32768 --served-model-name llama
-    bitforbit serve DIR --tensor-parallel-size 8
-    curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
-      -d '{"model": "DIR", "prompt": "Hello", "max_tokens": 16}'
+    bitforbit serve DIR --port 9000 --max-model-len 32768
+    bitforbit serve DIR --tensor-parallel-size 8 --served-model-name llama
+    curl localhost:8000/v1/completions --json '{"model":"DIR","prompt":"Hello"}'
     """
     refuse(context.args)
     server = choose(resolve(source, silent=False), source, host, port, mode.value, context.args, tell=_say)

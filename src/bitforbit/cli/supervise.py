@@ -110,7 +110,7 @@ class _Watch:
         for process in _below():
             if process.pid in self._seen or process.pid == self._server.pid:
                 continue
-            with suppress(psutil.Error, ProcessLookupError):
+            with suppress(psutil.Error, OSError):  # it may have ended meanwhile
                 if process.status() == psutil.STATUS_ZOMBIE and process.ppid() == os.getpid():
                     process.wait(0)
                 name = " ".join(process.cmdline()).strip()  # its title, where it has set one
