@@ -15,7 +15,7 @@ from cli_models import Run, one_object
 from safetensors.numpy import save_file
 
 from bitforbit import archive
-from bitforbit.cli import main
+from bitforbit.cli import inference, main
 
 
 def test_usage_errors(run: Run) -> None:
@@ -120,6 +120,22 @@ def test_names_cannot_drive_a_terminal(tmp_path: Path, capsys: pytest.CaptureFix
     assert not {"\x1b", "\x07", "\u202e"} & {*out, *err}
     assert r"a\x1b[2J\x07\n\u202eb" in out
     assert err.count("\n") == 1
+
+
+def test_model_text_cannot_drive_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for terminal, shown in ((True, "a\\x1b[2J\n\tü"), (False, "a\x1b[2J\n\tü")):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal)
+        inference.write("a\x1b[2J\n\tü")
+        assert capsys.readouterr().out == shown
+
+
+def test_a_terminal_that_knows_ascii_only(run: Run, tmp_path: Path) -> None:
+    save_file({"ü": np.ones((64, 64), np.float32)}, tmp_path / "m.safetensors")
+    done = run("inspect", tmp_path, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert r"\xfc" in done.stdout
 
 
 def test_a_missing_shard_is_mentioned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from bitforbit.attention import shapes
 from bitforbit.attention.grid import Grid
 from bitforbit.errors import AttentionError
 
@@ -181,12 +182,7 @@ def _mask(grid: Grid, i: int, blocks: Tensor) -> Tensor | None:
 
 def _checked(q: Tensor, k: Tensor, v: Tensor, layout: Tensor, grid: Grid) -> Tensor:
     """The layout on the device of ``q``. Raises AttentionError for shapes that do not fit."""
-    fits = q.ndim == k.ndim == v.ndim == 4 and k.shape[:3] == v.shape[:3] and q.shape[0] == k.shape[0]
-    if not fits or q.shape[3] != k.shape[3] or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise AttentionError(
-            "expected q [B, Hq, Lq, D], k [B, Hkv, Lk, D] and v [B, Hkv, Lk, Dv] with Hq a multiple of Hkv, "
-            f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
-        )
+    shapes.check(q, k, v)
     if (q.shape[2], k.shape[2]) != (grid.q_tokens, grid.kv_tokens):
         raise AttentionError(
             f"expected {grid.q_tokens} queries and {grid.kv_tokens} keys, as in the grid, got "

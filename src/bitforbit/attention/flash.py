@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitforbit.attention import shapes
 from bitforbit.attention.tiles import Access, Head, Memory, Order, Tiles
 from bitforbit.errors import AttentionError
 
@@ -157,22 +158,13 @@ def attention(
     """
     if order not in ("kv", "q"):
         raise AttentionError(f"order: expected 'kv' or 'q' (the outer loop), got {order!r}")
-    _check_shapes(q, k, v)
+    shapes.check(q, k, v)
     if mask is not None and mask.dtype != torch.bool:
         raise AttentionError(f"mask: expected bool, got {mask.dtype}; naive.attention takes masks that are added")
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     settings = (tiles, order, causal, mask, layout, scale, record)
     out, lse = _Attention.apply(q, k, v, settings)
     return out, lse
-
-
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
-    fits = q.ndim == k.ndim == v.ndim == 4 and k.shape[:3] == v.shape[:3] and q.shape[0] == k.shape[0]
-    if not fits or q.shape[3] != k.shape[3] or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise AttentionError(
-            "expected q [B, Hq, Lq, D], k [B, Hkv, Lk, D] and v [B, Hkv, Lk, Dv] with Hq a multiple of Hkv, "
-            f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
-        )
 
 
 class _Attention(torch.autograd.Function):

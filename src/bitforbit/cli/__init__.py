@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 
 EXIT_DONE = 0
 EXIT_VERIFICATION_FAILED = 1
@@ -25,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code. Errors raised on purpose become one line on standard error."""
     args = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in args
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may know ASCII only
     # Imported here, so that what a process pays for depends on the command.
     import typer
 

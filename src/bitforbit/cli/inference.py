@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from bitforbit.integrations.generation.place import Place
     from bitforbit.integrations.generation.shares import Shares
     from bitforbit.integrations.generation.text import Generation
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+"""Characters that a terminal may obey, but for tabs and ends of lines."""
 
 
 class Mode(StrEnum):
@@ -143,8 +147,8 @@ def spinner(text: str, *, silent: bool) -> Iterator[Any]:
 
 
 def write(text: str) -> None:
-    """Text as it comes, to standard output."""
-    sys.stdout.write(text)
+    """Text as it comes, to standard output; on a terminal without what it would obey."""
+    sys.stdout.write(_CONTROLS.sub(lambda c: repr(c[0])[1:-1], text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 

@@ -24,17 +24,20 @@ from bitforbit.integrations import first, native
 from bitforbit.integrations.source import DF11_CONFIG
 from bitforbit.integrations.transformers.config import BitforbitConfig
 from bitforbit.integrations.transformers.originals import Originals
+from bitforbit.integrations.transformers.resizing import resize_token_embeddings
 from bitforbit.nn import compressed_parameters
 from bitforbit.nn.state import raw_state_dicts
 
 _METHOD = "save_pretrained"
 _TIE = "tie_weights"
+_RESIZE = "resize_token_embeddings"
 
 
 def attach(model: PreTrainedModel) -> None:
-    """Make a model save itself in the native format, and know its ties by the names of parts."""
+    """Make a model save itself in the native format, know its ties by the names of parts, and take new tokens."""
     model.__dict__[_METHOD] = functools.partial(save_pretrained, model)
     model.__dict__[_TIE] = functools.partial(_tie_weights, model)
+    model.__dict__[_RESIZE] = functools.partial(resize_token_embeddings, model)
     first.attach(model)
 
 
@@ -42,6 +45,7 @@ def detach(model: PreTrainedModel) -> None:
     """Undo :func:`attach`."""
     model.__dict__.pop(_METHOD, None)
     model.__dict__.pop(_TIE, None)
+    model.__dict__.pop(_RESIZE, None)
     first.detach(model)
 
 
