@@ -124,9 +124,8 @@ class Stream:
             forward.over = True
             block.forget()
             if load or store.in_memory is not None:
-                memory = to_host(store)
                 for member, module, own in block.names().values():
-                    tensor = block.tensor(member, module, own, memory, self.device)
+                    tensor = block.tensor(member, module, own, store, self.device)
                     member.module._parameters[own] = nn.Parameter(tensor.clone(), requires_grad=False)
 
     def run(self, number: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -142,6 +141,8 @@ class Stream:
                     image = image.clone()  # which lives as long as the graph
                 block.install(image)
                 try:
+                    if not torch.is_grad_enabled():
+                        return _kept(forward(*args, **kwargs))
                     with _checkpointing(block.module, functools.partial(self._again, number)):
                         return _kept(forward(*args, **kwargs))
                 finally:
@@ -168,7 +169,7 @@ class Stream:
                 value = found[key].value
                 if isinstance(value, torch.Tensor):
                     piece.view(memory).copy_(value)
-            store = HostStore(block.name, memory)
+            store = HostStore(block.name, image, memory)
         block.rest(image, self.device)
         block.tell(store, self.device)
         return store
@@ -220,11 +221,13 @@ class _Forward:
         _refuse("pickled")
 
 
-@functools.cache
+_disabled: list[Callable[..., Any]] = []
+
+
 def _outside_graphs() -> Callable[..., Any]:
-    # Made when it is needed: it imports all of torch's compiler.
-    disabled: Callable[..., Any] = torch.compiler.disable(Stream.run)
-    return disabled
+    if not _disabled:  # made when it is needed: it imports all of torch's compiler
+        _disabled.append(torch.compiler.disable(Stream.run))
+    return _disabled[0]
 
 
 class _Tensors(Mapping[str, torch.Tensor]):
@@ -235,7 +238,7 @@ class _Tensors(Mapping[str, torch.Tensor]):
         self._names = block.names()
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._block.tensor(*self._names[name], to_host(self._store), self._device)
+        return self._block.tensor(*self._names[name], self._store, self._device)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -246,20 +249,25 @@ class _Tensors(Mapping[str, torch.Tensor]):
 
 @contextmanager
 def _checkpointing(module: nn.Module, run: Callable[..., Any]) -> Iterator[None]:
-    """Have a forward that checkpoints itself, as layers of transformers do, run through ``run`` in the backward pass.
+    """Have forwards that checkpoint themselves, as layers of transformers do, run through ``run`` in the backward pass.
 
-    There it is computed again, when its parameters have left.
+    There they are computed again, when their parameters have left.
     """
-    own = module.__dict__
-    checkpoint = own.get(_CHECKPOINT)
-    if checkpoint is None:
-        yield
-        return
-    own[_CHECKPOINT] = lambda forward, *args, **kwargs: checkpoint(functools.partial(run, forward), *args, **kwargs)
+    holders = [each.__dict__ for each in module.modules() if _CHECKPOINT in each.__dict__]
+    before = [own[_CHECKPOINT] for own in holders]
+    for own, checkpoint in zip(holders, before, strict=True):
+        own[_CHECKPOINT] = functools.partial(_checkpoint_through, run, checkpoint)
     try:
         yield
     finally:
-        own[_CHECKPOINT] = checkpoint
+        for own, checkpoint in zip(holders, before, strict=True):
+            own[_CHECKPOINT] = checkpoint
+
+
+def _checkpoint_through(
+    run: Callable[..., Any], checkpoint: Callable[..., Any], forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    return checkpoint(functools.partial(run, forward), *args, **kwargs)
 
 
 def _image(order: list[Key], found: Mapping[Key, Found]) -> Image:
