@@ -114,10 +114,11 @@ def test_any_order_is_right(ahead: int, count: int) -> None:
             continue
         if chance.random() < 0.2:
             inner = chance.randrange(count)
-            mover.broken = set()
-            assert torch.equal(made.enter(inner), images[inner])
-            assert torch.equal(seen, images[block])
-            made.leave(inner)
+            try:
+                assert torch.equal(made.enter(inner), images[inner])
+                made.leave(inner)
+            except BlockReadError:
+                pass
         assert torch.equal(seen, images[block])
         made.leave(block)
     assert made.nbytes == sum(slot_sizes(sizes, ahead))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from bitforbit.errors import StreamedModelError, UsageError
 from bitforbit.nn import layout
@@ -137,7 +138,9 @@ class Stream:
             self._refuse_capture()
             image = self._ring.enter(number)
             try:
-                if torch.is_grad_enabled() and (block.trains() or _requires_grad((args, kwargs))):
+                if torch.is_grad_enabled() and (
+                    block.trains() or any(tensor.requires_grad for tensor in _tensors((args, kwargs)))
+                ):
                     image = image.clone()  # which lives as long as the graph
                 block.install(image)
                 try:
@@ -285,13 +288,24 @@ def _check_apart(blocks: Mapping[str, nn.Module]) -> None:
         owner |= dict.fromkeys(things, name)
 
 
-def _requires_grad(values: Any) -> bool:
-    return any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in tree_leaves(values))
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    """Those in arguments or outputs. Caches of keys and values are left alone: some refuse to be taken apart."""
+    left = [values]
+    while left:
+        value = left.pop()
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, Mapping):
+            left.extend(value.values())
+        elif isinstance(value, tuple | list):
+            left.extend(value)
+        elif dataclasses.is_dataclass(value):
+            left.extend(vars(value).values())
 
 
 def _kept(output: Any) -> Any:
     """A block's output, in no memory that other blocks pass through."""
-    if any(isinstance(leaf, torch.Tensor) and volatile.holds(leaf) for leaf in tree_leaves(output)):
+    if any(map(volatile.holds, _tensors(output))):
         return tree_map_only(torch.Tensor, lambda t: t.clone() if volatile.holds(t) else t, output)
     return output
 
