@@ -53,10 +53,11 @@ def test_some_on_disk(name: str, compressed: bool, directories: Directories, tmp
     assert any(parameter.is_meta for parameter in model.parameters())
 
 
-def test_too_little_memory(directories: Directories, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+def test_too_little_memory(name: str, directories: Directories, tmp_path: Path) -> None:
     """The map is made from the compressed sizes."""
-    plain, native = directories("llama")
-    auto = zoo.auto_class("llama")
+    plain, native = directories(name)
+    auto = zoo.auto_class(name)
     kwargs: dict[str, Any] = {
         "device_map": "auto",
         "max_memory": {"cpu": "350KB"},
@@ -67,7 +68,7 @@ def test_too_little_memory(directories: Directories, tmp_path: Path) -> None:
     assert set(stream.names) <= {*blocks("llama")}
     assert set(model.hf_device_map.values()) == {"cpu", "disk"}
     expected = auto.from_pretrained(plain)
-    assert torch.equal(zoo.logits(model, "llama", 2), zoo.logits(expected, "llama", 2))
+    assert torch.equal(zoo.logits(model, name, 2), zoo.logits(expected, name, 2))
 
 
 def test_native_tensors_stay_in_their_file(directories: Directories, tmp_path: Path) -> None:
@@ -226,6 +227,13 @@ def test_a_disk_that_fails(directories: Directories, monkeypatch: pytest.MonkeyP
         zoo.logits(model, "llama", 1)
 
 
+@pytest.mark.parametrize("classes", [None, [], ["LlamaDecoderLayer"], {"LlamaDecoderLayer"}])
+def test_what_layers_are(classes: Any, directories: Directories, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = zoo.auto_class("llama").from_pretrained(directories("llama")[0])
+    monkeypatch.setattr(model, "_no_split_modules", classes)
+    assert [name for name, _ in offload._blocks(model, lambda _: True)] == blocks("llama")
+
+
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 
@@ -289,7 +297,7 @@ def test_memory_stays_below_the_slots(tmp_path: Path) -> None:
     import transformers as tf
 
     config = tf.LlamaConfig(
-        vocab_size=64, hidden_size=512, intermediate_size=1536, num_hidden_layers=24, num_attention_heads=8
+        vocab_size=64, hidden_size=512, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=8
     )
     tf.LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "plain")
     bitforbit.compress(tmp_path / "plain", tmp_path / "native", threads=1)
@@ -297,6 +305,5 @@ def test_memory_stays_below_the_slots(tmp_path: Path) -> None:
         [sys.executable, "-c", _PEAK, str(tmp_path / "native")], capture_output=True, text=True, check=True
     )
     in_files, slots, peak = map(int, run.stdout.split()[-3:])
-    assert in_files > 100_000_000
-    assert slots < in_files / 7
-    assert peak < slots + (24 << 20)
+    assert slots < in_files / 3.5
+    assert peak < slots + (20 << 20) < in_files
