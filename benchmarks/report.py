@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks import kv_report, plots
+from benchmarks import attention_report, kv_report, plots
 from benchmarks.common import RESULTS, ROOT, table
 
 Result = dict[str, Any]
@@ -163,10 +163,16 @@ GPU_DECODERS = ("tiles to BF16", "planes to BF16", "DF11 to BF16")
 GPU_BATCHES = (1, 8, 32, 64)
 GPU_PICTURE = "docs/images/gpu_linear.svg"
 NOT_MEASURED = "not measured"
+GPU_NOT_MEASURED = (
+    "On GPUs, speed and memory are **not measured** at this version. `make gpu` does it on a machine that has one, and "
+    "the figures then stand here: tokens at batches from 1 to 64, prefill, loading, every product, the decoders."
+)
 
 
 def gpu(result: Result) -> str:
-    """A whole model, products and decoders on a GPU; an empty result gives the tables without figures."""
+    """A whole model, products and decoders on a GPU; one line if nothing was measured."""
+    if not result:
+        return GPU_NOT_MEASURED
     model, load, decode = (result.get(key, {}) for key in ("model", "load", "decode"))
     steps = {step["batch"]: step["step_ms"] for step in model.get("decode", ())}
     pairs = [(f"a token, batch {batch}", steps.get(batch), ".2f", " ms") for batch in GPU_BATCHES]
@@ -256,8 +262,6 @@ def _triple(values: dict[str, float | None] | None, form: str, unit: str) -> lis
 
 
 def _where_gpu(result: Result) -> str:
-    if not result:
-        return "No GPU has been measured at this version; `make gpu` does it."
     m, d = result["machine"], result["device"]
     torch = m["versions"].get("torch", "?")
     return (
@@ -276,12 +280,14 @@ def newest_gpu() -> Result:
     return max(found, key=lambda content: str(content["date"]), default={})
 
 
-PAGES = ("README.md", "docs/guide/kv-cache.md")
+PAGES = ("README.md", "docs/guide/attention.md", "docs/guide/io.md", "docs/guide/kv-cache.md")
 
 SECTIONS: dict[str, Callable[[Result], str]] = {
     "kv_quality": lambda result: kv_report.quality(result, where),
     "kv_memory": lambda result: kv_report.memory(result, where),
     "kv_attention": lambda result: kv_report.attention(result, where),
+    "block_sparse": lambda result: attention_report.block_sparse(result, where),
+    "io_attention": lambda result: attention_report.io_attention(result, where),
     "gpu": gpu,
     "codec": codec,
     "df11": df11,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bitforbit import errors
+    from bitforbit.archive.checkpoint import safe_open
     from bitforbit.archive.compress import compress
     from bitforbit.archive.decompress import decompress
     from bitforbit.archive.inspect import inspect
@@ -33,6 +34,7 @@ __all__ = [
     "inspect",
     "kivi_cache",
     "merge",
+    "safe_open",
     "verify",
 ]
 
@@ -48,6 +50,7 @@ _HOMES = {
     "inspect": "bitforbit.archive",
     "kivi_cache": "bitforbit.integrations.transformers.kv",
     "merge": "bitforbit.archive",
+    "safe_open": "bitforbit.archive.checkpoint",
     "verify": "bitforbit.archive",
 }
 

@@ -43,6 +43,10 @@ class GgufRefusedError(UsageError):
     """The weights are a GGUF file, a format of already quantized weights."""
 
 
+class SliceIndexError(UsageError, IndexError):
+    """An index outside a tensor of which part was to be read."""
+
+
 class UnsupportedDtypeError(UsageError):
     """An array of a dtype that cannot be compressed was handed over."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from bitforbit.cuda.kernel import Kernel
 WRITE = "run: python -m benchmarks.kernel_table --write"
 TABLE = kernel_table.recorded()
 NUMBERS = TABLE["kernels"]
+OLDEST, *_, NEWEST = kernel_table.ARCHS
 
 
 def test_all_entry_points_are_in_the_list() -> None:
@@ -41,13 +43,41 @@ def test_no_kernel_spills() -> None:
     assert spilling == set()
 
 
-@pytest.mark.parametrize("arch", kernel_table.ARCHS)
+def test_the_table_has_every_architecture() -> None:
+    assert {tuple(numbers["resources"]) for numbers in NUMBERS.values()} == {kernel_table.ARCHS}
+
+
+def asks_for_the_architecture(source: str) -> bool:
+    return "__CUDA_ARCH" in sources.text(source)
+
+
+def test_texts_differ_between_three_classes_of_architectures() -> None:
+    """Below sm_90, sm_90a, above it: what is compiled below has one of each class."""
+    asked = {
+        condition
+        for source in {kernel.source for kernel in registry.KERNELS}
+        for condition in re.findall(r"__CUDA_ARCH\w*(?: *[<>=!]+ *\d+)?", sources.text(source))
+    }
+    assert asked == {"__CUDA_ARCH__", "__CUDA_ARCH__ < 900", "__CUDA_ARCH__ >= 900", "__CUDA_ARCH_FEAT_SM90_ALL"}
+
+
+@pytest.mark.parametrize("arch", [OLDEST, kernel_table.COUNTED_ARCH, NEWEST])
 def test_registers_and_shared_memory_are_as_recorded(arch: str) -> None:
+    """All kernels on the oldest and newest architecture, between them those whose text asks for it.
+
+    The other entries are of the same texts and options, as their digests are: --write compiled them.
+    """
     installed = importlib.metadata.version("nvidia-cuda-nvrtc")
     if installed != TABLE["nvrtc"]:
         pytest.skip(f"the table is by NVRTC {TABLE['nvrtc']}, installed is {installed}")
-    recorded = {name: numbers["resources"][arch] for name, numbers in NUMBERS.items()}
-    assert kernel_table.resources(arch, registry.binaries()) == recorded, WRITE
+    binaries = {
+        (source, defines): kernels
+        for (source, defines), kernels in registry.binaries().items()
+        if arch in (OLDEST, NEWEST) or asks_for_the_architecture(source)
+    }
+    names = [kernel_table.label(kernel) for kernels in binaries.values() for kernel in kernels]
+    recorded = {name: NUMBERS[name]["resources"][arch] for name in names}
+    assert kernel_table.resources(arch, binaries) == recorded, WRITE
 
 
 @pytest.mark.parametrize("kernel", registry.KERNELS, ids=kernel_table.label)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kv_device import VARIANTS, DeviceCache, cache, check, queries
+from kv_device import VARIANTS, DeviceCache, bf16, cache, check, queries
 
 from bitforbit.cuda.kv import workspace_bytes
 from bitforbit.errors import UsageError
@@ -30,6 +30,14 @@ def test_variants(queue: Any, name: str) -> None:
     """Every pair of bits, size of groups and of heads; a row with padding; sink tokens."""
     found = filled(queue, name, 200, [0, 37], sink=3)
     check(found, queries(found, 8, 1), 201, scaling=found.head_dim**-0.5)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_peaked_queries(queue: Any, name: str) -> None:
+    """Large scores, whose errors are errors of exponents: query times scale needs more bits than BF16 has."""
+    for seed in range(3):
+        found = filled(queue, name, 700, [0], heads=1, seed=seed)
+        check(found, bf16(3 * queries(found, 8, 1, seed + 10)), 701, scaling=found.head_dim**-0.5)
 
 
 @pytest.mark.parametrize("slots", [0, 1, 31, 32, 33, 63, 64, 65, 66, 95, 96, 97, 127, 128, 129])

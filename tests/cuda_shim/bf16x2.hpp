@@ -10,6 +10,14 @@ inline unsigned multiply_pairs(unsigned a, unsigned b) {
   return to_pair(__uint_as_float(a << 16) * __uint_as_float(b << 16),
                  __uint_as_float(a & 0xFFFF0000) * __uint_as_float(b & 0xFFFF0000));
 }
+inline unsigned lost_pairs(unsigned a, unsigned b, unsigned product) {
+  // A product of two BF16 and its difference from its rounding have 16 bits at most: FP64 holds both, and FP32 the
+  // difference, but for subnormals.
+  auto lost = [](unsigned x, unsigned y, unsigned z) {
+    return float(double(__uint_as_float(x)) * __uint_as_float(y) - __uint_as_float(z));
+  };
+  return to_pair(lost(a << 16, b << 16, product << 16), lost(a & 0xFFFF0000, b & 0xFFFF0000, product & 0xFFFF0000));
+}
 inline unsigned add_pairs(unsigned a, unsigned b) {
   // FP64 holds the sums of two BF16 of like size; to FP32 and BF16 is one rounding where FP32 holds them, too.
   return to_pair(float(double(__uint_as_float(a << 16)) + __uint_as_float(b << 16)),

@@ -8,7 +8,7 @@ and one piece.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,9 @@ from bitforbit.codecs.base import Bytes, RowReader
 from bitforbit.errors import UnsupportedDtypeError, UsageError
 
 Range = tuple[int, int]
+
+Read = Callable[[Bytes, int], None]
+"""Fills an array with a tensor's stored bytes from an offset on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,24 +115,25 @@ def _checked(shape: tuple[int, ...], dimension: int, what: str, wanted: Range | 
     return begin, end
 
 
-def read_chunks(fd: int, at: int, nbytes: int, where: str) -> Iterator[Bytes]:
-    """That many bytes of a file from byte ``at`` on, in pieces that share one buffer. Raises TruncatedFileError."""
-    buffer = aligned_buffer(min(nbytes, CHUNK_BYTES))
-    for offset in range(0, nbytes, CHUNK_BYTES):
-        piece = buffer[: nbytes - offset]
-        read_exactly(fd, piece, at + offset, where)
-        yield piece
+def file_reader(fd: int, at: int, where: str) -> Read:
+    """Reads a tensor that is stored at byte ``at`` of a file. Raises TruncatedFileError."""
+    return lambda out, offset: read_exactly(fd, out, at + offset, where)
 
 
-def read_plain(fd: int, at: int, region: Region, out: Bytes, where: str) -> None:
-    """Read a region of a tensor that lies uncompressed at byte ``at`` of the file. Raises TruncatedFileError."""
+def memory_reader(stored: Bytes) -> Read:
+    """Reads a tensor whose stored bytes are in memory."""
+    return lambda out, offset: np.copyto(out, stored[offset : offset + out.size])
+
+
+def read_plain(read: Read, region: Region, out: Bytes) -> None:
+    """Read a region of a tensor that is stored uncompressed."""
     if region.whole_lines:
-        read_exactly(fd, out, at + region.begin * region.line_bytes, where)
+        read(out, region.begin * region.line_bytes)
         return
     scratch = aligned_buffer(0)
     for begin, end in region.pieces(max(1, CHUNK_BYTES // region.item_bytes)):
         scratch, lines = _room(scratch, (end - begin) * region.line_bytes)
-        read_exactly(fd, lines, at + begin * region.line_bytes, where)
+        read(lines, begin * region.line_bytes)
         region.copy(lines, region.lines(out, begin, end))
 
 

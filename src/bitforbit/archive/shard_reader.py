@@ -12,10 +12,10 @@ import numpy as np
 
 from bitforbit.archive.buffers import aligned_buffer, read_exactly
 from bitforbit.archive.pipeline import CHUNK_BYTES, Pipeline, chunks
-from bitforbit.archive.ranges import Region, read_chunks, read_coded, read_plain
+from bitforbit.archive.ranges import Read, Region, file_reader, memory_reader, read_coded, read_plain
 from bitforbit.codecs import registry
 from bitforbit.codecs.base import PART_ALIGNMENT, Bytes, EncodedTensor
-from bitforbit.errors import BitforbitError, ChecksumError
+from bitforbit.errors import BitforbitError, ChecksumError, CorruptTensorError
 from bitforbit.format import checksum
 from bitforbit.format.checksum import Digests
 from bitforbit.format.header import TensorEntry
@@ -87,32 +87,41 @@ class ShardReader:
     def part(self, fd: int, entry: TensorEntry, region: Region, out: Bytes, *, check: bool) -> None:
         """Restore a region of a tensor into ``out``, its size exactly, reading only what it needs.
 
-        The checksum covers the tensor as a whole: with ``check`` all of its stored bytes are read and compared with
-        it first; without, damage is noticed only where digits contradict each other. Raises what ``tensor`` raises.
+        The checksum covers the tensor as a whole: with ``check`` all of its stored bytes are read into memory and
+        compared with it; without, damage is noticed only where digits contradict each other. Raises what ``tensor``
+        raises.
         """
-        record = self.shard.record.tensors[entry.name]
         where = f"{self.shard.path}, tensor {entry.name!r}"
-        at = self.shard.header.data_start + self.shard.begin[entry.name]
-        if check:
-            stored = read_chunks(fd, at, self.shard.stored_bytes(entry), where)
-            _check(where, "stored bytes", record.xxh3_stored, checksum.xxh3_64(stored))
+        from_file = file_reader(fd, self.shard.header.data_start + self.shard.begin[entry.name], where)
+        if not check:
+            self._part(from_file, entry, region, out, where)
+            return
+        nbytes = self.shard.stored_bytes(entry)
+        with self._pipe.coded.hold(nbytes):
+            stored = aligned_buffer(nbytes)
+            from_file(stored, 0)
+            _check(where, "stored bytes", self.shard.record.tensors[entry.name].xxh3_stored, checksum.xxh3_64([stored]))
+            self._part(memory_reader(stored), entry, region, out, where)
+
+    def _part(self, read: Read, entry: TensorEntry, region: Region, out: Bytes, where: str) -> None:
+        record = self.shard.record.tensors[entry.name]
         if not region.nbytes:
             return
         if record.is_raw:
-            read_plain(fd, at, region, out, where)
+            read_plain(read, region, out)
             return
-        begins = dict(zip(record.parts, accumulate(record.parts.values(), initial=at), strict=False))
+        begins = dict(zip(record.parts, accumulate(record.parts.values(), initial=0), strict=False))
 
         def fetch(part: str, offset: int, data: Bytes) -> None:
-            read_exactly(fd, data, begins[part] + offset, where)
+            read(data, begins[part] + offset)
 
         codec = registry.get(record.codec, record.codec_version)
+        end = region.end * region.width
         try:
-            end = region.end * region.width
             reader = codec.row_reader(record.dtype, record.shape, record.config, record.parts, fetch, end)
             read_coded(reader, region, out, self._pipe.codec_threads(region.nbytes))
-        except BitforbitError as e:
-            raise type(e)(str(e) if str(e).startswith(where) else f"{where}: {e}") from e
+        except CorruptTensorError as e:
+            raise CorruptTensorError(f"{where}: {e}") from e
 
     def _decode(self, coded: EncodedTensor, out: Bytes) -> None:
         codec = registry.get(coded.codec, coded.codec_version)

@@ -19,7 +19,7 @@ from bitforbit import dtypes, tensors
 from bitforbit.archive.buffers import aligned_buffer, read_exactly
 from bitforbit.archive.dfloat11.read import Df11Directory, RestoredTensor, TensorInfo
 from bitforbit.archive.pipeline import Pipeline
-from bitforbit.archive.ranges import Region, read_plain
+from bitforbit.archive.ranges import Region, file_reader, read_plain
 from bitforbit.archive.shard_reader import ShardReader
 from bitforbit.codecs.base import Bytes
 from bitforbit.errors import ChecksumError, MissingPartError, NotCompressedError, UnsupportedDtypeError, UsageError
@@ -140,9 +140,9 @@ class NativeSource:
     ) -> torch.Tensor:
         """Part of a tensor, contiguous: rows [begin, end) of its first dimension, columns [begin, end) of its last.
 
-        Reads only the bytes of the rows asked for, unless ``check``, which reads all of them and compares the
-        checksum of the stored bytes; files without a record have none. Works for plain tensors too. Raises UsageError
-        for a range outside and for names that no file has, and what ``restore`` raises.
+        Reads only the bytes of the rows asked for, unless ``check``, which reads all of them into memory and compares
+        the checksum of the stored bytes; files without a record have none. Works for plain tensors too. Raises
+        UsageError for a range outside and for names that no file has, and what ``restore`` raises.
         """
         stored = self.tensors.get(name)
         if stored is None:
@@ -155,7 +155,7 @@ class NativeSource:
         if name in self._plain:
             path, at = self._plain[name]
             with path.open("rb", buffering=0) as file:
-                read_plain(file.fileno(), at, region, data, f"{path}, tensor {name!r}")
+                read_plain(file_reader(file.fileno(), at, f"{path}, tensor {name!r}"), region, data)
             return out
         reader = self._readers[self._shards[name].path]
         with reader.opened() as fd:

@@ -135,10 +135,11 @@ def test_damage_is_never_followed(part: str, seed: int, flips: int, first: int) 
     assert_bitwise_equal(out, whole[first * 300 :])
 
 
-def test_counts_beyond_the_tails() -> None:
+@pytest.mark.parametrize(("count", "match"), [(0xFFFFFFFF, "counts up to 1600"), (1600, "tails of 1 blocks within")])
+def test_counts_that_cannot_be(count: int, match: str) -> None:
     tensor = encoded(hostile_bytes("BF16", False, 40 * 100, 0, "trained"), "BF16", False, 40, 100)
     code = tensor.parts["code"].copy()
-    code[16:28] = 255
+    code[16:28] = np.full(3, count, "<u4").view(np.uint8)
     damaged = EncodedTensor("planes", 1, "BF16", tensor.shape, tensor.config, {**tensor.parts, "code": code})
-    with pytest.raises(CorruptTensorError, match="tails"):
+    with pytest.raises(CorruptTensorError, match=match):
         Parts(damaged).reader(16)

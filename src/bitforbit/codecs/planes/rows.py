@@ -43,7 +43,7 @@ class PlanesRowReader:
         fetch("code", 0, code)
         self._tables = code[: layout.tables * TABLE_BYTES].reshape(-1, TABLE_BYTES)
         self._index = code[layout.tables * TABLE_BYTES :].reshape(-1, INDEX_BYTES)
-        self._tail_begins = _tail_begins(self._index)
+        self._tail_begins = _tail_begins(self._index, layout.groups_in(BLOCK_ROWS) * GROUP)
         if self._tail_begins[-1] > tails_bytes:
             raise CorruptTensorError(
                 f"expected the tails of {self._blocks} blocks within {tails_bytes} bytes, "
@@ -92,9 +92,14 @@ class PlanesRowReader:
         out[nbytes:] = 0
 
 
-def _tail_begins(index: Bytes) -> npt.NDArray[np.int64]:
-    """Where the tail of each block of the index begins, and where the last one ends: ``[blocks + 1]``."""
+def _tail_begins(index: Bytes, positions: int) -> npt.NDArray[np.int64]:
+    """Where the tail of each block of the index begins, and where the last one ends: ``[blocks + 1]``.
+
+    Raises CorruptTensorError for counts of more than ``positions``, so that sums cannot overflow.
+    """
     counts = np.frombuffer(index.tobytes(), "<u4").reshape(-1, 3).astype(np.int64)
+    if counts.max(initial=0) > positions:
+        raise CorruptTensorError(f"expected counts up to {positions} in every block, got {counts.max()}")
     digit_groups = -(-counts[:, :2] // GROUP)
     begins = np.zeros(len(counts) + 1, np.int64)
     np.cumsum(digit_groups.sum(1) * _DIGIT_GROUP_BYTES + counts[:, 2], out=begins[1:])

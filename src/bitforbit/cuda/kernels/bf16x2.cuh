@@ -11,6 +11,15 @@ __device__ __forceinline__ u32 multiply_pairs(u32 a, u32 b) {
   return product;
 }
 
+// What multiply_pairs(a, b) has lost: each half of a * b - product, rounded once.
+__device__ __forceinline__ u32 lost_pairs(u32 a, u32 b, u32 product) {
+  u32 lost;
+  asm("{.reg .b32 minus;\n neg.bf16x2 minus, %3;\n fma.rn.bf16x2 %0, %1, %2, minus;}"
+      : "=r"(lost)
+      : "r"(a), "r"(b), "r"(product));
+  return lost;
+}
+
 __device__ __forceinline__ u32 add_pairs(u32 a, u32 b) {
   u32 sum;
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(0x3F803F80u), "r"(b));

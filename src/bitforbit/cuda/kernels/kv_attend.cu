@@ -132,7 +132,7 @@ __device__ __forceinline__ void attend_segment(const Query& query, const Rules& 
   float biases[2];
   key_biases(query, gmem_key_params, lane, biases);
   Scores score[kWarpTiles];
-  Query scaled;
+  ScaledQuery scaled;
   float offset[4], bias[2];
 #pragma unroll
   for (u32 i = 0; i < kWarpTiles; ++i) {
@@ -188,7 +188,7 @@ __device__ __forceinline__ void attend_rest(const Query& query, const Rules& rul
     const u32 in_segment = token % kSegmentTokens, group = in_segment / kGroup;
     const u8* gmem_record = record_of(rest.gmem_segments, token / kSegmentTokens, rest.row_head);
     const u8* gmem_params = gmem_record + kKeyParams;
-    Query scaled;
+    ScaledQuery scaled;
     float offset[4], biases[2];
     key_biases(query, gmem_params + group / kWarpGroups * kWarpGroups * kKeyGroupBytes, lane, biases);
     scale_query(query, gmem_params + group * kKeyGroupBytes, lane, scaled, offset);

@@ -2,9 +2,10 @@
 // weights of tokens) fragment B, so sums are transposed: rows are tokens (or channels), columns queries.
 //
 // Codes enter as they are: a mask and an OR give a pair of them in BF16, plus an offset that is taken off by a product
-// with a constant. What stands before a code instead of its scale: for keys q' = q * scale, for values p' = p * scale,
-// both rounded to BF16. The zero of a group is moved to the middle code ("center") and multiplied apart; so a rounding
-// error of q' or p' counts times the distance from the middle.
+// with a constant. What stands before a code instead of its scale: for keys q' = q * scale, for values p' = p * scale.
+// p' is rounded to BF16, as weights are anyway; q' is two BF16 numbers, as an error of a score is one of the weight's
+// exponent. The zero of a group is moved to the middle code ("center") and multiplied apart; so a rounding error counts
+// times the distance from the middle.
 //
 //   q.k = sum of q' (code - center) + sum of q (zero + center scale), the same for values.
 //
@@ -86,6 +87,11 @@ struct Query {
   u32 pair[kSteps][2];
 };
 
+// q', of which `high` is the nearest BF16 and `rest` what that leaves, rounded: 2^-17 of q' is lost at most.
+struct ScaledQuery {
+  Query high, rest;
+};
+
 using Scores = float[2][4];  // [u]: tokens 4q + 2u, 4q + 2u + 1 of a tile; queries 2t, 2t + 1 of each
 
 constexpr u32 kWarpTokens = 128, kWarpTiles = kWarpTokens / kTileTokens;
@@ -108,21 +114,27 @@ __device__ __forceinline__ void key_biases(const Query& query, const u8* gmem_pa
 }
 
 // q' of a group, and its product with the offsets, where all sums begin.
-__device__ __forceinline__ void scale_query(const Query& query, const u8* gmem_params, u32 lane, Query& scaled,
+__device__ __forceinline__ void scale_query(const Query& query, const u8* gmem_params, u32 lane, ScaledQuery& scaled,
                                             float (&first)[4]) {
   const u16* gmem_scale = reinterpret_cast<const u16*>(gmem_params) + lane % 4 * 4;
   first[0] = first[1] = first[2] = first[3] = 0;
 #pragma unroll
   for (u32 i = 0; i < kSteps; ++i) {
-    const uint2 scale = __ldg(reinterpret_cast<const uint2*>(gmem_scale + 16 * i));
-    scaled.pair[i][0] = multiply_pairs(query.pair[i][0], scale.x);
-    scaled.pair[i][1] = multiply_pairs(query.pair[i][1], scale.y);
-    add_offsets<kKeyBits>(first, scaled.pair[i][0], scaled.pair[i][1]);
+    const uint2 raw = __ldg(reinterpret_cast<const uint2*>(gmem_scale + 16 * i));
+    const u32 scale[2] = {raw.x, raw.y};
+#pragma unroll
+    for (u32 k = 0; k < 2; ++k) {
+      const u32 high = multiply_pairs(query.pair[i][k], scale[k]);
+      scaled.high.pair[i][k] = high;
+      scaled.rest.pair[i][k] = lost_pairs(query.pair[i][k], scale[k], high);
+    }
+    add_offsets<kKeyBits>(first, scaled.high.pair[i][0], scaled.high.pair[i][1]);
+    add_offsets<kKeyBits>(first, scaled.rest.pair[i][0], scaled.rest.pair[i][1]);
   }
 }
 
 // Sums of q' (code - center) of a tile.
-__device__ __forceinline__ void multiply_keys(const Query& scaled, const float (&first)[4], const u8* gmem_tile,
+__device__ __forceinline__ void multiply_keys(const ScaledQuery& scaled, const float (&first)[4], const u8* gmem_tile,
                                               u32 lane, Scores& score) {
   constexpr u32 kWords = kKeyBits / 2;  // of a step: tokens 4q to 4q + 3 of a lane's channels
   const u32* gmem = reinterpret_cast<const u32*>(gmem_tile) + (lane % 4 * 8 + lane / 4) * kWords;
@@ -137,7 +149,9 @@ __device__ __forceinline__ void multiply_keys(const Query& scaled, const float (
       // A token has kKeyBits * 2 bits of each half of a word; 16 / (2 * kKeyBits) tokens share it.
       const u32 even = word[2 * u * kWords / 4] >> (2 * u * 2 * kKeyBits % 16);
       const u32 odd = word[(2 * u + 1) * kWords / 4] >> ((2 * u + 1) * 2 * kKeyBits % 16);
-      mma_bf16(score[u], code_rows<kKeyBits>(even, odd), scaled.pair[i][0], scaled.pair[i][1]);
+      const uint4 codes = code_rows<kKeyBits>(even, odd);
+      mma_bf16(score[u], codes, scaled.high.pair[i][0], scaled.high.pair[i][1]);
+      mma_bf16(score[u], codes, scaled.rest.pair[i][0], scaled.rest.pair[i][1]);
     }
   }
 }
