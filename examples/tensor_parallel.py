@@ -4,7 +4,7 @@
 
 MODEL is a compressed directory; default: the model in the package. On a machine with GPUs every process takes one
 (NCCL), else they run on the CPU (gloo). The BF16 original, split the same way, writes the same tokens. Needs torch and
-transformers; `python examples/tensor_parallel.py` starts two processes by itself.
+transformers; `python examples/tensor_parallel.py` starts two processes by itself, on the CPU if there is one GPU.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ def main(model: Path) -> int:
 
 if __name__ == "__main__":
     if "RANK" not in os.environ:
+        if torch.cuda.device_count() < 2:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # two processes cannot share a GPU
         torchrun(["--standalone", "--nproc-per-node", "2", *sys.argv])
     else:
         sys.exit(main(Path(sys.argv[1]) if len(sys.argv) > 1 else demo.model_path()))

@@ -197,6 +197,12 @@ def decompressed_models_are_split_as_before(folder: Path) -> None:
         bitforbit.decompress_model(model)
         assert isinstance(model.lm_head.weight, DTensor)
         same(model, plain)
+        assert (model.lm_head.weight is model.get_input_embeddings().weight) == (name == "llama-tied")
+        files = []
+        for which, each in (("again", model), ("as plain", plain)):
+            each.save_pretrained(folder / name / which)
+            files.append((folder / name / which / "model.safetensors").read_bytes())
+        assert files[0] == files[1]
     plain = load(folder / "llama" / "plain")
     raises(errors.UsageError, "quantization_config", call=lambda: bitforbit.compress_model(plain))
 

@@ -180,13 +180,16 @@ class Sharding:
             raise ModelLoadError(f"process {failed[0][0]} of {self.size} could not load its part: {failed[0][1]}")
 
     def release(self) -> None:
-        """Make the parts DTensors again, for a model in which nothing is compressed any more."""
+        """Make the parts DTensors again, tied ones together, for a model in which nothing is compressed any more."""
+        made: dict[nn.Parameter, nn.Parameter] = {}
         for name, whole in self.placeholders.items():
             module_name, own = split(name)
             module = self._model.get_submodule(module_name)
             local = module._parameters[own]
             if local is not None and not isinstance(local, DTensor):
-                module._parameters[own] = nn.Parameter(like(whole, local.detach()), requires_grad=False)
+                if local not in made:
+                    made[local] = nn.Parameter(like(whole, local.detach()), requires_grad=False)
+                module._parameters[own] = made[local]
             for mark in (_LOCAL, _ROWS, _SUMMED):
                 module.__dict__.pop(mark, None)
         self.placeholders.clear()
