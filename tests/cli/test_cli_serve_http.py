@@ -153,4 +153,4 @@ def test_says_when_the_server_was_killed(models: Path, tmp_path: Path) -> None:
         assert server.process.wait(20) == 3
         assert_gone(below)
     last = server.text.splitlines()[-1]
-    assert last.startswith(f"error: the server (process {below[0].pid}) was killed by SIGKILL; the kernel sends")
+    assert last.startswith(f"error: the server (process {below[0].pid}) was killed by SIGKILL (the kernel sends it")

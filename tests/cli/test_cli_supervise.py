@@ -140,7 +140,7 @@ def test_the_server_dies_before_its_workers(start: Start) -> None:
     fake.below[0].kill()
     code, errors = fake.end()
     assert code == 3
-    assert f"the server (process {fake.below[0].pid}) was killed by SIGKILL; the kernel sends SIGKILL when" in errors
+    assert f"the server (process {fake.below[0].pid}) was killed by SIGKILL (the kernel sends it when" in errors
 
 
 @pytest.mark.parametrize(("status", "code"), [(0, 0), (7, 3)])
