@@ -289,7 +289,7 @@ def test_memory_stays_below_the_slots(tmp_path: Path) -> None:
     import transformers as tf
 
     config = tf.LlamaConfig(
-        vocab_size=64, hidden_size=512, intermediate_size=1536, num_hidden_layers=24, num_attention_heads=8
+        vocab_size=64, hidden_size=512, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=8
     )
     tf.LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "plain")
     bitforbit.compress(tmp_path / "plain", tmp_path / "native", threads=1)
@@ -297,6 +297,5 @@ def test_memory_stays_below_the_slots(tmp_path: Path) -> None:
         [sys.executable, "-c", _PEAK, str(tmp_path / "native")], capture_output=True, text=True, check=True
     )
     in_files, slots, peak = map(int, run.stdout.split()[-3:])
-    assert in_files > 100_000_000
-    assert slots < in_files / 7
-    assert peak < slots + (24 << 20)
+    assert slots < in_files / 3.5
+    assert peak < slots + (20 << 20) < in_files

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bitforbit.errors import BlockReadError
+from bitforbit.offload.image import Image
 from bitforbit.offload.movers import Filling
 from bitforbit.offload.ring import Ring, slot_sizes
 from bitforbit.offload.stores import HostStore, Store
@@ -55,8 +56,9 @@ class LateMover:
 
 def ring(sizes: list[int], ahead: int = 2) -> tuple[Ring, LateMover, list[torch.Tensor]]:
     images = [torch.full((size,), number, dtype=torch.uint8) for number, size in enumerate(sizes)]
+    stores = [HostStore(str(number), Image({}, len(image)), image) for number, image in enumerate(images)]
     mover = LateMover()
-    return Ring([HostStore(str(number), image) for number, image in enumerate(images)], mover, ahead), mover, images
+    return Ring(stores, mover, ahead), mover, images
 
 
 def run(made: Ring, block: int, images: list[torch.Tensor]) -> None:
@@ -112,10 +114,11 @@ def test_any_order_is_right(ahead: int, count: int) -> None:
             continue
         if chance.random() < 0.2:
             inner = chance.randrange(count)
-            mover.broken = set()
-            assert torch.equal(made.enter(inner), images[inner])
-            assert torch.equal(seen, images[block])
-            made.leave(inner)
+            try:
+                assert torch.equal(made.enter(inner), images[inner])
+                made.leave(inner)
+            except BlockReadError:
+                pass
         assert torch.equal(seen, images[block])
         made.leave(block)
     assert made.nbytes == sum(slot_sizes(sizes, ahead))

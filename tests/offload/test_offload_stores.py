@@ -48,8 +48,9 @@ def test_images(gap: int, chunk: int, files: int, tmp_path: Path, monkeypatch: p
     made, image = store(ranges)
     memory = to_host(made)
     assert memory.numel() == image.nbytes == made.nbytes
-    for piece, expected in zip(image.pieces.values(), data, strict=True):
+    for (key, piece), expected in zip(image.pieces.items(), data, strict=True):
         assert piece.begin % 256 == 0
+        assert made.tensor(key).numpy().tobytes() == expected
         assert piece.view(memory).numpy().tobytes() == expected
 
 

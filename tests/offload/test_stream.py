@@ -308,3 +308,52 @@ def test_layouts_are_kept_at_rest() -> None:
     made(cases.inputs())
     assert list(dict(made.named_parameters())) == names
     assert bnn.compressed_parameters(made.blocks[0].q_proj)["weight"].layout == "planes"
+
+
+@torch.no_grad()
+def test_compiled_models(tmp_path: Path) -> None:
+    """Streamed blocks are left out of the graphs."""
+    plain = cases.model(3)
+    made = cases.compressed(plain)
+    stream_blocks(made.named(), "cpu", ahead=0, stored=cases.to_files(made, tmp_path))
+    compiled = torch.compile(made, backend="eager")
+    for seed in range(3):
+        assert_same_bits(compiled(cases.inputs(seed=seed)), plain(cases.inputs(seed=seed)))
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("in_files", [False, True])
+def test_blocks_without_parameters(in_files: bool, tmp_path: Path) -> None:
+    plain = cases.model(3)
+    made = cases.compressed(plain)
+    plain.blocks[1] = made.blocks[1] = nn.ReLU()
+    stream_blocks(made.named(), "cpu", ahead=1, stored=cases.to_files(made, tmp_path) if in_files else {})
+    for seed in range(3):
+        assert_same_bits(made(cases.inputs(seed=seed)), plain(cases.inputs(seed=seed)))
+
+
+def test_a_part_of_a_block_that_checkpoints_itself() -> None:
+    """As a layer of transformers may: what is computed again in the backward pass fetches the block again."""
+
+    class Outer(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            own = self.__dict__.get("_gradient_checkpointing_func")
+            return self.inner(x) if own is None else own(self.inner.__call__, x)
+
+    plain = cases.model(4)
+    made = cases.compressed(plain)
+    made.blocks = nn.ModuleList(Outer(block) for block in made.blocks)
+    stream_blocks(made.named(), "cpu", ahead=0)
+    for block in made.blocks:
+        block._gradient_checkpointing_func = lambda forward, *args: checkpoint(forward, *args, use_reentrant=False)
+    grads = []
+    for each in (made, plain):
+        x = cases.inputs().requires_grad_()
+        each(x).float().square().sum().backward()
+        grads.append(x.grad)
+    assert_same_bits(*grads)

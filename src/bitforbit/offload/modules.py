@@ -15,7 +15,7 @@ from bitforbit.nn import compressed_parameters, layout, part_name
 from bitforbit.nn.spec import CompressedSpec
 from bitforbit.nn.values import Values
 from bitforbit.offload.image import FileRange, Image, Key
-from bitforbit.offload.stores import Store, to_host
+from bitforbit.offload.stores import Store
 
 Stored: TypeAlias = torch.Tensor | FileRange
 """A tensor in host memory, or where its bytes lie."""
@@ -171,8 +171,7 @@ class Block:
         names = [part_name(part, own) for part in spec.part_names]
 
         def read() -> list[torch.Tensor]:
-            memory = to_host(store)
-            return [self.tensor(member, number, name, memory, device) for name in names]
+            return [self.tensor(member, number, name, store, device) for name in names]
 
         return AwayValues(spec, device, read)
 
@@ -235,19 +234,17 @@ class Block:
                     found[f"{path}.{name}" if path else name] = member, number, name
         return found
 
-    def tensor(
-        self, member: Member, number: int, name: str, memory: torch.Tensor, device: torch.device
-    ) -> torch.Tensor:
-        """A streamed parameter as it is at rest (planes, not tiles), from an image in host memory."""
+    def tensor(self, member: Member, number: int, name: str, store: Store, device: torch.device) -> torch.Tensor:
+        """A streamed parameter as it is at rest (planes, not tiles), in host memory. Raises BlockReadError."""
         if name not in member.replaced:
-            return self.image.pieces[Key(number, name)].view(memory)
+            return store.tensor(Key(number, name))
         for own, tiles in member.specs.items():
             at_rest = compressed_parameters(member.module)[own]
             names = [part_name(part, own) for part in at_rest.part_names]
             if name not in names:
                 continue
             keys = [Key(number, part_name(part, own)) for part in tiles.part_names]
-            made = layout.converted(tiles, [self.image.pieces[key].view(memory).to(device) for key in keys], "planes")
+            made = layout.converted(tiles, [store.tensor(key).to(device) for key in keys], "planes")
             if made is None or made[0] != at_rest:
                 raise StreamedModelError(
                     f"{self.path(member)}.{own}: expected the planes that it was loaded from, got {made and made[0]}; "

@@ -87,6 +87,8 @@ class Ring:
         except BaseException:
             slot.users -= 1
             self._forget(slot)
+            if slot.extra:
+                self._slots.remove(slot)
             raise
         self._clock += 1
         slot.used = self._clock

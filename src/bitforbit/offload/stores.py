@@ -46,6 +46,10 @@ class Store(Protocol):
         """The image's bytes [chunk.begin, chunk.end) into ``out``. Raises BlockReadError."""
         ...
 
+    def tensor(self, key: Key) -> torch.Tensor:
+        """One tensor of the image, in host memory. Raises BlockReadError."""
+        ...
+
 
 @dataclass(frozen=True)
 class _Span:
@@ -80,15 +84,21 @@ class HostStore:
 
     chunks: Sequence[Chunk] = ()
 
-    def __init__(self, name: str, memory: torch.Tensor) -> None:
+    def __init__(self, name: str, image: Image, memory: torch.Tensor) -> None:
         """``memory`` is uint8 ``[nbytes]``."""
         self.name = name
-        self.nbytes = memory.numel()
+        self.nbytes = image.nbytes
         self.in_memory: torch.Tensor | None = memory
+        self._pieces = image.pieces
 
     def read(self, chunk: Chunk, out: Bytes) -> None:
         """There are no chunks."""
         raise AssertionError(f"{self.name} is in memory")
+
+    def tensor(self, key: Key) -> torch.Tensor:
+        """See Store."""
+        assert self.in_memory is not None
+        return self._pieces[key].view(self.in_memory)
 
 
 class FileStore:
@@ -105,7 +115,9 @@ class FileStore:
         self.name = name
         self.nbytes = image.nbytes
         self._drop_cache = drop_cache
-        spans = sorted((image.pieces[key].begin, place) for key, place in ranges)
+        self._pieces = image.pieces
+        self._ranges = dict(ranges)
+        spans = sorted((image.pieces[key].begin, place) for key, place in self._ranges.items())
         self.chunks = tuple(_chunks(spans, image.nbytes))
         self._fds: dict[Path, int] = {}
         self._finalizer = weakref.finalize(self, _close, self._fds)
@@ -116,22 +128,31 @@ class FileStore:
     def read(self, chunk: Chunk, out: Bytes) -> None:
         """See Store."""
         for run in chunk.runs:
-            views = [_target(span, chunk.begin, out) for span in run.spans]
-            fd = self._fds[run.path]
-            try:
-                done = _read(fd, views, run.begin)
-                if self._drop_cache and hasattr(os, "posix_fadvise"):
-                    os.posix_fadvise(fd, run.begin, run.nbytes, os.POSIX_FADV_DONTNEED)
-            except OSError as e:
-                raise BlockReadError(
-                    e.errno, f"block {self.name!r}: reading {run.nbytes} bytes at {run.begin} failed: {e.strerror}; "
-                    "see to the disk and run the model again", str(run.path),
-                ) from e  # fmt: skip
-            if done < run.nbytes:
-                raise BlockReadError(
-                    f"{run.path}, block {self.name!r}: expected {run.nbytes} bytes at {run.begin}, got {done}; the "
-                    "file was changed after the model was loaded: restore it, and load the model again"
-                )
+            self._read(run, [_target(span, chunk.begin, out) for span in run.spans])
+
+    def tensor(self, key: Key) -> torch.Tensor:
+        """See Store."""
+        (path, begin, nbytes), piece = self._ranges[key], self._pieces[key]
+        memory = aligned_buffer(nbytes)
+        self._read(Run(path, begin, nbytes, ()), [memoryview(memory.data)])
+        return torch.from_numpy(memory).view(piece.dtype).view(piece.shape)
+
+    def _read(self, run: Run, views: list[memoryview]) -> None:
+        fd = self._fds[run.path]
+        try:
+            done = _read(fd, views, run.begin)
+            if self._drop_cache and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(fd, run.begin, run.nbytes, os.POSIX_FADV_DONTNEED)
+        except OSError as e:
+            raise BlockReadError(
+                e.errno, f"block {self.name!r}: reading {run.nbytes} bytes at {run.begin} failed: {e.strerror}; "
+                "see to the disk and run the model again", str(run.path),
+            ) from e  # fmt: skip
+        if done < run.nbytes:
+            raise BlockReadError(
+                f"{run.path}, block {self.name!r}: expected {run.nbytes} bytes at {run.begin}, got {done}; the "
+                "file was changed after the model was loaded: restore it, and load the model again"
+            )
 
 
 def _close(fds: dict[Path, int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from bitforbit.errors import StreamedModelError, UsageError
 from bitforbit.nn import layout
@@ -124,9 +125,8 @@ class Stream:
             forward.over = True
             block.forget()
             if load or store.in_memory is not None:
-                memory = to_host(store)
                 for member, module, own in block.names().values():
-                    tensor = block.tensor(member, module, own, memory, self.device)
+                    tensor = block.tensor(member, module, own, store, self.device)
                     member.module._parameters[own] = nn.Parameter(tensor.clone(), requires_grad=False)
 
     def run(self, number: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -138,10 +138,14 @@ class Stream:
             self._refuse_capture()
             image = self._ring.enter(number)
             try:
-                if torch.is_grad_enabled() and (block.trains() or _requires_grad((args, kwargs))):
+                if torch.is_grad_enabled() and (
+                    block.trains() or any(tensor.requires_grad for tensor in _tensors((args, kwargs)))
+                ):
                     image = image.clone()  # which lives as long as the graph
                 block.install(image)
                 try:
+                    if not torch.is_grad_enabled():
+                        return _kept(forward(*args, **kwargs))
                     with _checkpointing(block.module, functools.partial(self._again, number)):
                         return _kept(forward(*args, **kwargs))
                 finally:
@@ -168,7 +172,7 @@ class Stream:
                 value = found[key].value
                 if isinstance(value, torch.Tensor):
                     piece.view(memory).copy_(value)
-            store = HostStore(block.name, memory)
+            store = HostStore(block.name, image, memory)
         block.rest(image, self.device)
         block.tell(store, self.device)
         return store
@@ -220,11 +224,13 @@ class _Forward:
         _refuse("pickled")
 
 
-@functools.cache
+_disabled: list[Callable[..., Any]] = []
+
+
 def _outside_graphs() -> Callable[..., Any]:
-    # Made when it is needed: it imports all of torch's compiler.
-    disabled: Callable[..., Any] = torch.compiler.disable(Stream.run)
-    return disabled
+    if not _disabled:  # made when it is needed: it imports all of torch's compiler
+        _disabled.append(torch.compiler.disable(Stream.run))
+    return _disabled[0]
 
 
 class _Tensors(Mapping[str, torch.Tensor]):
@@ -235,7 +241,7 @@ class _Tensors(Mapping[str, torch.Tensor]):
         self._names = block.names()
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._block.tensor(*self._names[name], to_host(self._store), self._device)
+        return self._block.tensor(*self._names[name], self._store, self._device)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -246,20 +252,25 @@ class _Tensors(Mapping[str, torch.Tensor]):
 
 @contextmanager
 def _checkpointing(module: nn.Module, run: Callable[..., Any]) -> Iterator[None]:
-    """Have a forward that checkpoints itself, as layers of transformers do, run through ``run`` in the backward pass.
+    """Have forwards that checkpoint themselves, as layers of transformers do, run through ``run`` in the backward pass.
 
-    There it is computed again, when its parameters have left.
+    There they are computed again, when their parameters have left.
     """
-    own = module.__dict__
-    checkpoint = own.get(_CHECKPOINT)
-    if checkpoint is None:
-        yield
-        return
-    own[_CHECKPOINT] = lambda forward, *args, **kwargs: checkpoint(functools.partial(run, forward), *args, **kwargs)
+    holders = [each.__dict__ for each in module.modules() if _CHECKPOINT in each.__dict__]
+    before = [own[_CHECKPOINT] for own in holders]
+    for own, checkpoint in zip(holders, before, strict=True):
+        own[_CHECKPOINT] = functools.partial(_checkpoint_through, run, checkpoint)
     try:
         yield
     finally:
-        own[_CHECKPOINT] = checkpoint
+        for own, checkpoint in zip(holders, before, strict=True):
+            own[_CHECKPOINT] = checkpoint
+
+
+def _checkpoint_through(
+    run: Callable[..., Any], checkpoint: Callable[..., Any], forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    return checkpoint(functools.partial(run, forward), *args, **kwargs)
 
 
 def _image(order: list[Key], found: Mapping[Key, Found]) -> Image:
@@ -277,13 +288,24 @@ def _check_apart(blocks: Mapping[str, nn.Module]) -> None:
         owner |= dict.fromkeys(things, name)
 
 
-def _requires_grad(values: Any) -> bool:
-    return any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in tree_leaves(values))
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    """Those in arguments or outputs. Caches of keys and values are left alone: some refuse to be taken apart."""
+    left = [values]
+    while left:
+        value = left.pop()
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, Mapping):
+            left.extend(value.values())
+        elif isinstance(value, tuple | list):
+            left.extend(value)
+        elif dataclasses.is_dataclass(value):
+            left.extend(vars(value).values())
 
 
 def _kept(output: Any) -> Any:
     """A block's output, in no memory that other blocks pass through."""
-    if any(isinstance(leaf, torch.Tensor) and volatile.holds(leaf) for leaf in tree_leaves(output)):
+    if any(map(volatile.holds, _tensors(output))):
         return tree_map_only(torch.Tensor, lambda t: t.clone() if volatile.holds(t) else t, output)
     return output
 

@@ -47,6 +47,8 @@ def stream(model: PreTrainedModel, ahead: int = AHEAD) -> list[Stream]:
             stored.setdefault(device, {}).update(ranges)
     streams = [_start(model, blocks[device], device, ahead, stored[device]) for device in blocks]
     model.__dict__[_ATTRIBUTE] = streams
+    if any(each.device.type == "cpu" and each.file_bytes for each in streams):
+        _keep_in_memory(model)
     return streams
 
 
@@ -101,6 +103,15 @@ class BlockHook(ModelHook):
         """See ModelHook: whoever takes the hooks away, such as PEFT, gets the block as accelerate had found it."""
         self._stream.remove(self._name)
         return module
+
+
+def _keep_in_memory(model: nn.Module) -> None:
+    """Copy what stays in CPU memory: it is mapped from files, and would be read again whenever memory is short."""
+    seen: set[int] = set()
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_cpu and id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensor.data = tensor.data.clone()
 
 
 def _start(
