@@ -43,7 +43,7 @@ from bitforbit.offload import AHEAD, Stream, slot_sizes, stream_blocks
 from bitforbit.ops import gpu
 
 WAYS = ("accelerate BF16", "streamed BF16", "streamed exact", "streamed fused")
-SHARES = (0.5,)
+SHARES, TINY_SHARES = (0.5,), (0.7,)
 ALLOWANCE = 4 << 30
 """Bytes beside weights and slots: decoded weights, activations, keys and values, what the allocator loses."""
 COPY_BYTES = 1 << 28
@@ -273,7 +273,7 @@ def main(arguments: list[str]) -> int:
     size = TINY if chosen.dry_run else replace(FULL, layers=chosen.layers)
     report = Report(chosen.json)
     with gpu_common.meter(chosen.dry_run) as meter:
-        measure(size, tuple(chosen.share or SHARES), meter, report)
+        measure(size, tuple(chosen.share or (TINY_SHARES if chosen.dry_run else SHARES)), meter, report)
     print(show(report.result))
     return report.end()
 

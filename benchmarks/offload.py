@@ -155,8 +155,34 @@ def measure(sizes: Sizes) -> dict[str, Any]:
                 raise AssertionError(f"{share:.0%}, {way}: expected the tokens and logits of the model in memory")
             runs[way] = figures(outcome)
             print(f"{share:.0%} {way}: {outcome.seconds_per_token:.2f} s/token, {outcome.blocks}", flush=True)
-        result["budgets"].append({"share": share, "bytes": budget, "ways": runs})
+        predicted = {
+            "accelerate BF16": predict(plain, "bf16", budget, workload, result["disk_bytes_per_second"]),
+            "streamed exact": predict(compressed, "exact", budget, workload, result["disk_bytes_per_second"]),
+        }
+        result["budgets"].append({"share": share, "bytes": budget, "ways": runs, "predicted": predicted})
     return result
+
+
+def predict(
+    directory: ModelDirectory, method: str, budget: int, workload: Workload, disk: float | None
+) -> dict[str, Any]:
+    """What ``bitforbit plan`` says of this budget for weights, with the measured disk: the disk's time alone."""
+    from bitforbit.planner import Elsewhere, KvSetting, Request, find_gpu, read_shape
+    from bitforbit.planner.request import streaming_of
+
+    context = workload.prompt_tokens + workload.new_tokens
+    request = Request(read_shape(directory.path), find_gpu("CPU"), call=workload.prompt_tokens)
+    streaming = streaming_of(request, method, KvSetting("16"), context)
+    whole, load = streaming.whole, streaming.load
+    beside = whole.scratch(load) + whole.activations(load) + whole.kv(load)
+    plan = streaming.plan(budget + beside, Elsewhere(disk=disk))
+    if plan is None:
+        return {"resident": None, "bytes_per_token": None, "tokens_per_second": None}
+    return {
+        "resident": sum(plan.resident),
+        "bytes_per_token": plan.disk_bytes,
+        "tokens_per_second": plan.speed,
+    }
 
 
 def _peak(outcome: Outcome) -> int:
@@ -191,7 +217,13 @@ def show(result: dict[str, Any]) -> str:
                 ]
             )
     headers = ["memory", "", "tokens/s", "first token", "read per token", "peak beyond Python", "layers"]
-    return table(headers, rows)
+    predictions = [
+        f"{budget['share']:.0%} {way}: {found['tokens_per_second']:.3f} tokens/s predicted from the disk alone"
+        for budget in result["budgets"]
+        for way, found in budget["predicted"].items()
+        if found["tokens_per_second"]
+    ]
+    return "\n".join([table(headers, rows), "", *predictions])
 
 
 def run(sizes: Sizes = FULL) -> dict[str, Any]:

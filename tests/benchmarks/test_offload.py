@@ -121,6 +121,9 @@ def test_the_gate(made: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> N
     ways = result["budgets"][0]["ways"]
     assert ways["accelerate BF16"] == {"error": "too much"}
     assert ways["streamed exact"]["tokens_per_second"] == 2
+    predicted = result["budgets"][0]["predicted"]
+    assert predicted["accelerate BF16"]["resident"] < predicted["streamed exact"]["resident"] + 1
+    assert predicted["accelerate BF16"]["bytes_per_token"] > predicted["streamed exact"]["bytes_per_token"]
     shown = offload.show(result)
     assert "out of memory" in shown
     assert "2.000" in shown

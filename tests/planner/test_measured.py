@@ -15,7 +15,7 @@ import pytest
 import bitforbit
 from bitforbit.kv.spec import KiviSpec
 from bitforbit.planner import KvSetting, Load, Memory, Request, find_gpu, read_shape
-from bitforbit.planner.plan import peak, stages_of
+from bitforbit.planner.request import peak, stages_of
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -17,7 +17,7 @@ from bitforbit import BitforbitConfig  # noqa: E402
 from bitforbit.integrations.transformers.offload import streams_of  # noqa: E402
 from bitforbit.planner import Elsewhere, KvSetting, Offload, Request, find_gpu, read_shape  # noqa: E402
 from bitforbit.planner import offload as planned  # noqa: E402
-from bitforbit.planner.plan import streaming_of  # noqa: E402
+from bitforbit.planner.request import streaming_of  # noqa: E402
 
 OWN = KvSetting("16")
 LAYERS, PROMPT, NEW = 8, 200, 6

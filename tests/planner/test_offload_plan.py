@@ -12,7 +12,7 @@ from plan_configs import CONFIGS
 from bitforbit.kv.spec import KiviSpec
 from bitforbit.planner import Elsewhere, Gpu, KvSetting, Request, Split, find_gpu, from_config, make_plan
 from bitforbit.planner.offload import Offload, steady_seconds
-from bitforbit.planner.plan import streaming_of
+from bitforbit.planner.request import streaming_of
 
 OWN = KvSetting("16")
 LLAMA = from_config(CONFIGS["llama-3.1-8b"])
@@ -138,6 +138,16 @@ def test_what_does_not_even_go_so() -> None:
     tokens = int(line.split()[0].replace(",", ""))
     assert make_plan(replace(tight, context=tokens)).offload[0].offload.streamed > 20
     assert make_plan(replace(tight, context=tokens + 1)).offload == ()
+
+
+@pytest.mark.parametrize(("dtype", "gigabytes"), [("float16", 5), ("float32", 8), ("float8_e4m3fn", 5)])
+def test_other_dtypes(dtype: str, gigabytes: int) -> None:
+    """Some have no compressed size that could be told without the weights."""
+    shape = from_config({**CONFIGS["llama-3.1-8b"], "torch_dtype": dtype})
+    gpu, elsewhere = Gpu("x", gigabytes * 10**9, link=3e10), Elsewhere(10**9, 3e10, 3e9)
+    found = offloads(replace(REQUEST, shape=shape, gpu=gpu, elsewhere=elsewhere))
+    assert set(found) == ({"bf16"} if dtype == "float32" else {"bf16", "exact", "fused"})
+    assert all(each.disk_bytes and each.host_bytes for each in found.values())
 
 
 def test_quantized_caches_keep_more_blocks() -> None:

@@ -14,7 +14,7 @@ from bitforbit.iomodel import ModelShape
 from bitforbit.iomodel import step_traffic as io_traffic
 from bitforbit.kv.spec import KiviSpec
 from bitforbit.planner import GPUS, Gpu, KvSetting, Load, Request, Split, Storage, find_gpu, from_config, make_plan
-from bitforbit.planner.plan import longest_context, peak, stages_of
+from bitforbit.planner.request import longest_context, peak, stages_of
 from bitforbit.planner.speed import step_traffic
 from bitforbit.planner.weights import METHODS
 

@@ -9,7 +9,7 @@ from plan_configs import CONFIGS
 
 from bitforbit.kv.spec import KiviSpec
 from bitforbit.planner import Gpu, KvSetting, Load, Request, Split, find_gpu, from_config, make_plan
-from bitforbit.planner.plan import RESERVE, longest_context, peak, stages_of
+from bitforbit.planner.request import RESERVE, longest_context, peak, stages_of
 
 OWN = KvSetting("16")
 

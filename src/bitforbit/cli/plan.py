@@ -243,7 +243,7 @@ def _disk_bytes(shape: Shape) -> tuple[int | None, str]:
 
 def _show(model: str, plan: Plan) -> None:
     from bitforbit.cli import plan_offload
-    from bitforbit.planner.plan import describe
+    from bitforbit.planner.advice import describe
 
     request, shape = plan.request, plan.request.shape
     d = shape.dimensions
@@ -284,7 +284,7 @@ def _show(model: str, plan: Plan) -> None:
 def _cells(row: Row) -> list[str]:
     memory = row.memory
     sizes = [memory.weights, memory.scratch, memory.kv, memory.activations, memory.total]
-    from bitforbit.planner.plan import LONGEST
+    from bitforbit.planner.request import LONGEST
 
     longest = "any" if row.longest >= LONGEST // 2 else f"{row.longest:,}" if row.longest else "-"
     speed = "-" if row.speed is None or not row.fits else f"{row.speed:,.1f}"

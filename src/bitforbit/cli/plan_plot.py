@@ -54,7 +54,7 @@ def _stacks(axes: Any, plan: Plan) -> None:
 
 def _lines(axes: Any, plan: Plan) -> None:
     from bitforbit.planner import Load
-    from bitforbit.planner.plan import LONGEST, peak, stages_of
+    from bitforbit.planner.request import LONGEST, peak, stages_of
 
     request = plan.request
     longest = max((row.longest for row in plan.rows if row.longest < LONGEST // 2), default=0)

@@ -6,7 +6,8 @@ from bitforbit.planner.families import from_config
 from bitforbit.planner.gpus import GPUS, Gpu, find_gpu
 from bitforbit.planner.memory import Load, Memory, Split, Stage
 from bitforbit.planner.offload import Elsewhere, Offload
-from bitforbit.planner.plan import DISK, RESERVE, OffloadRow, Plan, Request, Row, make_plan
+from bitforbit.planner.plan import Plan, make_plan
+from bitforbit.planner.request import DISK, RESERVE, OffloadRow, Request, Row
 from bitforbit.planner.shapes import Dimensions, Layer, Matrix, Shape
 from bitforbit.planner.weights import METHODS, Storage
 

@@ -22,9 +22,9 @@ from bitforbit.iomodel.traffic import predict_seconds
 from bitforbit.planner.cache import KvSetting
 from bitforbit.planner.gpus import Gpu
 from bitforbit.planner.memory import Load, Memory, Split, Stage
-from bitforbit.planner.shapes import Layer, Shape
+from bitforbit.planner.shapes import Layer, Matrix, Shape
 from bitforbit.planner.speed import step_traffic
-from bitforbit.planner.weights import Storage
+from bitforbit.planner.weights import Storage, UnknownSizeError
 
 AHEAD = 2
 """Blocks on their way while one runs: the default of :mod:`bitforbit.offload`."""
@@ -104,8 +104,7 @@ class Streaming:
                 made[layer] = self._layer(layer, kv)
         self.blocks = [made[layer] for layer in shape.layers]
         if shape.head is not None:
-            nbytes, stored = storage.nbytes(shape.head), self._files.nbytes(shape.head)
-            self.blocks.append(_Block(nbytes, stored, 0, logits))
+            self.blocks.append(_Block(storage.nbytes(shape.head), self._stored(shape.head), 0, logits))
         self._tied_seconds = logits if shape.head is None else 0.0
 
     @cached_property
@@ -113,10 +112,17 @@ class Streaming:
         """How the files keep what the GPU has as tiles."""
         return Storage(self.storage.method, self.storage.dtype, tiles=False, bits=self.storage.bits)
 
+    def _stored(self, matrix: Matrix) -> int:
+        """Bytes in the files; where only the weights would tell, those on the GPU."""
+        try:
+            return self._files.nbytes(matrix)
+        except UnknownSizeError:
+            return self.storage.nbytes(matrix)
+
     def _layer(self, layer: Layer, kv: KvSetting) -> _Block:
         stage = Stage(self.whole.shape, _INNER, 1, self.storage, kv, layers=(layer,))
         vectors = layer.vectors * self.storage.item
-        stored = sum(map(self._files.nbytes, layer.matrices)) + vectors
+        stored = sum(map(self._stored, layer.matrices)) + vectors
         nbytes = sum(map(self.storage.nbytes, layer.matrices)) + vectors
         return _Block(nbytes, stored, stage.kv(self.load), self._seconds(stage))
 
