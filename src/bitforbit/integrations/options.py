@@ -13,6 +13,8 @@ from bitforbit.format.spec import FORMAT_VERSION, QUANT_METHOD
 
 MODES = ("exact", "fused")
 RUNTIMES = ("auto", "planes", "tiles", "df11")
+AHEAD = 2
+"""Blocks on their way while one runs, of those that do not fit the device."""
 _CODEC = "planes"
 _MEMBERS = (
     "quant_method", "mode", "modules_to_not_convert", "verify", "threads", "format_version", "codec", "base",
@@ -41,12 +43,13 @@ class Options:
         compile: bool = False,
         format_version: int = FORMAT_VERSION,
         codec: str = _CODEC,
+        ahead: int | None = AHEAD,
         **kwargs: Any,
     ) -> None:
         kwargs.pop("quant_method", None)
         base = kwargs.pop("base", None)
         if kwargs:
-            known = "mode, runtime, compile, modules_to_not_convert, verify and threads"
+            known = "mode, runtime, compile, modules_to_not_convert, verify, threads and ahead"
             raise UsageError(f"expected options among {known}, got {', '.join(sorted(kwargs))}")
         if mode not in MODES:
             raise UsageError(f"expected mode to be one of {', '.join(MODES)}, got {mode!r}")
@@ -56,6 +59,8 @@ class Options:
             raise UsageError("expected modules_to_not_convert to be a list of names, got a string")
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
             raise UsageError(f"expected threads to be a positive number, got {threads!r}")
+        if ahead is not None and (isinstance(ahead, bool) or not isinstance(ahead, int) or ahead < 0):
+            raise UsageError(f"expected ahead to be a number of blocks of at least 0, or None, got {ahead!r}")
         if format_version != FORMAT_VERSION:
             raise UnsupportedVersionError(
                 f"config.json: expected format_version {FORMAT_VERSION}, got {format_version!r}; "
@@ -77,6 +82,7 @@ class Options:
         self.threads = threads
         self.format_version = format_version
         self.codec = codec
+        self.ahead = ahead
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What an explicit ``quantization_config`` changes of a compressed directory's own."""
@@ -87,6 +93,7 @@ class Options:
             "modules_to_not_convert": self.modules_to_not_convert,
             "verify": self.verify,
             "threads": self.threads,
+            "ahead": self.ahead,
         }
 
     def keeps(self, module: str) -> bool:

@@ -14,7 +14,8 @@ class BitforbitConfig(Options, QuantizationConfigMixin):
     """Options of a compressed model in memory: those of :class:`bitforbit.BitforbitConfig`.
 
     That class, which needs transformers, is accepted by diffusers as well. ``runtime="df11"`` is not: there is no
-    reader for DFloat11 checkpoints of diffusers.
+    reader for DFloat11 checkpoints of diffusers. ``ahead`` has no effect: what is offloaded is moved by diffusers' own
+    hooks, or by :func:`bitforbit.offload.stream_blocks`, which the user calls.
 
     Raises UsageError for values out of range, UnsupportedVersionError for a format or codec of a newer release.
     """

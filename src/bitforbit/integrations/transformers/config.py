@@ -6,11 +6,7 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from bitforbit.errors import UsageError
 from bitforbit.integrations.options import Options, known_members
-
-AHEAD = 2
-"""Blocks on their way while one runs."""
 
 
 class BitforbitConfig(Options, QuantizationConfigMixin):
@@ -32,16 +28,6 @@ class BitforbitConfig(Options, QuantizationConfigMixin):
 
     Raises UsageError for values out of range, UnsupportedVersionError for a format or codec of a newer release.
     """
-
-    def __init__(self, *args: Any, ahead: int | None = AHEAD, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if ahead is not None and (isinstance(ahead, bool) or not isinstance(ahead, int) or ahead < 0):
-            raise UsageError(f"expected ahead to be a number of blocks of at least 0, or None, got {ahead!r}")
-        self.ahead = ahead
-
-    def get_loading_attributes(self) -> dict[str, Any]:
-        """What an explicit ``quantization_config`` changes of a compressed directory's own."""
-        return {**super().get_loading_attributes(), "ahead": self.ahead}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
