@@ -53,10 +53,11 @@ def test_some_on_disk(name: str, compressed: bool, directories: Directories, tmp
     assert any(parameter.is_meta for parameter in model.parameters())
 
 
-def test_too_little_memory(directories: Directories, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+def test_too_little_memory(name: str, directories: Directories, tmp_path: Path) -> None:
     """The map is made from the compressed sizes."""
-    plain, native = directories("llama")
-    auto = zoo.auto_class("llama")
+    plain, native = directories(name)
+    auto = zoo.auto_class(name)
     kwargs: dict[str, Any] = {
         "device_map": "auto",
         "max_memory": {"cpu": "350KB"},
@@ -67,7 +68,7 @@ def test_too_little_memory(directories: Directories, tmp_path: Path) -> None:
     assert set(stream.names) <= {*blocks("llama")}
     assert set(model.hf_device_map.values()) == {"cpu", "disk"}
     expected = auto.from_pretrained(plain)
-    assert torch.equal(zoo.logits(model, "llama", 2), zoo.logits(expected, "llama", 2))
+    assert torch.equal(zoo.logits(model, name, 2), zoo.logits(expected, name, 2))
 
 
 def test_native_tensors_stay_in_their_file(directories: Directories, tmp_path: Path) -> None:
@@ -224,6 +225,13 @@ def test_a_disk_that_fails(directories: Directories, monkeypatch: pytest.MonkeyP
         errors.BlockReadError, match=r"block 'model\.layers\.0'.*Input/output error.*model\.safetensors"
     ):
         zoo.logits(model, "llama", 1)
+
+
+@pytest.mark.parametrize("classes", [None, [], ["LlamaDecoderLayer"], {"LlamaDecoderLayer"}])
+def test_what_layers_are(classes: Any, directories: Directories, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = zoo.auto_class("llama").from_pretrained(directories("llama")[0])
+    monkeypatch.setattr(model, "_no_split_modules", classes)
+    assert [name for name, _ in offload._blocks(model, lambda _: True)] == blocks("llama")
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------

@@ -151,19 +151,23 @@ def _candidates(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _blocks(model: PreTrainedModel, is_candidate: Callable[[nn.Module], bool]) -> Iterator[tuple[str, nn.Module]]:
-    """Candidates that can be blocks: layers, and leaves with matrices that are no embeddings."""
+    """Candidates that can be blocks: layers, and leaves with matrices that are no embeddings.
+
+    Where a model does not say what its layers are, they are the members of its lists of modules.
+    """
     classes = set(getattr(model, "_no_split_modules", None) or ())
 
-    def visit(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    def visit(name: str, module: nn.Module, is_listed: bool = False) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, nn.Embedding):
             return
-        is_layer, is_leaf = type(module).__name__ in classes, not any(True for _ in module.children())
+        own_class = getattr(module, "_bitforbit_base", type(module)).__name__
+        is_layer, is_leaf = own_class in classes or (is_listed and not classes), not [*module.children()]
         if name and (is_layer or is_leaf) and is_candidate(module):
             if any(p.dim() > 1 or p.dtype == torch.uint8 for p in module.parameters()):
                 yield name, module
             return
         for own, child in module.named_children():
-            yield from visit(f"{name}.{own}" if name else own, child)
+            yield from visit(f"{name}.{own}" if name else own, child, isinstance(module, nn.ModuleList))
 
     return visit("", model)
 
@@ -181,7 +185,7 @@ def leave_room(
     computing: list[int | str] = [*gpus] if gpus else ["cpu"]
     main = next((place for place in computing if max_memory.get(place, 0) > 0), None)
     blocks = [
-        math.ceil(sum(sizes[f"{name}.{own}"] for own, _ in module.named_parameters()))
+        math.ceil(sum(sizes.get(f"{name}.{own}", 0) for own, _ in module.named_parameters()))
         for name, module in _blocks(model, lambda _: True)
     ]
     if main is None or not blocks:
