@@ -144,6 +144,23 @@ def test_what_two_gpus_do_not_hold_is_offloaded(map_for: MapFor) -> None:
     assert all(loads(made)[place] + scratch <= limit for place in (0, 1))
 
 
+def test_on_a_cpu_what_fits_is_not_streamed(directories: Directories, tmp_path: Path) -> None:
+    """A tied head counts once, and weights as the planes that they are."""
+    from bitforbit.format.header import read_header
+    from bitforbit.integrations.transformers.offload import streams_of
+
+    native = directories("llama-tied")[1]
+    tensors = [each for file in native.glob("*.safetensors") for each in read_header(file).tensors]
+    layer = sum(each.nbytes for each in tensors if each.name.startswith("model.layers.0."))
+    whole = sum(each.nbytes for each in tensors)
+    for limit, streamed in ((1.01 * (whole + layer), 0), (0.9 * whole, 1)):
+        model = zoo.auto_class("llama-tied").from_pretrained(
+            native, device_map="auto", max_memory={"cpu": int(limit)}, offload_folder=str(tmp_path)
+        )
+        assert len(streams_of(model)) == streamed
+        assert bool(streamed) == any(parameter.is_meta for parameter in model.parameters())
+
+
 def two_devices(model: Any, first: int) -> dict[str, Any]:
     """The first layers on the CPU, the others on "meta"."""
     layers = {f"model.layers.{i}": "cpu" if i < first else "meta" for i in range(len(model.model.layers))}

@@ -76,9 +76,12 @@ def require_gpu(device: torch.device) -> None:
 
 
 def tiles_share(spec: CompressedSpec, nbytes: int) -> float:
-    """Bytes of a parameter as tiles, as is to be expected, per byte of its planes; at least 1."""
-    from bitforbit.nn import gpu_specs
+    """Bytes of a parameter as tiles, as is to be expected, per byte of its planes; at least 1, and 1 without a GPU."""
+    from bitforbit.nn import gpu_specs, layout
 
+    here = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
+    if not any(map(layout.is_gpu, here)):
+        return 1.0
     if spec.layout != "planes" or spec.dtype not in gpu_specs.TILES_KINDS or not nbytes:
         return 1.0
     return max(1.0, min(spec.nbytes, gpu_specs.expected_tiles_bytes(*spec.matrix_shape(), spec.dtype)) / nbytes)

@@ -191,7 +191,9 @@ def leave_room(
     if main is None or not blocks:
         return dict(max_memory), ahead
     one = max(blocks)
-    if sum(sizes.values()) + one <= sum(max_memory[place] for place in computing):
+    twins = getattr(model, "all_tied_weights_keys", None) or {}
+    whole = sum(nbytes for name, nbytes in sizes.items() if name not in twins)  # tied weights once
+    if whole + one <= sum(max_memory[place] for place in computing):
         return dict(max_memory), ahead
     while ahead and sum(slot_sizes(blocks, ahead)) > max_memory[main] / 2:
         ahead -= 1
