@@ -17,7 +17,7 @@ from bitforbit.errors import StreamedModelError, UsageError
 from bitforbit.nn import layout
 from bitforbit.offload.image import FileRange, Image, Key
 from bitforbit.offload.modules import Block, Found, Stored
-from bitforbit.offload.movers import Mover, mover_for
+from bitforbit.offload.movers import mover_for
 from bitforbit.offload.ring import Ring
 from bitforbit.offload.stores import FileStore, HostStore, Store, to_host
 from bitforbit.ops.gpu import volatile
@@ -144,8 +144,6 @@ class Stream:
                     image = image.clone()  # which lives as long as the graph
                 block.install(image)
                 try:
-                    if not torch.is_grad_enabled():
-                        return _kept(forward(*args, **kwargs))
                     with _checkpointing(block.module, functools.partial(self._again, number)):
                         return _kept(forward(*args, **kwargs))
                 finally:
@@ -256,7 +254,8 @@ def _checkpointing(module: nn.Module, run: Callable[..., Any]) -> Iterator[None]
 
     There they are computed again, when their parameters have left.
     """
-    holders = [each.__dict__ for each in module.modules() if _CHECKPOINT in each.__dict__]
+    modules = module.modules() if torch.is_grad_enabled() else ()
+    holders = [each.__dict__ for each in modules if _CHECKPOINT in each.__dict__]
     before = [own[_CHECKPOINT] for own in holders]
     for own, checkpoint in zip(holders, before, strict=True):
         own[_CHECKPOINT] = functools.partial(_checkpoint_through, run, checkpoint)
@@ -308,6 +307,3 @@ def _kept(output: Any) -> Any:
     if any(map(volatile.holds, _tensors(output))):
         return tree_map_only(torch.Tensor, lambda t: t.clone() if volatile.holds(t) else t, output)
     return output
-
-
-__all__ = ["AHEAD", "Mover", "Stream", "stream_blocks"]
