@@ -14,9 +14,11 @@ Speeds are predictions: bytes over stated bandwidths, arithmetic left out.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 from bitforbit.iomodel.traffic import predict_seconds
 from bitforbit.planner.cache import KvSetting
@@ -142,12 +144,19 @@ class Streaming:
     def plan(self, capacity: int, elsewhere: Elsewhere) -> Offload | None:
         """With as many resident blocks as ``capacity`` bytes of each GPU allow; None if there is no room for any."""
         slots = self.slots(capacity)
-        for first in range(len(self.blocks), -1, -1):
-            resident = self._fill(first, capacity)
-            memory = self._memories(resident, slots)
-            if max(each.total for each in memory) <= capacity:
-                return self._offload(resident, slots, max(memory, key=lambda each: each.total), elsewhere)
-        return None
+        own = [0, *accumulate(block.nbytes + block.kv for block in self.blocks)]
+        most = bisect_right(own, capacity - self._begin - self._passing) - 1
+        # Without resident blocks the first GPU holds least: if that is too much, all is.
+        if most < 0 or self._with(0, slots, capacity, elsewhere) is None:
+            return None
+        found = (self._with(first, slots, capacity, elsewhere) for first in range(most, -1, -1))
+        return next(plan for plan in found if plan is not None)
+
+    def _with(self, first: int, slots: int, capacity: int, elsewhere: Elsewhere) -> Offload | None:
+        """With so many blocks on the first GPU; None if they are too many."""
+        resident = self._fill(first, capacity)
+        memory = max(self._memories(resident, slots), key=lambda each: each.total)
+        return self._offload(resident, slots, memory, elsewhere) if memory.total <= capacity else None
 
     def _fill(self, first: int, capacity: int) -> list[int]:
         """Blocks of each GPU, if the first one has so many."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from bitforbit.errors import PlanError
@@ -147,7 +148,7 @@ class Shape:
         d = self.dimensions
         return (2 * d.heads + 2 * d.kv_heads) * d.head_dim
 
-    @property
+    @cached_property
     def mlp_width(self) -> int:
         """The same of the widest MLP."""
         return max((_mlp_width(layer, self.dimensions.hidden) for layer in self.layers), default=0)
