@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from helpers.models import build_model
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # So do shells for what they start in the background; it is inherited, and many tests send Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -68,6 +68,11 @@ def test_properties(library: Path, tmp_path: Path) -> None:
     assert "problem=None" in printed
 
 
+def test_memory(library: Path, tmp_path: Path) -> None:
+    printed, _ = run(library, tmp_path, "print([driver.get().memory(i) >> 30 for i in range(2)])")
+    assert printed == "[80, 81]"
+
+
 def test_a_launch(library: Path, tmp_path: Path) -> None:
     code = (
         "there = launcher.for_device(1)\n"

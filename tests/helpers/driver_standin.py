@@ -57,6 +57,9 @@ class StandIn:
     def name(self, ordinal: int) -> str:
         return f"stand-in {ordinal}"
 
+    def memory(self, ordinal: int) -> int:
+        return (80 + ordinal) << 30
+
     def attribute(self, ordinal: int, name: str) -> int:
         return self.attributes[name]
 
