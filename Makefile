@@ -1,6 +1,8 @@
 # Needs Python 3.11 or newer, a C++20 compiler, make and pip; everything else comes with pip into .venv.
 PYTHON ?= python3
 FUZZ_SECONDS ?= 60
+# Processes that share the Python tests, file by file.
+PYTEST_WORKERS ?= 2
 FUZZ_CXX ?= $(firstword $(shell command -v clang++ clang++-21 clang++-20 clang++-19 clang++-18 clang++-17 clang++-16 clang++-15 clang++-14))
 
 VENV := .venv
@@ -15,6 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 PIP_INSTALL := $(BIN)/python -m pip install -c constraints.txt
+WORKERS = -n $(PYTEST_WORKERS) --dist loadfile
 CMAKE := $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DBITFORBIT_PYTHON=OFF
 
 # What the installed package is made of.
@@ -110,12 +113,12 @@ demo: $(VENV)/stamp-run $(VENV)/stamp-base
 	$(BIN)/bitforbit demo
 
 test: $(VENV)/stamp-test $(VENV)/stamp-base
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 # What touches transformers, on the oldest version that is supported.
 test-floor: $(FLOOR)/stamp $(SOURCES)
 	$(FLOOR)/bin/python -m pip install -q -c $(FLOOR)/constraints.txt .
-	$(FLOOR)/bin/python -m pytest tests/integrations tests/nn $(PYTEST_ARGS)
+	$(FLOOR)/bin/python -m pytest $(WORKERS) tests/integrations tests/nn $(PYTEST_ARGS)
 
 test-ray: $(VENV)/stamp-ray $(VENV)/stamp-base
 	$(BIN)/python -m pytest tests/test_examples_ray.py $(PYTEST_ARGS)
