@@ -27,7 +27,7 @@ def cpu(result: Result, where: Callable[[Result], str]) -> str:
     size, inside = result["model"], result["in_memory"]
     disk = result["disk_bytes_per_second"]
     limit = "enforced by a cgroup, " if result["limited"] else ""
-    speed = f" ({disk / 1e9:.1f} GB/s)" if disk else ""
+    speed = f" ({disk / 1e9:.1f} GB/s for one reader)" if disk else ""
     intro = (
         f"Llama with {size['layers']} layers of Llama-3.2-3B's shape (random weights), "
         f"{result['plain_bytes'] / 1e9:.2f} GB in BF16, {result['compressed_bytes'] / 1e9:.2f} GB compressed; tokens/s "
