@@ -54,7 +54,7 @@ _HOMES = {
     "verify": "bitforbit.archive",
 }
 
-_MODULES = ("attention", "cpu", "errors", "iomodel", "kv", "nn", "ops")
+_MODULES = ("attention", "cpu", "errors", "iomodel", "kv", "nn", "offload", "ops", "planner")
 """Modules that the guides speak of, which need no import of their own."""
 
 
