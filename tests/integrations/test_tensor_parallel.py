@@ -21,7 +21,7 @@ _SECONDS = 280
 
 def environment() -> dict[str, str]:
     """For processes that import what this one does, and run on the CPU: one GPU is not enough for two of them."""
-    paths = [str(Path(__file__).parents[2] / "src"), str(Path(__file__).parents[1]), *sys.path]
+    paths = [str(Path(__file__).parents[1]), *sys.path]
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
