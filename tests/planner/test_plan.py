@@ -176,6 +176,22 @@ def test_unknown_gpus() -> None:
             find_gpu(text)
 
 
+def test_sizes() -> None:
+    for text, nbytes in (("80GB", 80e9), ("80GiB", 80 * 2**30), ("500mb", 5e8), ("1 TB", 1e12), ("0.5MiB", 2**19)):
+        assert find_gpu(text).memory == nbytes
+        assert (find_gpu(f"CPU:{text}").name, find_gpu(f"CPU:{text}").memory) == ("CPU", nbytes)
+    for text in ("CPU:16", "CPU:many", "cpu:0GB"):
+        with pytest.raises(PlanError, match="expected a size such as CPU:16GB"):
+            find_gpu(text)
+
+
+def test_no_second_cpu_is_advised() -> None:
+    for size, advice in (("4GB", "offload fits"), ("1MB", "take more memory, or a smaller model")):
+        found = make_plan(Request(LLAMA, find_gpu(f"CPU:{size}"), context=100, methods=("exact",), caches=(OWN,))).advice
+        assert any(line.startswith(advice) for line in found), found
+        assert not any("GPUs" in line for line in found)
+
+
 @pytest.mark.parametrize(
     ("split", "message"),
     [

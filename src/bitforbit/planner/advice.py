@@ -31,13 +31,15 @@ def advise(request: Request, rows: Sequence[Row], offload: Sequence[OffloadRow])
     if other:
         advice.append(other)
     advice += _offload_advice(request, rows, offload)
-    for count in range(request.split.gpus + 1, _MOST_GPUS + 1):
+    most = _MOST_GPUS if request.gpu.tiles else 1  # a model runs on one CPU
+    for count in range(request.split.gpus + 1, most + 1):
         split = split_over(request.shape, count, tensor=request.split.tensor > 1)
         if split is not None and _some_fit(replace(request, split=split)):
             advice.append(f"{count} such GPUs fit ({describe(split)})")
             break
     if not advice:
-        advice.append(f"no number of such GPUs up to {_MOST_GPUS} fits; take larger ones, or a smaller model")
+        such = f"no number of such GPUs up to {most} fits; take larger ones" if most > 1 else "take more memory"
+        advice.append(f"{such}, or a smaller model")
     return advice
 
 

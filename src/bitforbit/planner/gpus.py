@@ -61,7 +61,8 @@ GPUS = (
 )
 """Those that bitforbit's kernels are for (compute capability 8.0 and newer)."""
 
-_SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>gb|gib|g)", re.IGNORECASE)
+_UNITS = {"mb": 10**6, "mib": 1 << 20, "g": 10**9, "gb": 10**9, "gib": _GIB, "tb": 10**12, "tib": 1 << 40}
+_SIZE = re.compile(rf"(?P<number>\d+(\.\d+)?)\s*(?P<unit>{'|'.join(_UNITS)})", re.IGNORECASE)
 _CPU_SIZE = re.compile(r"cpu(:(?P<size>.+))?", re.IGNORECASE)
 
 
@@ -72,7 +73,10 @@ def find_gpu(text: str) -> Gpu:
     """
     cpu = _CPU_SIZE.fullmatch(text.strip())
     if cpu is not None:
-        return Gpu("CPU", parse_size(cpu["size"]) or _this_memory(), tiles=False)
+        size = parse_size(cpu["size"])
+        if cpu["size"] is not None and size is None:
+            raise PlanError(f"--gpu: expected a size such as CPU:16GB, got {text!r}")
+        return Gpu("CPU", size or _this_memory(), tiles=False)
     nbytes = parse_size(text)
     if nbytes is not None:
         return Gpu(text.strip(), nbytes)
@@ -87,11 +91,11 @@ def find_gpu(text: str) -> Gpu:
 
 
 def parse_size(text: str | None) -> int | None:
-    """Bytes of ``"80GB"`` or ``"80GiB"``; None if it is no such size."""
+    """Bytes of ``"80GB"``, ``"80GiB"``, ``"500MB"``, ``"1TB"``; None if it is no such size."""
     match = _SIZE.fullmatch((text or "").strip())
     if match is None:
         return None
-    return int(float(match["number"]) * (_GIB if match["unit"].lower() == "gib" else 10**9)) or None
+    return int(float(match["number"]) * _UNITS[match["unit"].lower()]) or None
 
 
 def _this_memory() -> int:
