@@ -187,7 +187,9 @@ def test_sizes() -> None:
 
 def test_no_second_cpu_is_advised() -> None:
     for size, advice in (("4GB", "offload fits"), ("1MB", "take more memory, or a smaller model")):
-        found = make_plan(Request(LLAMA, find_gpu(f"CPU:{size}"), context=100, methods=("exact",), caches=(OWN,))).advice
+        found = make_plan(
+            Request(LLAMA, find_gpu(f"CPU:{size}"), context=100, methods=("exact",), caches=(OWN,))
+        ).advice
         assert any(line.startswith(advice) for line in found), found
         assert not any("GPUs" in line for line in found)
 
