@@ -23,6 +23,7 @@ from bitforbit.format.manifest import FileEntry
 from bitforbit.integrations import first, native
 from bitforbit.integrations.source import DF11_CONFIG
 from bitforbit.integrations.transformers.config import BitforbitConfig
+from bitforbit.integrations.transformers.counting import num_parameters
 from bitforbit.integrations.transformers.originals import Originals
 from bitforbit.integrations.transformers.resizing import resize_token_embeddings
 from bitforbit.nn import compressed_parameters
@@ -31,13 +32,17 @@ from bitforbit.nn.state import raw_state_dicts
 _METHOD = "save_pretrained"
 _TIE = "tie_weights"
 _RESIZE = "resize_token_embeddings"
+_COUNT = "num_parameters"
 
 
 def attach(model: PreTrainedModel) -> None:
-    """Make a model save itself in the native format, know its ties by the names of parts, and take new tokens."""
+    """Make a model save itself in the native format, know its ties by the names of parts, take new tokens, and count
+    elements.
+    """
     model.__dict__[_METHOD] = functools.partial(save_pretrained, model)
     model.__dict__[_TIE] = functools.partial(_tie_weights, model)
     model.__dict__[_RESIZE] = functools.partial(resize_token_embeddings, model)
+    model.__dict__[_COUNT] = functools.partial(num_parameters, model)
     first.attach(model)
 
 
@@ -46,6 +51,7 @@ def detach(model: PreTrainedModel) -> None:
     model.__dict__.pop(_METHOD, None)
     model.__dict__.pop(_TIE, None)
     model.__dict__.pop(_RESIZE, None)
+    model.__dict__.pop(_COUNT, None)
     first.detach(model)
 
 
