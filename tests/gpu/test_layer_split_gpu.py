@@ -30,21 +30,6 @@ pytestmark = [
 Directories = Callable[[str], tuple[Path, Path]]
 
 
-@pytest.fixture(scope="module")
-def directories(tmp_path_factory: pytest.TempPathFactory) -> Directories:
-    made: dict[str, tuple[Path, Path]] = {}
-
-    def get(name: str) -> tuple[Path, Path]:
-        if name not in made:
-            root = tmp_path_factory.mktemp(name)
-            zoo.write(name, root / "plain")
-            bitforbit.compress(root / "plain", root / "native")
-            made[name] = root / "plain", root / "native"
-        return made[name]
-
-    return get
-
-
 def halves(name: str) -> dict[str, Any]:
     """A layer on each GPU, and the ends with them."""
     head = {"lm_head": 0 if name == "llama-tied" else 1}

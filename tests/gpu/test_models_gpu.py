@@ -29,21 +29,6 @@ HAS_ACCELERATE = importlib.util.find_spec("accelerate") is not None
 Directories = Callable[[str], tuple[Path, Path]]
 
 
-@pytest.fixture(scope="module")
-def directories(tmp_path_factory: pytest.TempPathFactory) -> Directories:
-    made: dict[str, tuple[Path, Path]] = {}
-
-    def get(name: str) -> tuple[Path, Path]:
-        if name not in made:
-            root = tmp_path_factory.mktemp(name)
-            zoo.write(name, root / "plain")
-            bitforbit.compress(root / "plain", root / "native")
-            made[name] = root / "plain", root / "native"
-        return made[name]
-
-    return get
-
-
 @pytest.fixture(autouse=True)
 def no_errors_left() -> Iterator[None]:
     yield
